@@ -1,0 +1,44 @@
+//! Nodes that are addresses already: one list, published once.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::{Endpoint, Endpoints, Node, Watch, literal};
+
+/// The endpoint of a node whose host is an address.
+pub(crate) fn endpoint(node: &Node) -> Option<Endpoint> {
+    let addr = SocketAddr::new(literal(&node.host)?, node.port);
+    Some(Endpoint {
+        addr,
+        host: Arc::clone(&node.host),
+        weight: node.weight,
+        siblings: 1,
+        priority: node.priority,
+    })
+}
+
+/// A receiver that already holds all there will ever be; its `changed()` reports a closed channel.
+pub fn watch(nodes: &[Node]) -> Watch {
+    let list = nodes.iter().filter_map(endpoint).collect();
+    watch::channel(Arc::new(Endpoints { list, ..Endpoints::default() })).1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(host: &str, weight: u32) -> Node {
+        Node { host: host.into(), port: 80, weight, priority: 0 }
+    }
+
+    #[test]
+    fn addresses_are_published_at_once_in_order() {
+        let watch = watch(&[node("10.0.0.1", 3), node("[::1]", 1), node("fe80::1", 0)]);
+        let endpoints = watch.borrow();
+        let addrs: Vec<_> = endpoints.list.iter().map(|e| (e.addr.to_string(), e.weight)).collect();
+        assert_eq!(addrs, [("10.0.0.1:80".into(), 3), ("[::1]:80".into(), 1), ("[fe80::1]:80".into(), 0)]);
+        assert!(endpoints.settled());
+    }
+}
