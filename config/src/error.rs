@@ -152,6 +152,9 @@ pub enum ErrorKind {
         /// The object that is asked for.
         target: ResourceKey,
     },
+    /// A `vars` expression that cannot be read.
+    #[error(transparent)]
+    Expr(#[from] crate::expr::ExprError),
     /// Anything else. `problem` says what is wrong and what to write instead.
     #[error("{problem}")]
     Invalid {

@@ -9,11 +9,14 @@ pub mod env;
 pub mod error;
 pub mod expr;
 pub mod id;
+pub mod pattern;
 pub mod plugin_catalog;
 pub mod process;
 pub mod template;
 pub mod var;
 
 pub use error::{ConfigError, ErrorKind};
+pub use expr::Expr;
 pub use id::{Id, Kind, ResourceKey};
 pub use plugin_catalog::{PluginCatalog, PluginSchema};
+pub use var::{Var, Vars};
