@@ -1,1 +1,25 @@
+//! The kit for the tests that speak to a running `postern` over real sockets.
+//!
+//! [`Edge`] writes a configuration into a directory of its own, starts the binary, waits until it is ready
+//! and ends it when dropped. [`origin`] holds the upstreams, one oddity per file; [`client`] the clients, from
+//! raw bytes to HTTP/2; [`certs`], [`etcd`] and [`nginx`] what the tests need besides. Everything listens on
+//! ports of its own (see [`ports`]), so that tests run side by side.
 
+pub mod certs;
+pub mod client;
+pub mod compat;
+pub mod edge;
+pub mod etcd;
+pub mod eventually;
+pub mod frames;
+pub mod golden;
+pub mod load;
+pub mod nginx;
+pub mod origin;
+pub mod ports;
+mod process;
+
+pub use client::{Answer, Outcome};
+pub use edge::{ADMIN_KEY, Edge, EdgeBuilder};
+pub use eventually::{eventually, eventually_within};
+pub use serde_json::{Value, json};

@@ -1,0 +1,121 @@
+//! Steady load on keep-alive connections, with an exact account of what went wrong.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+
+use crate::client::Raw;
+
+/// What a load did.
+#[derive(Clone, Debug, Default)]
+pub struct Account {
+    /// Answers with the expected status.
+    pub good: usize,
+    /// One line for each answer with another status and each request without an answer.
+    pub bad: Vec<String>,
+    /// Connections that ended without the answer before having announced it: those that die on reuse.
+    pub died: usize,
+    /// Connections that were closed after `Connection: close`.
+    pub announced: usize,
+    /// Time from the first byte sent to the last byte received of each good answer.
+    pub latencies: Vec<Duration>,
+}
+
+impl Account {
+    fn add(&mut self, other: Account) {
+        self.good += other.good;
+        self.bad.extend(other.bad);
+        self.died += other.died;
+        self.announced += other.announced;
+        self.latencies.extend(other.latencies);
+    }
+
+    /// The latency that `share` (0 to 1) of the good answers stayed below.
+    pub fn latency(&self, share: f64) -> Duration {
+        let mut sorted = self.latencies.clone();
+        sorted.sort_unstable();
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "an index of a list of a test"
+        )]
+        let index = (sorted.len() as f64 * share) as usize;
+        sorted.get(index.min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
+    }
+}
+
+/// A load that runs until it is stopped.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    clients: JoinSet<Account>,
+}
+
+impl Load {
+    /// `connections` clients that together send `rate` requests a second, each the bytes of `request`, and
+    /// expect `status`. A client connects again when its connection has ended.
+    pub fn start(addr: SocketAddr, request: &str, status: u16, connections: u32, rate: u32) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let pause = Duration::from_secs(1) * connections / rate;
+        let mut clients = JoinSet::new();
+        for index in 0..connections {
+            let stop = Arc::clone(&stop);
+            let request = request.to_owned();
+            clients.spawn(async move {
+                // Spread the clients evenly over one period.
+                tokio::time::sleep(pause * index / connections).await;
+                client(addr, &request, status, pause, &stop).await
+            });
+        }
+        Load { stop, clients }
+    }
+
+    /// Lets requests under way finish and gives the account.
+    pub async fn finish(mut self) -> Account {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut account = Account::default();
+        while let Some(client) = self.clients.join_next().await {
+            account.add(client.expect("a load client does not panic"));
+        }
+        account
+    }
+}
+
+async fn client(addr: SocketAddr, request: &str, status: u16, pause: Duration, stop: &AtomicBool) -> Account {
+    let mut account = Account::default();
+    let mut connection = None;
+    let mut next = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep_until(next.into()).await;
+        next += pause;
+        let mut raw = match connection.take() {
+            Some(raw) => raw,
+            None => Raw::connect(addr).await,
+        };
+        let begin = Instant::now();
+        raw.write(request).await;
+        match raw.answer().await {
+            Ok(answer) if answer.status == status => {
+                account.good += 1;
+                account.latencies.push(begin.elapsed());
+                if answer.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close")) {
+                    account.announced += 1;
+                } else {
+                    connection = Some(raw);
+                }
+            }
+            Ok(answer) => {
+                account.bad.push(format!("{} {}", answer.status, answer.text()));
+                connection = Some(raw);
+            }
+            Err(end) => {
+                account.died += 1;
+                account.bad.push(format!("no answer: {end:?}"));
+            }
+        }
+    }
+    account
+}
