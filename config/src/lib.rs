@@ -13,6 +13,7 @@ pub mod pattern;
 pub mod plugin_catalog;
 pub mod process;
 pub mod template;
+pub mod typed;
 pub mod var;
 
 pub use error::{ConfigError, ErrorKind};

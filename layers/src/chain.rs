@@ -1,0 +1,481 @@
+//! The one service that runs the plugins of a request, phase by phase, around the upstream.
+//!
+//! The order is APISIX's: global `rewrite`, route `rewrite`, then, if a consumer was recognised, the `rewrite` of what
+//! its plugins add, global `access`, route `access`, the upstream, and on every answer the response and body phases in
+//! the same order. Synchronous steps run without a future; from the first step that waits on, the rest of the request
+//! is one boxed future.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use config::expr::Expr;
+use hashbrown::HashMap;
+use http::{HeaderValue, header};
+use pin_project_lite::pin_project;
+use serde_json::Value;
+use smallvec::SmallVec;
+use tower::Service;
+
+use crate::body::Body;
+use crate::consumer::Consumer;
+use crate::error::{Error, Fault, Reason};
+use crate::exchange::{Exchange, State};
+use crate::local::LocalBox;
+use crate::plugin::{BeforeProxy, Flow, Hooks, OnBody, OnLog, OnResponse, Step, Waits};
+use crate::rescue;
+
+/// Which object of the configuration a plugin came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source(pub Arc<str>);
+
+/// The answer that `_meta.error_response` puts in place of a plugin's refusal.
+#[derive(Clone, Debug)]
+pub struct ErrorResponse {
+    text: Arc<str>,
+    json: bool,
+}
+
+impl ErrorResponse {
+    /// From `_meta.error_response`: a string is sent as it is, anything else as JSON.
+    pub fn new(value: &Value) -> Self {
+        match value {
+            Value::String(text) => Self { text: text.as_str().into(), json: false },
+            other => Self { text: other.to_string().into(), json: true },
+        }
+    }
+}
+
+/// One plugin of one object, built.
+pub struct Instance {
+    /// The plugin's name.
+    pub name: &'static str,
+    /// Its place in the order: `_meta.priority` or the plugin's own.
+    pub priority: i32,
+    /// Where it was configured: `routes/1`.
+    pub source: Source,
+    /// `_meta.filter`: it takes no part in requests for which this is false.
+    pub filter: Option<Expr>,
+    /// `_meta.error_response`.
+    pub error_response: Option<ErrorResponse>,
+    /// Its phases.
+    pub hooks: Hooks,
+}
+
+impl fmt::Debug for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}({}) of {}", self.name, self.priority, self.source.0)
+    }
+}
+
+/// A phase's list: the index of the instance, and its part.
+type List<T> = Box<[(u16, T)]>;
+
+/// The plugins of a request, by phase and in order.
+#[derive(Default)]
+pub struct Plan {
+    instances: Box<[Arc<Instance>]>,
+    rewrite: List<Step>,
+    /// The `rewrite` of what a consumer added; the other plugins have run theirs before the consumer was known.
+    added_rewrite: List<Step>,
+    access: List<Step>,
+    before_proxy: List<Arc<dyn BeforeProxy>>,
+    response: List<Arc<dyn OnResponse>>,
+    body: List<Arc<dyn OnBody>>,
+    log: List<Arc<dyn OnLog>>,
+    filtered: bool,
+}
+
+impl fmt::Debug for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.instances.iter()).finish()
+    }
+}
+
+fn list<T: Clone>(instances: &[Arc<Instance>], part: impl Fn(&Hooks) -> &[T]) -> List<T> {
+    instances
+        .iter()
+        .enumerate()
+        .flat_map(|(index, instance)| {
+            part(&instance.hooks).iter().map(move |step| (index as u16, step.clone()))
+        })
+        .collect()
+}
+
+impl Plan {
+    /// Orders `instances` by priority, highest first, then by name.
+    pub fn new(mut instances: Vec<Arc<Instance>>) -> Self {
+        instances.sort_by(|a, b| b.priority.cmp(&a.priority).then(a.name.cmp(b.name)));
+        // Far above any real list; the index of an instance is 16 bits wide.
+        instances.truncate(usize::from(u16::MAX));
+        Self {
+            rewrite: list(&instances, |hooks| &hooks.rewrite),
+            added_rewrite: Box::default(),
+            access: list(&instances, |hooks| &hooks.access),
+            before_proxy: list(&instances, |hooks| &hooks.before_proxy),
+            response: list(&instances, |hooks| &hooks.response),
+            body: list(&instances, |hooks| &hooks.body),
+            log: list(&instances, |hooks| &hooks.log),
+            filtered: instances.iter().any(|instance| instance.filter.is_some()),
+            instances: instances.into(),
+        }
+    }
+
+    /// This plan with a consumer's plugins: each replaces the one of the same name, and the `rewrite` of those that
+    /// are not already here will still run.
+    pub fn with_consumer(&self, consumer: &Consumer) -> Self {
+        let theirs = &consumer.plugins;
+        let mut all: Vec<_> = theirs.to_vec();
+        all.extend(self.instances.iter().filter(|mine| theirs.iter().all(|t| t.name != mine.name)).cloned());
+        let mut plan = Self::new(all);
+        plan.added_rewrite = plan
+            .rewrite
+            .iter()
+            .filter(|(index, _)| {
+                plan.instance(*index).is_some_and(|i| self.instances.iter().all(|mine| mine.name != i.name))
+            })
+            .cloned()
+            .collect();
+        plan
+    }
+
+    /// The plugins in order.
+    pub fn instances(&self) -> &[Arc<Instance>] {
+        &self.instances
+    }
+
+    fn instance(&self, index: u16) -> Option<&Arc<Instance>> {
+        self.instances.get(usize::from(index))
+    }
+
+    /// Whether the plugin takes part in this request: `_meta.filter`, asked once a request.
+    fn takes_part(&self, index: u16, x: &mut Exchange) -> bool {
+        if !self.filtered {
+            return true;
+        }
+        let Some(instance) = self.instance(index) else { return false };
+        let Some(filter) = &instance.filter else { return true };
+        let id = Arc::as_ptr(instance) as usize;
+        if let Some((_, verdict)) = x.slot::<Verdicts>().and_then(|v| v.0.iter().find(|(i, _)| *i == id)) {
+            return *verdict;
+        }
+        let verdict = filter.eval(&**x);
+        if let Some(verdicts) = x.slot_mut::<Verdicts>() {
+            verdicts.0.push((id, verdict));
+        }
+        verdict
+    }
+}
+
+/// What `_meta.filter` said for this request, by instance.
+#[derive(Default)]
+struct Verdicts(SmallVec<[(usize, bool); 4]>);
+
+/// The request phases, in the order in which they run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    GlobalRewrite,
+    Rewrite,
+    AddedRewrite,
+    GlobalAccess,
+    Access,
+}
+
+#[derive(Clone, Copy)]
+struct Cursor {
+    stage: Stage,
+    index: usize,
+}
+
+enum Progress {
+    Forward,
+    Replied,
+    Waits(Arc<Instance>, Arc<dyn Waits>),
+}
+
+/// Merged plans of routes and consumers, kept by each worker. Bounded: when full it starts again.
+#[derive(Default)]
+struct Merged(HashMap<(usize, usize), (Arc<Plan>, Arc<Consumer>, Arc<Plan>)>);
+
+const MERGED_LIMIT: usize = 4096;
+
+impl Merged {
+    fn plan(&mut self, base: Arc<Plan>, consumer: &Arc<Consumer>) -> Arc<Plan> {
+        // The entry holds both, so their addresses cannot be taken by others while it stands.
+        let key = (Arc::as_ptr(&base) as usize, Arc::as_ptr(consumer) as usize);
+        if let Some((_, _, merged)) = self.0.get(&key) {
+            return merged.clone();
+        }
+        if self.0.len() >= MERGED_LIMIT {
+            self.0.clear();
+        }
+        let merged = Arc::new(base.with_consumer(consumer));
+        self.0.insert(key, (base, consumer.clone(), merged.clone()));
+        merged
+    }
+}
+
+/// Runs the plugins of a request around the inner service.
+#[derive(Clone)]
+pub struct PluginChain<S> {
+    inner: S,
+    merged: Rc<RefCell<Merged>>,
+}
+
+impl<S> PluginChain<S> {
+    /// Around `inner`, which forwards the request.
+    pub fn new(inner: S) -> Self {
+        Self { inner, merged: Rc::default() }
+    }
+
+    /// Runs steps until one waits, one answers, or all are done.
+    fn advance(merged: &RefCell<Merged>, x: &mut Exchange, cursor: &mut Cursor) -> Progress {
+        loop {
+            let global = matches!(cursor.stage, Stage::GlobalRewrite | Stage::GlobalAccess);
+            // Taken and put back: a clone would touch a counter that all workers share.
+            let plan = if global { x.global_plan.take() } else { x.plan.take() };
+            let progress = plan.as_ref().and_then(|plan| {
+                let steps = match cursor.stage {
+                    Stage::GlobalRewrite | Stage::Rewrite => &plan.rewrite,
+                    Stage::AddedRewrite => &plan.added_rewrite,
+                    Stage::GlobalAccess | Stage::Access => &plan.access,
+                };
+                run_steps(plan, steps, x, &mut cursor.index)
+            });
+            if global {
+                x.global_plan = plan;
+            } else {
+                x.plan = plan;
+            }
+            if let Some(progress) = progress {
+                return progress;
+            }
+            cursor.index = 0;
+            cursor.stage = match cursor.stage {
+                Stage::GlobalRewrite => Stage::Rewrite,
+                Stage::Rewrite => {
+                    add_consumer(merged, x);
+                    Stage::AddedRewrite
+                }
+                Stage::AddedRewrite => Stage::GlobalAccess,
+                Stage::GlobalAccess => Stage::Access,
+                Stage::Access => return Progress::Forward,
+            };
+        }
+    }
+}
+
+fn add_consumer(merged: &RefCell<Merged>, x: &mut Exchange) {
+    let Some(consumer) = x.consumer.clone().filter(|consumer| !consumer.plugins.is_empty()) else { return };
+    let base = x.plan.take().unwrap_or_default();
+    x.plan = Some(merged.borrow_mut().plan(base, &consumer));
+}
+
+fn run_steps(plan: &Plan, steps: &[(u16, Step)], x: &mut Exchange, index: &mut usize) -> Option<Progress> {
+    while let Some((owner, step)) = steps.get(*index) {
+        *index += 1;
+        if !plan.takes_part(*owner, x) {
+            continue;
+        }
+        let instance = plan.instance(*owner)?;
+        match step {
+            Step::Waits(step) => return Some(Progress::Waits(instance.clone(), step.clone())),
+            Step::Now(step) => {
+                if let Flow::Reply(response) = step.run(x) {
+                    replied(x, instance, response);
+                    return Some(Progress::Replied);
+                }
+            }
+        }
+    }
+    None
+}
+
+/// A plugin answered: notes who, and puts `_meta.error_response` in place of a refusal's body.
+fn replied(x: &mut Exchange, by: &Instance, mut response: http::Response<Body>) {
+    if let Some(own) = &by.error_response
+        && response.status().as_u16() >= 400
+    {
+        *response.body_mut() = Body::from(own.text.to_string());
+        let kind = if own.json { "application/json" } else { "text/plain; charset=utf-8" };
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    x.reply(response, Reason::Plugin);
+    x.error = Some(Error::new(Reason::Plugin).detail(by.name));
+}
+
+/// Runs `before_proxy` of all plugins. True when one of them has answered; the upstream is then not asked.
+pub fn before_proxy(x: &mut Exchange) -> bool {
+    for global in [true, false] {
+        let plan = if global { x.global_plan.take() } else { x.plan.take() };
+        let answered = plan.as_ref().is_some_and(|plan| {
+            plan.before_proxy.iter().any(|(owner, step)| {
+                if !plan.takes_part(*owner, x) {
+                    return false;
+                }
+                match (step.before_proxy(x), plan.instance(*owner)) {
+                    (Flow::Reply(response), Some(instance)) => {
+                        replied(x, instance, response);
+                        true
+                    }
+                    _ => false,
+                }
+            })
+        });
+        if global {
+            x.global_plan = plan;
+        } else {
+            x.plan = plan;
+        }
+        if answered {
+            return true;
+        }
+    }
+    false
+}
+
+/// Runs the response and body phases on the answer.
+fn respond(x: &mut Exchange) {
+    let early = std::mem::take(&mut x.response_headers);
+    for (name, value) in early.iter() {
+        x.response.headers_mut().insert(name.clone(), value.clone());
+    }
+    rescue::proxy_status(x);
+    let plans = [x.global_plan.take(), x.plan.take()];
+    for plan in plans.iter().flatten() {
+        for (owner, step) in &plan.response {
+            if plan.takes_part(*owner, x) {
+                step.response(x);
+            }
+        }
+    }
+    for plan in plans.iter().flatten() {
+        for (owner, step) in &plan.body {
+            if plan.takes_part(*owner, x)
+                && let Some(filter) = step.body(x)
+            {
+                let body = std::mem::take(x.response.body_mut());
+                *x.response.body_mut() = body.filtered(filter);
+                // The length that was announced is not the length any more.
+                x.response.headers_mut().remove(header::CONTENT_LENGTH);
+            }
+        }
+    }
+    let [global, route] = plans;
+    x.global_plan = global;
+    x.plan = route;
+}
+
+/// Runs the log phase. Called when the exchange is over.
+pub(crate) fn log(x: &mut Exchange) {
+    let plans = [x.global_plan.take(), x.plan.take()];
+    for plan in plans.iter().flatten() {
+        for (owner, step) in &plan.log {
+            if plan.takes_part(*owner, x) {
+                step.log(x);
+            }
+        }
+    }
+    let [global, route] = plans;
+    x.global_plan = global;
+    x.plan = route;
+}
+
+fn finish(result: Result<Exchange, Fault>) -> Exchange {
+    let mut x = match result {
+        Ok(x) => x,
+        Err(Fault { mut exchange, error }) => {
+            rescue::rescue(&mut exchange, error);
+            exchange
+        }
+    };
+    respond(&mut x);
+    x
+}
+
+impl<S> Service<Exchange> for PluginChain<S>
+where
+    S: Service<Exchange, Response = Exchange, Error = Fault> + Clone + 'static,
+{
+    type Response = Exchange;
+    type Error = Fault;
+    type Future = ChainFuture<S::Future>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut x: Exchange) -> Self::Future {
+        let mut cursor = Cursor { stage: Stage::GlobalRewrite, index: 0 };
+        match Self::advance(&self.merged, &mut x, &mut cursor) {
+            Progress::Forward if x.answered == crate::exchange::Answered::No => {
+                ChainFuture::Forward { future: self.inner.call(x) }
+            }
+            Progress::Forward | Progress::Replied => ChainFuture::Replied { exchange: Some(x) },
+            Progress::Waits(instance, step) => {
+                let mut inner = self.inner.clone();
+                let merged = self.merged.clone();
+                ChainFuture::Waits {
+                    future: Box::pin(async move {
+                        let mut next = (instance, step);
+                        loop {
+                            let (instance, step) = next;
+                            if let Flow::Reply(response) = step.run(&mut x).await {
+                                replied(&mut x, &instance, response);
+                                return Ok(x);
+                            }
+                            match Self::advance(&merged, &mut x, &mut cursor) {
+                                Progress::Forward => return inner.call(x).await,
+                                Progress::Replied => return Ok(x),
+                                Progress::Waits(instance, step) => next = (instance, step),
+                            }
+                        }
+                    }),
+                }
+            }
+        }
+    }
+}
+
+pin_project! {
+    /// The future of [`PluginChain`].
+    #[project = ChainProjection]
+    pub enum ChainFuture<F> {
+        /// A plugin answered at once.
+        Replied { exchange: Option<Exchange> },
+        /// No plugin waits; the inner service is at work.
+        Forward { #[pin] future: F },
+        /// A plugin waits.
+        Waits { #[pin] future: LocalBox<'static, Result<Exchange, Fault>> },
+    }
+}
+
+impl<F: Future<Output = Result<Exchange, Fault>>> Future for ChainFuture<F> {
+    type Output = Result<Exchange, Fault>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = match self.project() {
+            // Polled after its end: pending for ever is what a finished future may do without a panic.
+            ChainProjection::Replied { exchange } => match exchange.take() {
+                Some(x) => Ok(x),
+                None => return Poll::Pending,
+            },
+            ChainProjection::Forward { future } => ready!(future.poll(cx)),
+            ChainProjection::Waits { future } => ready!(future.poll(cx)),
+        };
+        Poll::Ready(Ok(finish(result)))
+    }
+}
+
+impl State {
+    /// The name of the plugin that answered, if one did.
+    pub fn answered_by_plugin(&self) -> Option<String> {
+        let error = self.error.as_ref().filter(|error| error.reason() == Reason::Plugin)?;
+        error.detail_text().map(str::to_owned)
+    }
+}

@@ -1,0 +1,397 @@
+//! One request and its answer, from the parsed head to the last byte of the response body.
+//!
+//! The exchange travels through the layers by value. When the response leaves, it moves into the response body; when
+//! that ends or is dropped, the exchange is dropped, and its end is told: log phase, access log, metrics. So an
+//! aborted request is counted like any other.
+
+use std::any::{Any, TypeId};
+use std::cell::Cell;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::{Deref, DerefMut};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Request, Response, Uri, request};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use smallvec::SmallVec;
+
+use crate::body::{Body, BodyError};
+use crate::chain::Plan;
+use crate::consumer::Consumer;
+use crate::error::{Error, Reason};
+use crate::target::{Destination, Target};
+use crate::upstream::cluster::Cluster;
+
+/// What is known of the client's connection. Shared by its requests.
+#[derive(Debug)]
+pub struct Conn {
+    /// The other end: the socket's peer, or what a trusted PROXY protocol header says.
+    pub peer: SocketAddr,
+    /// Our end of the socket.
+    pub local: SocketAddr,
+    /// Present when the client speaks TLS.
+    pub tls: Option<Tls>,
+    /// Requests served on this connection so far.
+    pub requests: Cell<u64>,
+    /// Parts of the forwarding fields that are the same for every request of the connection.
+    pub forwarded: ForwardedParts,
+}
+
+/// Header values made once a connection.
+#[derive(Debug)]
+pub struct ForwardedParts {
+    /// The peer's address.
+    pub peer: HeaderValue,
+    /// Our port.
+    pub port: HeaderValue,
+}
+
+impl Conn {
+    /// A connection between these ends.
+    pub fn new(peer: SocketAddr, local: SocketAddr, tls: Option<Tls>) -> Self {
+        // An IPv4 client of an IPv6 socket is still an IPv4 client.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let text = peer.ip().to_string();
+        let forwarded = ForwardedParts {
+            peer: HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("unknown")),
+            port: HeaderValue::from(local.port()),
+        };
+        Self { peer, local, tls, requests: Cell::new(0), forwarded }
+    }
+
+    /// A plain connection.
+    pub fn plain(peer: SocketAddr, local: SocketAddr) -> Self {
+        Self::new(peer, local, None)
+    }
+
+    /// `http` or `https`.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
+    }
+}
+
+/// What the handshake with the client settled.
+#[derive(Debug, Default)]
+pub struct Tls {
+    /// The server name the client asked for, in lower case.
+    pub sni: Option<Box<str>>,
+    /// `TLSv1.2` or `TLSv1.3`.
+    pub version: &'static str,
+    /// The cipher suite's IANA name.
+    pub cipher: &'static str,
+    /// The `ssl` resource that served the handshake.
+    pub ssl_id: Option<Arc<str>>,
+    /// Whether that resource asks for a client certificate (also one that `skip_mtls_uri_regex` may waive).
+    pub asks_client_certificate: bool,
+    /// The client's leaf certificate, verified against `client.ca`.
+    pub client: Option<Box<ClientCertificate>>,
+}
+
+/// The client's certificate, in the words of the `ssl_client_*` variables.
+#[derive(Debug)]
+pub struct ClientCertificate {
+    /// Subject, RFC 2253.
+    pub subject: String,
+    /// Issuer, RFC 2253.
+    pub issuer: String,
+    /// Serial number, hexadecimal.
+    pub serial: String,
+    /// SHA-1 of the certificate, hexadecimal.
+    pub fingerprint: String,
+    /// DER.
+    pub der: Bytes,
+}
+
+/// Who answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Answered {
+    /// Nobody yet.
+    #[default]
+    No,
+    /// The gateway, and why.
+    Gateway(Reason),
+    /// The upstream.
+    Upstream,
+}
+
+/// One attempt to reach a node of the upstream.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// The node's address.
+    pub address: SocketAddr,
+    /// The status it answered, if it did.
+    pub status: Option<u16>,
+    /// From the choice of the node to the response head or the failure.
+    pub took: Duration,
+    /// From the choice of the node to an established connection; zero when one was reused.
+    pub connect: Duration,
+    /// Why it failed.
+    pub failed: Option<Reason>,
+}
+
+/// What plugins changed of the request that goes to the upstream, apart from its header fields.
+#[derive(Debug, Default)]
+pub struct Forward {
+    /// Path and query in place of the client's (`upstream_uri`).
+    pub uri: Option<PathAndQuery>,
+    /// `Host` in place of what `pass_host` says (`upstream_host`).
+    pub host: Option<HeaderValue>,
+    /// Method in place of the client's.
+    pub method: Option<http::Method>,
+}
+
+/// Told when an exchange is over.
+pub trait Finish {
+    /// The response has left, or the exchange was given up.
+    fn finish(&self, exchange: &Exchange);
+}
+
+/// One request and its answer.
+pub struct Exchange(Box<State>);
+
+/// The fields of an [`Exchange`].
+pub struct State {
+    /// The request's head as it is now: the URI in its normal form, the header fields as plugins changed them.
+    pub request: request::Parts,
+    /// The request's body. Taken by whoever forwards it.
+    pub request_body: Body,
+    /// The target as the client wrote it (`request_uri`), where it differs from the normal form.
+    pub original_uri: Option<Uri>,
+    /// The percent-decoded path (`uri`), where it differs from the path of `request.uri`.
+    pub decoded_path: Option<Box<str>>,
+    /// The host asked for, in lower case, without port and trailing dot.
+    pub host: Box<str>,
+    /// The client's connection.
+    pub conn: Rc<Conn>,
+    /// The client's address: the connection's peer, or what trusted forwarding fields say.
+    pub remote_addr: IpAddr,
+    /// When the head was complete.
+    pub started: Instant,
+    /// The matched route and its upstream.
+    pub target: Option<Arc<Target>>,
+    /// The URI pattern of the route that matched.
+    pub matched_uri: Option<Arc<str>>,
+    /// The host pattern of the route that matched.
+    pub matched_host: Option<Arc<str>>,
+    /// The upstream that a plugin chose in place of the route's.
+    pub chosen: Option<Arc<Cluster>>,
+    /// Parameters that the route's URI pattern captured (`uri_param_*`).
+    pub uri_params: SmallVec<[(Box<str>, Box<str>); 2]>,
+    /// The authenticated consumer.
+    pub consumer: Option<Arc<Consumer>>,
+    /// What plugins changed for the upstream.
+    pub forward: Forward,
+    /// Fields that plugins add to whatever answer is sent. Each replaces a field of the same name.
+    pub response_headers: HeaderMap,
+    /// The answer.
+    pub response: Response<Body>,
+    /// Who gave the answer.
+    pub answered: Answered,
+    /// The failure behind the answer, with words for the log.
+    pub error: Option<Error>,
+    /// Attempts to reach the upstream, in order.
+    pub attempts: SmallVec<[Attempt; 1]>,
+    /// Bytes of the response body that were handed to the connection.
+    pub bytes_sent: u64,
+    /// The response body was handed over to its end.
+    pub complete: bool,
+    /// The plugins of every request, by phase.
+    pub global_plan: Option<Arc<Plan>>,
+    /// The plugins of the matched route (and consumer), by phase.
+    pub plan: Option<Arc<Plan>>,
+    slots: SmallVec<[(TypeId, Box<dyn Any>); 2]>,
+    finish: SmallVec<[Rc<dyn Finish>; 4]>,
+}
+
+impl Exchange {
+    /// Starts an exchange with a request whose URI is not yet normalised.
+    pub fn new(request: Request<Body>, conn: Rc<Conn>) -> Self {
+        let (request, request_body) = request.into_parts();
+        let remote_addr = conn.peer.ip();
+        Self(Box::new(State {
+            request,
+            request_body,
+            original_uri: None,
+            decoded_path: None,
+            host: Box::default(),
+            conn,
+            remote_addr,
+            started: Instant::now(),
+            target: None,
+            matched_uri: None,
+            matched_host: None,
+            chosen: None,
+            uri_params: SmallVec::new(),
+            consumer: None,
+            forward: Forward::default(),
+            response_headers: HeaderMap::new(),
+            response: Response::new(Body::Empty),
+            answered: Answered::No,
+            error: None,
+            attempts: SmallVec::new(),
+            bytes_sent: 0,
+            complete: false,
+            global_plan: None,
+            plan: None,
+            slots: SmallVec::new(),
+            finish: SmallVec::new(),
+        }))
+    }
+
+    /// Answers by the gateway itself.
+    pub fn reply(&mut self, response: Response<Body>, reason: Reason) {
+        self.response = response;
+        self.answered = Answered::Gateway(reason);
+    }
+
+    /// Takes the response out to be sent; the exchange goes with its body.
+    pub fn into_response(mut self) -> Response<ResponseBody> {
+        let (parts, body) = std::mem::take(&mut self.response).into_parts();
+        // The head stays readable for the log phase: status and fields, not the extensions.
+        *self.response.status_mut() = parts.status;
+        *self.response.headers_mut() = parts.headers.clone();
+        if body.is_empty() {
+            self.complete = true;
+        }
+        Response::from_parts(parts, ResponseBody { body, exchange: self })
+    }
+}
+
+impl State {
+    /// The path that routes match and `$uri` tells: percent-decoded, normal.
+    pub fn path(&self) -> &str {
+        self.decoded_path.as_deref().unwrap_or_else(|| self.request.uri.path())
+    }
+
+    /// The status that was or will be sent.
+    pub fn status(&self) -> u16 {
+        if self.answered == Answered::No {
+            Reason::ClientClosed.status().as_u16()
+        } else {
+            self.response.status().as_u16()
+        }
+    }
+
+    /// Why the gateway answered by itself, if it did.
+    pub fn reason(&self) -> Option<Reason> {
+        match self.answered {
+            Answered::Gateway(reason) => Some(reason),
+            Answered::Upstream if self.complete => None,
+            Answered::Upstream | Answered::No => Some(Reason::ClientClosed),
+        }
+    }
+
+    /// The upstream that forwards the request: what a plugin chose, else the route's.
+    pub fn cluster(&self) -> Option<&Arc<Cluster>> {
+        self.chosen.as_ref().or_else(|| match &self.target.as_ref()?.destination {
+            Destination::Cluster(cluster) => Some(cluster),
+            Destination::Nothing(_) => None,
+        })
+    }
+
+    /// A value that a plugin keeps from phase to phase.
+    pub fn slot<T: 'static>(&self) -> Option<&T> {
+        let (_, value) = self.slots.iter().find(|(id, _)| *id == TypeId::of::<T>())?;
+        value.downcast_ref()
+    }
+
+    /// As [`slot`](Self::slot), to change it; made by `T::default()` where it is missing.
+    pub fn slot_mut<T: Default + 'static>(&mut self) -> Option<&mut T> {
+        let id = TypeId::of::<T>();
+        let index = match self.slots.iter().position(|(slot, _)| *slot == id) {
+            Some(index) => index,
+            None => {
+                self.slots.push((id, Box::new(T::default())));
+                self.slots.len() - 1
+            }
+        };
+        self.slots.get_mut(index)?.1.downcast_mut()
+    }
+
+    /// Keeps a value for later phases; an older value of the same type goes.
+    pub fn put_slot<T: 'static>(&mut self, value: T) {
+        let id = TypeId::of::<T>();
+        self.slots.retain(|(slot, _)| *slot != id);
+        self.slots.push((id, Box::new(value)));
+    }
+
+    /// Asks to be told when the exchange is over. The last who asked is told first.
+    pub fn on_finish(&mut self, hook: Rc<dyn Finish>) {
+        self.finish.push(hook);
+    }
+}
+
+impl Deref for Exchange {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl DerefMut for Exchange {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.0
+    }
+}
+
+impl fmt::Debug for Exchange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Header fields may hold credentials.
+        write!(f, "{} {}{} -> {:?}", self.request.method, self.host, self.path(), self.answered)
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        // A panic in a log plugin must neither abort the process nor hide the exchange from the others.
+        let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| crate::chain::log(self)));
+        if told.is_err() {
+            tracing::error!("a log phase panicked");
+        }
+        while let Some(hook) = self.0.finish.pop() {
+            hook.finish(self);
+        }
+    }
+}
+
+/// A response body that carries its exchange to the end.
+pub struct ResponseBody {
+    body: Body,
+    exchange: Exchange,
+}
+
+impl HttpBody for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        match &frame {
+            Some(Ok(frame)) => {
+                self.exchange.bytes_sent += frame.data_ref().map_or(0, |data| data.len() as u64);
+                self.exchange.complete = self.body.is_end_stream();
+            }
+            Some(Err(error)) => tracing::debug!(%error, "response body failed"),
+            None => self.exchange.complete = true,
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,247 @@
+//! Who the client is, and what the upstream is told about it.
+//!
+//! Fields that carry trust are removed from clients that are not trusted, in every spelling, before anything reads
+//! them; then our own are set. APISIX `trusted_addresses` and nginx `real_ip_*` say who is trusted and which field
+//! names the client.
+
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use http::header::{HeaderName, HeaderValue};
+use http::{HeaderMap, header};
+use ipnet::IpNet;
+use tower::{Layer, Service};
+
+use crate::error::Fault;
+use crate::exchange::{Exchange, State};
+use crate::stack::HttpService;
+
+const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+
+/// Prefixes and names, with `-` for `_`, of fields that only the gateway may set.
+const OURS: &[&str] =
+    &["x-consumer-", "x-credential-", "x-userinfo", "x-forwarded-client-cert", "x-real-ip", "x-forwarded-"];
+
+/// How the client's address is found. nginx `real_ip_header`, `real_ip_recursive`, `set_real_ip_from`.
+#[derive(Clone, Debug)]
+pub struct RealIp {
+    /// The field that names the client.
+    pub header: HeaderName,
+    /// Peers whose field is believed.
+    pub from: Vec<IpNet>,
+    /// Look past trusted addresses in a list, from the right.
+    pub recursive: bool,
+}
+
+/// What the layer needs to know.
+#[derive(Clone, Debug, Default)]
+pub struct Forwarding {
+    /// Peers whose `X-Forwarded-*` are kept. APISIX `trusted_addresses`.
+    pub trusted: Vec<IpNet>,
+    /// Where the client's address comes from.
+    pub real_ip: Option<RealIp>,
+}
+
+/// Makes [`Forwarded`].
+#[derive(Clone)]
+pub struct ForwardedLayer(Rc<Forwarding>);
+
+impl ForwardedLayer {
+    /// By these rules.
+    pub fn new(forwarding: Forwarding) -> Self {
+        Self(Rc::new(forwarding))
+    }
+}
+
+impl<S> Layer<S> for ForwardedLayer {
+    type Service = Forwarded<S>;
+
+    fn layer(&self, inner: S) -> Forwarded<S> {
+        Forwarded { inner, forwarding: self.0.clone() }
+    }
+}
+
+/// Settles the client's address and the forwarding fields.
+#[derive(Clone)]
+pub struct Forwarded<S> {
+    inner: S,
+    forwarding: Rc<Forwarding>,
+}
+
+impl<S: HttpService> Service<Exchange> for Forwarded<S> {
+    type Response = Exchange;
+    type Error = Fault;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut x: Exchange) -> S::Future {
+        settle(&mut x, &self.forwarding);
+        self.inner.call(x)
+    }
+}
+
+fn settle(x: &mut State, forwarding: &Forwarding) {
+    let peer = x.conn.peer.ip();
+    if let Some(rule) = &forwarding.real_ip
+        && contains(&rule.from, peer)
+        && let Some(client) = client_of(&x.request.headers, rule)
+    {
+        x.remote_addr = client;
+    }
+    let trusted = contains(&forwarding.trusted, peer);
+    if !trusted {
+        remove_ours(&mut x.request.headers);
+    }
+    let same = x.remote_addr == peer;
+    let conn = x.conn.clone();
+    let real_ip = if same { conn.forwarded.peer.clone() } else { address(x.remote_addr) };
+    let proto = HeaderValue::from_static(conn.scheme());
+    let host = x.request.headers.get(header::HOST).cloned();
+    let headers = &mut x.request.headers;
+    match headers.get_mut(&X_FORWARDED_FOR) {
+        Some(before) => {
+            let list = [before.as_bytes(), b", ", real_ip.as_bytes()].concat();
+            if let Ok(list) = HeaderValue::from_bytes(&list) {
+                *before = list;
+            }
+        }
+        None => {
+            headers.insert(X_FORWARDED_FOR, real_ip.clone());
+        }
+    }
+    headers.insert(X_REAL_IP, real_ip);
+    // A trusted proxy in front of us knows better than we do how the client came.
+    headers.entry(X_FORWARDED_PROTO).or_insert(proto);
+    if let Some(host) = host {
+        headers.entry(X_FORWARDED_HOST).or_insert(host);
+    }
+    headers.entry(X_FORWARDED_PORT).or_insert_with(|| conn.forwarded.port.clone());
+}
+
+fn contains(nets: &[IpNet], address: IpAddr) -> bool {
+    nets.iter().any(|net| net.contains(&address))
+}
+
+fn address(address: IpAddr) -> HeaderValue {
+    HeaderValue::try_from(address.to_string()).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+}
+
+/// The client's address as the believed field says it: the last of the list, or with `recursive` the last one that
+/// is not itself trusted.
+fn client_of(headers: &HeaderMap, rule: &RealIp) -> Option<IpAddr> {
+    let mut client = None;
+    for field in headers.get_all(&rule.header).iter().rev() {
+        for part in field.to_str().ok()?.rsplit(',') {
+            let address = parse_address(part.trim())?;
+            client = Some(address);
+            if !rule.recursive || !contains(&rule.from, address) {
+                return client;
+            }
+        }
+    }
+    client
+}
+
+/// An address with or without port: `10.0.0.1`, `10.0.0.1:80`, `::1`, `[::1]:80`.
+fn parse_address(text: &str) -> Option<IpAddr> {
+    text.parse()
+        .ok()
+        .or_else(|| text.parse::<std::net::SocketAddr>().ok().map(|address| address.ip()))
+        .or_else(|| text.strip_prefix('[')?.strip_suffix(']')?.parse().ok())
+}
+
+/// Whether only the gateway may set this field. `_` and `-` are the same to many servers behind us.
+fn is_ours(name: &str) -> bool {
+    name.starts_with(['x', 'X'])
+        && OURS.iter().any(|ours| {
+            name.len() >= ours.len()
+                && name.bytes().zip(ours.bytes()).all(|(a, b)| a == b || (a == b'_' && b == b'-'))
+                && (ours.ends_with('-') || name.len() == ours.len())
+        })
+}
+
+fn remove_ours(headers: &mut HeaderMap) {
+    if !headers.keys().any(|name| is_ours(name.as_str())) {
+        return;
+    }
+    let names: Vec<_> = headers.keys().filter(|name| is_ours(name.as_str())).cloned().collect();
+    for name in names {
+        headers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+    use crate::testing::exchange;
+
+    fn nets(text: &str) -> Vec<IpNet> {
+        text.split_whitespace().map(|net| net.parse().unwrap()).collect()
+    }
+
+    fn got<'a>(x: &'a Exchange, name: &str) -> &'a str {
+        x.request.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    #[test]
+    fn a_client_that_is_not_trusted_cannot_say_who_it_is() {
+        for spelling in [
+            "x-forwarded-for",
+            "x_forwarded_for",
+            "x-real-ip",
+            "x_real-ip",
+            "x-consumer-username",
+            "x_userinfo",
+        ] {
+            let mut x = exchange("GET", "http://a/").header(spelling, "6.6.6.6").peer("9.9.9.9").build();
+            settle(&mut x, &Forwarding::default());
+            let values: Vec<_> = x.request.headers.values().filter(|v| *v == "6.6.6.6").collect();
+            assert!(values.is_empty(), "{spelling} passed: {:?}", x.request.headers);
+            assert_eq!(got(&x, "x-forwarded-for"), "9.9.9.9");
+            assert_eq!(got(&x, "x-real-ip"), "9.9.9.9");
+            assert_eq!(got(&x, "x-forwarded-proto"), "http");
+            assert_eq!(got(&x, "x-forwarded-port"), "9080");
+        }
+    }
+
+    #[test]
+    fn a_trusted_proxy_is_believed_and_appended_to() {
+        let forwarding = Forwarding { trusted: nets("10.0.0.0/8"), real_ip: None };
+        let mut x = exchange("GET", "http://a/")
+            .header("x-forwarded-for", "1.2.3.4")
+            .header("x-forwarded-proto", "https")
+            .peer("10.1.1.1")
+            .build();
+        settle(&mut x, &forwarding);
+        assert_eq!(got(&x, "x-forwarded-for"), "1.2.3.4, 10.1.1.1");
+        assert_eq!(got(&x, "x-forwarded-proto"), "https");
+    }
+
+    #[test]
+    fn the_client_is_the_last_address_that_is_not_a_proxy() {
+        let rule = |recursive| RealIp { header: X_FORWARDED_FOR, from: nets("10.0.0.0/8"), recursive };
+        let cases = [
+            ("1.1.1.1, 2.2.2.2, 10.0.0.9", true, "2.2.2.2"),
+            ("1.1.1.1, 2.2.2.2, 10.0.0.9", false, "10.0.0.9"),
+            ("[2001:db8::1]:443, 10.0.0.9", true, "2001:db8::1"),
+            ("10.0.0.7, 10.0.0.9", true, "10.0.0.7"),
+            ("nonsense", true, "10.0.0.1"),
+        ];
+        for (list, recursive, client) in cases {
+            let forwarding = Forwarding { trusted: nets("10.0.0.0/8"), real_ip: Some(rule(recursive)) };
+            let mut x = exchange("GET", "http://a/").header("x-forwarded-for", list).peer("10.0.0.1").build();
+            settle(&mut x, &forwarding);
+            assert_eq!(x.remote_addr.to_string(), client, "{list} recursive {recursive}");
+        }
+    }
+}

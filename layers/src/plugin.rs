@@ -1,0 +1,367 @@
+//! The plugin interface: one small trait per phase, and a [`Definition`] that registers for the phases it needs.
+//!
+//! Phases run in APISIX's order: `rewrite` of all plugins, then `access` of all, `before_proxy` once a node is chosen,
+//! `response` and `body` on the way back in the same order, `log` when all is over. `build` does everything that can
+//! fail or cost; a request constructs no regex, parses no JSON and formats no constant.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use config::error::ConfigError;
+use config::id::ResourceKey;
+use http::{Response, StatusCode, header};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::body::{Body, BodyFilter};
+use crate::carry::Carry;
+use crate::consumer::Consumers;
+use crate::exchange::Exchange;
+use crate::local::LocalBox;
+use crate::upstream::cluster::Cluster;
+
+/// What a plugin says after a request phase.
+pub enum Flow {
+    /// Go on.
+    Next,
+    /// Answer now. The upstream is not asked; response and log phases still run.
+    Reply(Response<Body>),
+}
+
+impl Flow {
+    /// Answers with a JSON body.
+    pub fn json(status: StatusCode, body: &impl Serialize) -> Self {
+        let text = serde_json::to_string(body).unwrap_or_default();
+        let mut response = Response::new(Body::from(text));
+        *response.status_mut() = status;
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+        Self::Reply(response)
+    }
+
+    /// Answers with `{"message": ...}`, the form of APISIX's own refusals.
+    pub fn message(status: StatusCode, message: &str) -> Self {
+        Self::json(status, &serde_json::json!({ "message": message }))
+    }
+
+    /// Answers with a status and no body.
+    pub fn status(status: StatusCode) -> Self {
+        let mut response = Response::new(Body::Empty);
+        *response.status_mut() = status;
+        Self::Reply(response)
+    }
+}
+
+/// Runs before the route's upstream is settled: authentication, rewriting.
+pub trait Rewrite: Send + Sync + 'static {
+    /// May change the request or answer it.
+    fn rewrite(&self, x: &mut Exchange) -> Flow;
+}
+
+/// As [`Rewrite`], for a plugin that waits for something. It names its own deadline.
+pub trait RewriteWaits: Send + Sync + 'static {
+    /// May change the request or answer it.
+    fn rewrite(&self, x: &mut Exchange) -> impl Future<Output = Flow>;
+}
+
+/// Runs after every plugin's `rewrite`: limits, restrictions.
+pub trait Access: Send + Sync + 'static {
+    /// May change the request or answer it.
+    fn access(&self, x: &mut Exchange) -> Flow;
+}
+
+/// As [`Access`], for a plugin that waits for something. It names its own deadline.
+pub trait AccessWaits: Send + Sync + 'static {
+    /// May change the request or answer it.
+    fn access(&self, x: &mut Exchange) -> impl Future<Output = Flow>;
+}
+
+/// Runs when the first node is chosen, once a request.
+pub trait BeforeProxy: Send + Sync + 'static {
+    /// May change the request or answer it.
+    fn before_proxy(&self, x: &mut Exchange) -> Flow;
+}
+
+/// Runs on the head of every answer, the upstream's or our own.
+pub trait OnResponse: Send + Sync + 'static {
+    /// May change status and fields of `x.response`.
+    fn response(&self, x: &mut Exchange);
+}
+
+/// Filters the answer's body.
+pub trait OnBody: Send + Sync + 'static {
+    /// Returns a filter for this answer, or nothing to let it pass. Called after every plugin's `response`.
+    fn body(&self, x: &mut Exchange) -> Option<Box<dyn BodyFilter>>;
+}
+
+/// Runs when all is over.
+pub trait OnLog: Send + Sync + 'static {
+    /// Must not wait; sends what it has to tell by a bounded channel.
+    fn log(&self, x: &Exchange);
+}
+
+/// What a plugin is: its name, place in the order, settings, and how an object of it is made.
+pub trait Definition: Sized + 'static {
+    /// APISIX's name.
+    const NAME: &'static str;
+    /// APISIX's default priority; the highest runs first.
+    const PRIORITY: i32;
+    /// The settings. Their schema and documentation are the plugin's.
+    type Config: DeserializeOwned + Serialize + JsonSchema;
+
+    /// What the plugin has besides its settings: consumer settings, metadata.
+    fn extend(_extras: &mut Extras) {}
+
+    /// Checks what the types cannot say. All errors, with pointers into the settings.
+    fn check(_config: &Self::Config) -> Vec<ConfigError> {
+        Vec::new()
+    }
+
+    /// Compiles the settings and registers for phases.
+    ///
+    /// # Errors
+    /// The setting that cannot work, by its JSON pointer; the object that holds the plugin is refused.
+    fn build(config: Self::Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError>;
+}
+
+/// A typed check that returns the settings with their defaults.
+pub type Check = fn(&Value) -> Result<Value, Vec<ConfigError>>;
+
+/// How a consumer's settings name the consumer: the key under which a request's credential finds it.
+pub type ConsumerKey = fn(&Value) -> Option<String>;
+
+/// What a plugin has besides its settings.
+#[derive(Default)]
+pub struct Extras {
+    pub(crate) consumer: Option<(Check, fn() -> Value, ConsumerKey)>,
+    pub(crate) metadata: Option<(Check, fn() -> Value)>,
+}
+
+impl Extras {
+    /// The plugin authenticates: consumers and credentials carry settings of type `C`, found by `key`.
+    pub fn consumer<C: DeserializeOwned + Serialize + JsonSchema>(&mut self, key: ConsumerKey) {
+        self.consumer = Some((check_type::<C>, schema_of::<C>, key));
+    }
+
+    /// The plugin has settings for the whole gateway (`plugin_metadata`).
+    pub fn metadata<M: DeserializeOwned + Serialize + JsonSchema>(&mut self) {
+        self.metadata = Some((check_type::<M>, schema_of::<M>));
+    }
+}
+
+fn check_type<T: DeserializeOwned + Serialize + JsonSchema>(
+    value: &Value,
+) -> Result<Value, Vec<ConfigError>> {
+    config::typed::parse::<T>(value).and_then(|typed| config::typed::to_value(&typed).map_err(|e| vec![e]))
+}
+
+fn schema_of<T: JsonSchema>() -> Value {
+    config::typed::schema_of::<T>()
+}
+
+/// A plugin of the catalogue, without its type.
+#[derive(Clone, Copy)]
+pub struct Registration {
+    /// APISIX's name.
+    pub name: &'static str,
+    /// Default priority.
+    pub priority: i32,
+    /// Checks settings and fills in defaults.
+    pub check: Check,
+    /// The JSON Schema of the settings.
+    pub schema: fn() -> Value,
+    /// Makes the phases of one object.
+    pub build: fn(&Value, &BuildEnv<'_>, &mut Hooks) -> Result<(), Vec<ConfigError>>,
+    /// What else the plugin has.
+    pub extras: fn() -> Extras,
+}
+
+impl Registration {
+    /// The entry of `D`.
+    pub fn of<D: Definition>() -> Self {
+        Self {
+            name: D::NAME,
+            priority: D::PRIORITY,
+            check: check_plugin::<D>,
+            schema: schema_of::<D::Config>,
+            build: build_plugin::<D>,
+            extras: || {
+                let mut extras = Extras::default();
+                D::extend(&mut extras);
+                extras
+            },
+        }
+    }
+}
+
+fn parse_plugin<D: Definition>(value: &Value) -> Result<D::Config, Vec<ConfigError>> {
+    let config = config::typed::parse::<D::Config>(value)?;
+    let errors = D::check(&config);
+    if errors.is_empty() { Ok(config) } else { Err(errors) }
+}
+
+fn check_plugin<D: Definition>(value: &Value) -> Result<Value, Vec<ConfigError>> {
+    config::typed::to_value(&parse_plugin::<D>(value)?).map_err(|error| vec![error])
+}
+
+fn build_plugin<D: Definition>(
+    value: &Value,
+    env: &BuildEnv<'_>,
+    hooks: &mut Hooks,
+) -> Result<(), Vec<ConfigError>> {
+    D::build(parse_plugin::<D>(value)?, env, hooks).map_err(|error| vec![error])
+}
+
+/// Where plugins find upstreams of their own (`traffic-split`).
+pub trait Upstreams {
+    /// The upstream resource of that id; it lives on through its edits.
+    ///
+    /// # Errors
+    /// There is none.
+    fn by_id(&self, id: &str) -> Result<Arc<Cluster>, ConfigError>;
+
+    /// An upstream written inline, kept over reloads under `name` while its owner keeps it.
+    ///
+    /// # Errors
+    /// It cannot work as it is written.
+    fn inline(&self, name: &str, upstream: &Value) -> Result<Arc<Cluster>, ConfigError>;
+}
+
+/// What a plugin may use while it is built.
+pub struct BuildEnv<'a> {
+    /// The resource that holds the plugin.
+    pub owner: &'a ResourceKey,
+    /// The plugin's `plugin_metadata`, if there is any.
+    pub metadata: Option<&'a Value>,
+    /// The plugin's `plugin_attr` of `config.yaml`, if there is any.
+    pub attr: Option<&'a Value>,
+    /// Keeps state over reloads.
+    pub carry: &'a Carry,
+    /// The published consumers.
+    pub consumers: &'a Consumers,
+    /// Upstreams.
+    pub upstreams: &'a dyn Upstreams,
+    /// Shared metrics.
+    pub metrics: &'a Arc<crate::telemetry::metrics::Metrics>,
+    /// The control runtime, for work that is not a request's.
+    pub control: &'a tokio::runtime::Handle,
+}
+
+/// A phase step that may wait.
+pub(crate) trait Waits: Send + Sync {
+    fn run<'a>(&'a self, x: &'a mut Exchange) -> LocalBox<'a, Flow>;
+}
+
+struct RewriteErased<P>(Arc<P>);
+
+impl<P: RewriteWaits> Waits for RewriteErased<P> {
+    fn run<'a>(&'a self, x: &'a mut Exchange) -> LocalBox<'a, Flow> {
+        Box::pin(self.0.rewrite(x))
+    }
+}
+
+struct AccessErased<P>(Arc<P>);
+
+impl<P: AccessWaits> Waits for AccessErased<P> {
+    fn run<'a>(&'a self, x: &'a mut Exchange) -> LocalBox<'a, Flow> {
+        Box::pin(self.0.access(x))
+    }
+}
+
+struct RewriteNow<P>(Arc<P>);
+struct AccessNow<P>(Arc<P>);
+
+/// A phase step that never waits.
+pub(crate) trait Now: Send + Sync {
+    fn run(&self, x: &mut Exchange) -> Flow;
+}
+
+impl<P: Rewrite> Now for RewriteNow<P> {
+    fn run(&self, x: &mut Exchange) -> Flow {
+        self.0.rewrite(x)
+    }
+}
+
+impl<P: Access> Now for AccessNow<P> {
+    fn run(&self, x: &mut Exchange) -> Flow {
+        self.0.access(x)
+    }
+}
+
+/// One plugin's part in `rewrite` or `access`.
+#[derive(Clone)]
+pub(crate) enum Step {
+    Now(Arc<dyn Now>),
+    Waits(Arc<dyn Waits>),
+}
+
+/// The phases that one plugin object takes part in. Filled by [`Definition::build`].
+#[derive(Default)]
+pub struct Hooks {
+    pub(crate) rewrite: Vec<Step>,
+    pub(crate) access: Vec<Step>,
+    pub(crate) before_proxy: Vec<Arc<dyn BeforeProxy>>,
+    pub(crate) response: Vec<Arc<dyn OnResponse>>,
+    pub(crate) body: Vec<Arc<dyn OnBody>>,
+    pub(crate) log: Vec<Arc<dyn OnLog>>,
+}
+
+impl Hooks {
+    /// Takes part in `rewrite`.
+    pub fn rewrite<P: Rewrite>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.rewrite.push(Step::Now(Arc::new(RewriteNow(plugin.into()))));
+    }
+
+    /// Takes part in `rewrite` and may wait there.
+    pub fn rewrite_waits<P: RewriteWaits>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.rewrite.push(Step::Waits(Arc::new(RewriteErased(plugin.into()))));
+    }
+
+    /// Takes part in `access`.
+    pub fn access<P: Access>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.access.push(Step::Now(Arc::new(AccessNow(plugin.into()))));
+    }
+
+    /// Takes part in `access` and may wait there.
+    pub fn access_waits<P: AccessWaits>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.access.push(Step::Waits(Arc::new(AccessErased(plugin.into()))));
+    }
+
+    /// Takes part in `before_proxy`.
+    pub fn before_proxy<P: BeforeProxy>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.before_proxy.push(plugin.into());
+    }
+
+    /// Sees the head of every answer.
+    pub fn response<P: OnResponse>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.response.push(plugin.into());
+    }
+
+    /// May filter the answer's body.
+    pub fn body<P: OnBody>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.body.push(plugin.into());
+    }
+
+    /// Is told when all is over.
+    pub fn log<P: OnLog>(&mut self, plugin: impl Into<Arc<P>>) {
+        self.log.push(plugin.into());
+    }
+
+    /// The phases, as `postern explain` and the plugin documentation name them.
+    pub fn phases(&self) -> Vec<&'static str> {
+        [
+            ("rewrite", self.rewrite.is_empty()),
+            ("access", self.access.is_empty()),
+            ("before_proxy", self.before_proxy.is_empty()),
+            ("header_filter", self.response.is_empty()),
+            ("body_filter", self.body.is_empty()),
+            ("log", self.log.is_empty()),
+        ]
+        .into_iter()
+        .filter_map(|(name, empty)| (!empty).then_some(name))
+        .collect()
+    }
+}

@@ -1,0 +1,4 @@
+//! What the gateway tells of itself.
+
+pub mod metrics;
+pub mod time;

@@ -1,0 +1,59 @@
+//! Times as log formats write them. UTC, as everything the gateway writes.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const MONTHS: [&str; 12] =
+    ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
+/// Year, month, day, hour, minute, second.
+fn civil(time: SystemTime) -> (i64, usize, u64, u64, u64, u64) {
+    let total = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (days, rest) = ((total / 86_400) as i64, total % 86_400);
+    // Days to a date by eras of 400 years that begin on 1 March, so that leap days come last.
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = (day_of_year - (153 * month_from_march + 2) / 5 + 1) as u64;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + i64::from(month <= 2);
+    (year, month as usize, day, rest / 3_600, rest / 60 % 60, rest % 60)
+}
+
+/// `2026-11-21T03:04:05+00:00`, nginx `$time_iso8601`.
+pub fn iso8601(time: SystemTime) -> String {
+    let (year, month, day, hour, minute, second) = civil(time);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}+00:00")
+}
+
+/// `21/Nov/2026:03:04:05 +0000`, nginx `$time_local`.
+pub fn common_log(time: SystemTime) -> String {
+    let (year, month, day, hour, minute, second) = civil(time);
+    let name = MONTHS.get(month - 1).copied().unwrap_or("Jan");
+    format!("{day:02}/{name}/{year:04}:{hour:02}:{minute:02}:{second:02} +0000")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let cases = [
+            (0, "1970-01-01T00:00:00+00:00", "01/Jan/1970:00:00:00 +0000"),
+            (951_782_400, "2000-02-29T00:00:00+00:00", "29/Feb/2000:00:00:00 +0000"),
+            (1_763_694_245, "2025-11-21T03:04:05+00:00", "21/Nov/2025:03:04:05 +0000"),
+            (4_107_542_399, "2100-02-28T23:59:59+00:00", "28/Feb/2100:23:59:59 +0000"),
+            (4_107_542_400, "2100-03-01T00:00:00+00:00", "01/Mar/2100:00:00:00 +0000"),
+        ];
+        for (seconds, iso, common) in cases {
+            let time = UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(iso8601(time), iso);
+            assert_eq!(common_log(time), common);
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! What tests of layers, plugins and roles need: exchanges, an inner service that answers at once, and the run of one
+//! plugin around it.
+
+use std::future::{Ready, ready};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use config::error::ConfigError;
+use config::id::{Kind, ResourceKey};
+use http::{HeaderValue, Request};
+use serde_json::Value;
+use tower::Service;
+
+use crate::body::Body;
+use crate::carry::Carry;
+use crate::chain::{Instance, Plan, PluginChain, Source};
+use crate::consumer::Consumers;
+use crate::error::{Error, Fault};
+use crate::exchange::{Answered, Conn, Exchange};
+use crate::plugin::{BuildEnv, Definition, Hooks, Registration, Upstreams};
+use crate::upstream::cluster::Cluster;
+
+/// Starts an exchange for a test.
+pub fn exchange(method: &str, uri: &str) -> ExchangeBuilder {
+    let peer = SocketAddr::from(([127, 0, 0, 1], 40_000));
+    ExchangeBuilder {
+        request: Request::builder().method(method).uri(uri),
+        body: Body::Empty,
+        conn: Conn::plain(peer, SocketAddr::from(([127, 0, 0, 1], 9_080))),
+    }
+}
+
+/// Builds an exchange for a test.
+pub struct ExchangeBuilder {
+    request: http::request::Builder,
+    body: Body,
+    conn: Conn,
+}
+
+impl ExchangeBuilder {
+    /// Adds a header field.
+    #[must_use]
+    pub fn header(mut self, name: &str, value: &str) -> Self {
+        self.request = self.request.header(name, value);
+        self
+    }
+
+    /// Sets the body.
+    #[must_use]
+    pub fn body(mut self, body: impl Into<Body>) -> Self {
+        self.body = body.into();
+        self
+    }
+
+    /// Sets the client's address.
+    #[must_use]
+    pub fn peer(mut self, address: &str) -> Self {
+        let ip = address.parse().expect("an IP address");
+        self.conn = Conn::plain(SocketAddr::new(ip, 40_000), self.conn.local);
+        self
+    }
+
+    /// The exchange, as the route look-up sees it: host and path are settled.
+    pub fn build(self) -> Exchange {
+        let request = self.request.body(self.body).expect("a well-formed request");
+        let mut x = Exchange::new(request, Rc::new(self.conn));
+        x.host = x.request.uri.host().unwrap_or("localhost").to_ascii_lowercase().into();
+        x
+    }
+}
+
+/// A service that answers at once by a function.
+#[derive(Clone)]
+pub struct ServiceFn<F>(F);
+
+/// An inner service made of `answer`. It marks the exchange as answered by the upstream.
+pub fn service<F>(answer: F) -> ServiceFn<F>
+where
+    F: Fn(&mut Exchange) -> Result<(), Error> + Clone + 'static,
+{
+    ServiceFn(answer)
+}
+
+impl<F> Service<Exchange> for ServiceFn<F>
+where
+    F: Fn(&mut Exchange) -> Result<(), Error> + Clone + 'static,
+{
+    type Response = Exchange;
+    type Error = Fault;
+    type Future = Ready<Result<Exchange, Fault>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut x: Exchange) -> Self::Future {
+        match (self.0)(&mut x) {
+            Ok(()) => {
+                x.answered = Answered::Upstream;
+                ready(Ok(x))
+            }
+            Err(error) => ready(Err(Fault { exchange: x, error })),
+        }
+    }
+}
+
+/// Upstreams of a test: none by id; inline ones cannot be made.
+struct NoUpstreams;
+
+impl Upstreams for NoUpstreams {
+    fn by_id(&self, id: &str) -> Result<Arc<Cluster>, ConfigError> {
+        Err(ConfigError::invalid("", format!("there is no upstream {id} in this test")))
+    }
+
+    fn inline(&self, name: &str, _: &Value) -> Result<Arc<Cluster>, ConfigError> {
+        Err(ConfigError::invalid("", format!("{name}: there are no upstreams in this test")))
+    }
+}
+
+/// What plugins of a test are built with, and what they share.
+#[derive(Default)]
+pub struct TestEnv {
+    /// Kept over "reloads" of one test.
+    pub carry: Carry,
+    /// Known consumers.
+    pub consumers: Consumers,
+    /// The plugin's metadata.
+    pub metadata: Option<Value>,
+    /// Metrics.
+    pub metrics: Arc<crate::telemetry::metrics::Metrics>,
+}
+
+impl TestEnv {
+    /// Builds `D` with these settings, as if routes/1 held it. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// As the plugin says.
+    pub fn build<D: Definition>(&self, config: &Value) -> Result<Instance, Vec<ConfigError>> {
+        let owner = ResourceKey::new(Kind::Route, "1");
+        let env = BuildEnv {
+            owner: &owner,
+            metadata: self.metadata.as_ref(),
+            attr: None,
+            carry: &self.carry,
+            consumers: &self.consumers,
+            upstreams: &NoUpstreams,
+            metrics: &self.metrics,
+            control: &tokio::runtime::Handle::current(),
+        };
+        let mut hooks = Hooks::default();
+        (Registration::of::<D>().build)(config, &env, &mut hooks)?;
+        Ok(Instance {
+            name: D::NAME,
+            priority: D::PRIORITY,
+            source: Source("routes/1".into()),
+            filter: None,
+            error_response: None,
+            hooks,
+        })
+    }
+
+    /// A plugin chain of `D` around an upstream that answers 200 with the fields and body that `answer` sets.
+    ///
+    /// # Errors
+    /// As the plugin says.
+    pub fn chain<D: Definition, F>(&self, config: &Value, answer: F) -> Result<TestChain<F>, Vec<ConfigError>>
+    where
+        F: Fn(&mut Exchange) -> Result<(), Error> + Clone + 'static,
+    {
+        let plan = Arc::new(Plan::new(vec![Arc::new(self.build::<D>(config)?)]));
+        Ok(TestChain { plan, chain: PluginChain::new(service(answer)) })
+    }
+}
+
+/// One plugin around an upstream of a test.
+pub struct TestChain<F> {
+    plan: Arc<Plan>,
+    chain: PluginChain<ServiceFn<F>>,
+}
+
+impl<F> TestChain<F>
+where
+    F: Fn(&mut Exchange) -> Result<(), Error> + Clone + 'static,
+{
+    /// Sends one exchange through the plugin. `before_proxy` runs too, as if a node had been chosen.
+    pub async fn run(&mut self, mut x: Exchange) -> Exchange {
+        x.plan = Some(self.plan.clone());
+        match self.chain.call(x).await {
+            Ok(x) => x,
+            Err(fault) => fault.exchange,
+        }
+    }
+}
+
+/// The text of a header field of the answer, empty where there is none.
+pub fn field<'a>(x: &'a Exchange, name: &str) -> &'a str {
+    x.response.headers().get(name).map(HeaderValue::to_str).and_then(Result::ok).unwrap_or_default()
+}
+
+/// The whole body of the answer.
+pub async fn text(x: &mut Exchange) -> String {
+    let bytes = x.response.body_mut().collect_up_to(1 << 20).await.expect("a readable body");
+    String::from_utf8_lossy(&bytes).into_owned()
+}

@@ -1,0 +1,3 @@
+//! Upstreams: which node, which connection, how often.
+
+pub mod cluster;
