@@ -506,7 +506,7 @@ fn at(pointer: &str, error: ExprError) -> ConfigError {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
+    #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
     use std::collections::BTreeMap;
 

@@ -20,4 +20,5 @@ pub use error::{ConfigError, ErrorKind};
 pub use expr::Expr;
 pub use id::{Id, Kind, ResourceKey};
 pub use plugin_catalog::{PluginCatalog, PluginSchema};
+pub use template::Template;
 pub use var::{Var, Vars};
