@@ -1,0 +1,187 @@
+//! What is known about one address of an upstream, shared by all workers and kept while the address stays.
+//!
+//! Workers touch only atomics here. The value outlives edits of the upstream and changes of the name it came
+//! from, so health, latency and the number of requests under way are not forgotten by a reload.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use http::HeaderValue;
+
+use super::ewma::Latency;
+use super::health::Health;
+
+/// Numbers endpoints for connection pools and tried sets; never reused in a process.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// What makes two endpoints the same over edits and DNS changes. The host counts, because two names that
+/// share an address may be two services.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointKey {
+    pub addr: SocketAddr,
+    pub host: Arc<str>,
+}
+
+/// The shared state of one endpoint.
+#[derive(Debug)]
+pub struct EndpointState {
+    id: u64,
+    key: EndpointKey,
+    host_only: HeaderValue,
+    host_and_port: HeaderValue,
+    counters: Counters,
+    /// Latency average for `ewma`.
+    pub latency: Latency,
+    /// Health counters and verdict.
+    pub health: Health,
+}
+
+/// On its own cache line: the rest of the state is read much more often than it is written.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Counters {
+    active: AtomicU32,
+    requests: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl EndpointState {
+    /// A fresh endpoint: healthy, idle, with no latency known.
+    pub fn new(key: EndpointKey) -> Self {
+        let host = &*key.host;
+        // A colon in a host without brackets is an IPv6 address.
+        let bare =
+            if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() };
+        let full = format!("{bare}:{}", key.addr.port());
+        // Hosts are checked when configuration is read; an address is always a valid field value.
+        let value = |text: &str| {
+            HeaderValue::from_str(text)
+                .or_else(|_| HeaderValue::from_str(&key.addr.to_string()))
+                .unwrap_or(HeaderValue::from_static("localhost"))
+        };
+        Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            host_only: value(&bare),
+            host_and_port: value(&full),
+            key,
+            counters: Counters::default(),
+            latency: Latency::default(),
+            health: Health::default(),
+        }
+    }
+
+    /// Unique in the process.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.key.addr
+    }
+
+    /// The host as configured: an address or the name this address came from.
+    pub fn host(&self) -> &Arc<str> {
+        &self.key.host
+    }
+
+    pub fn key(&self) -> &EndpointKey {
+        &self.key
+    }
+
+    /// The `Host` to send for `pass_host: node`: with the port unless it is `default_port`.
+    pub fn authority(&self, default_port: u16) -> &HeaderValue {
+        if self.key.addr.port() == default_port { &self.host_only } else { &self.host_and_port }
+    }
+
+    /// Requests under way, on all workers.
+    pub fn active(&self) -> u32 {
+        self.counters.active.load(Ordering::Relaxed)
+    }
+
+    /// Attempts sent here since the endpoint appeared.
+    pub fn requests(&self) -> u64 {
+        self.counters.requests.load(Ordering::Relaxed)
+    }
+
+    /// Attempts that failed before a response head.
+    pub fn failures(&self) -> u64 {
+        self.counters.failures.load(Ordering::Relaxed)
+    }
+
+    /// Count an attempt that failed before a response head.
+    pub fn failed(&self) {
+        self.counters.failures.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Display for EndpointState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.key.addr.fmt(f)
+    }
+}
+
+/// A picked endpoint. It counts as active until this is dropped, which is when the response body has ended.
+#[derive(Debug)]
+pub struct Picked(Arc<EndpointState>);
+
+impl Picked {
+    /// Count a request on `endpoint`.
+    pub fn new(endpoint: Arc<EndpointState>) -> Self {
+        endpoint.counters.active.fetch_add(1, Ordering::Relaxed);
+        endpoint.counters.requests.fetch_add(1, Ordering::Relaxed);
+        Self(endpoint)
+    }
+
+    pub fn endpoint(&self) -> &Arc<EndpointState> {
+        &self.0
+    }
+}
+
+impl std::ops::Deref for Picked {
+    type Target = EndpointState;
+
+    fn deref(&self) -> &EndpointState {
+        &self.0
+    }
+}
+
+impl Drop for Picked {
+    fn drop(&mut self) {
+        self.0.counters.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn the_host_field_has_a_port_unless_it_is_the_schemes_own() {
+        let cases = [
+            ("api.test", "10.0.0.1:80", 80, "api.test"),
+            ("api.test", "10.0.0.1:8080", 80, "api.test:8080"),
+            ("10.0.0.1", "10.0.0.1:443", 80, "10.0.0.1:443"),
+            ("::1", "[::1]:80", 80, "[::1]"),
+            ("[::1]", "[::1]:81", 80, "[::1]:81"),
+        ];
+        for (host, addr, default_port, wanted) in cases {
+            let key = EndpointKey { addr: addr.parse().unwrap(), host: host.into() };
+            assert_eq!(EndpointState::new(key).authority(default_port), wanted, "{host} {addr}");
+        }
+    }
+
+    #[test]
+    fn a_request_is_active_until_its_guard_goes() {
+        let key = EndpointKey { addr: "10.0.0.1:80".parse().unwrap(), host: "a".into() };
+        let endpoint = Arc::new(EndpointState::new(key));
+        let first = Picked::new(Arc::clone(&endpoint));
+        let second = Picked::new(Arc::clone(&endpoint));
+        assert_eq!((endpoint.active(), endpoint.requests()), (2, 2));
+        drop((first, second));
+        assert_eq!((endpoint.active(), endpoint.requests()), (0, 2));
+    }
+}

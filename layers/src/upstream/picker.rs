@@ -1,0 +1,292 @@
+//! Which endpoint gets a request.
+//!
+//! A [`Picker`] is immutable: the control thread builds it from the endpoints that may be used and swaps it in
+//! when endpoints or verdicts change. A pick is a few atomic operations and never waits. What an algorithm has
+//! to remember (the round-robin position, latencies, active counts) lives outside and survives the swap.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use smallvec::SmallVec;
+
+use super::chash::Ring;
+use super::endpoint::{EndpointState, Picked};
+use super::ewma::Ewma;
+use super::least_conn::LeastConn;
+use super::priority::Levels;
+use super::random::Random;
+use super::round_robin::{Cursor, RoundRobin};
+
+/// How endpoints are chosen. APISIX `type`, and `random` as an extension.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Algorithm {
+    #[default]
+    RoundRobin,
+    Chash,
+    Ewma,
+    LeastConn,
+    Random,
+}
+
+/// One endpoint with its place among the others.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub state: Arc<EndpointState>,
+    /// Weight of the node; 0 keeps it out while another node has some.
+    pub weight: u32,
+    /// Addresses that share `weight`; at least 1.
+    pub siblings: u32,
+    pub priority: i32,
+}
+
+impl Peer {
+    /// The weight of this one address.
+    pub(crate) fn share(&self) -> f64 {
+        f64::from(self.weight) / f64::from(self.siblings.max(1))
+    }
+}
+
+/// Endpoints this request was sent to already.
+#[derive(Clone, Debug, Default)]
+pub struct Tried(SmallVec<[u64; 4]>);
+
+impl Tried {
+    pub fn add(&mut self, endpoint: &EndpointState) {
+        self.0.push(endpoint.id());
+    }
+
+    pub fn contains(&self, endpoint: &EndpointState) -> bool {
+        self.0.contains(&endpoint.id())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// What a pick depends on besides the endpoints.
+#[derive(Clone, Copy, Debug)]
+pub struct PickKey {
+    /// Hash of the value `chash` goes by ([`super::chash::hash`]); the others ignore it.
+    pub hash: u64,
+    pub now: Instant,
+}
+
+/// The chosen algorithm over one list of endpoints of equal priority.
+#[derive(Debug)]
+pub(crate) enum Balancer {
+    /// One endpoint needs no algorithm.
+    Single(Peer),
+    RoundRobin(RoundRobin),
+    Ring(Ring),
+    Ewma(Ewma),
+    LeastConn(LeastConn),
+    Random(Random),
+}
+
+impl Balancer {
+    /// `peers` must not be empty; weights of 0 have been dealt with.
+    pub(crate) fn new(algorithm: Algorithm, peers: Vec<Peer>, cursor: &Arc<Cursor>) -> Self {
+        match <[Peer; 1]>::try_from(peers) {
+            Ok([peer]) => Self::Single(peer),
+            Err(peers) => match algorithm {
+                Algorithm::RoundRobin => Self::RoundRobin(RoundRobin::new(peers, Arc::clone(cursor))),
+                Algorithm::Chash => Self::Ring(Ring::new(peers)),
+                Algorithm::Ewma => Self::Ewma(Ewma::new(peers)),
+                Algorithm::LeastConn => Self::LeastConn(LeastConn::new(peers)),
+                Algorithm::Random => Self::Random(Random::new(peers)),
+            },
+        }
+    }
+
+    pub(crate) fn pick(&self, key: &PickKey, tried: &Tried) -> Option<&Arc<EndpointState>> {
+        match self {
+            Self::Single(peer) => (!tried.contains(&peer.state)).then_some(&peer.state),
+            Self::RoundRobin(balancer) => balancer.pick(tried),
+            Self::Ring(balancer) => balancer.pick(key.hash, tried),
+            Self::Ewma(balancer) => balancer.pick(key.now, tried),
+            Self::LeastConn(balancer) => balancer.pick(tried),
+            Self::Random(balancer) => balancer.pick(tried),
+        }
+    }
+}
+
+/// The endpoints of a cluster at one moment, ready to be picked from.
+#[derive(Debug)]
+pub struct Picker {
+    levels: Levels,
+    peers: usize,
+    degraded: bool,
+}
+
+impl Picker {
+    /// Build from every endpoint of an upstream. Unusable ones are left out; when that leaves none,
+    /// `fail_open` says whether all of them are used.
+    pub fn new(algorithm: Algorithm, peers: &[Peer], fail_open: bool, cursor: &Arc<Cursor>) -> Self {
+        // A node of weight 0 is drained: it comes in only where every node has weight 0.
+        let drained = peers.iter().any(|peer| peer.weight > 0);
+        let eligible = || peers.iter().filter(|peer| !drained || peer.weight > 0);
+        let mut chosen: Vec<Peer> =
+            eligible().filter(|peer| peer.state.health.state().usable()).cloned().collect();
+        let degraded = chosen.is_empty() && !peers.is_empty();
+        if degraded && fail_open {
+            chosen = eligible().cloned().collect();
+        }
+        if !drained {
+            chosen.iter_mut().for_each(|peer| peer.weight = 1);
+        }
+        Self { peers: chosen.len(), levels: Levels::new(algorithm, chosen, cursor), degraded }
+    }
+
+    /// The next endpoint that was not tried; none when there is none left.
+    pub fn pick(&self, key: &PickKey, tried: &Tried) -> Option<Picked> {
+        self.levels.pick(key, tried).map(|endpoint| Picked::new(Arc::clone(endpoint)))
+    }
+
+    /// How many endpoints can be picked.
+    pub fn len(&self) -> usize {
+        self.peers
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.peers == 0
+    }
+
+    /// Every endpoint is unhealthy. They are picked from all the same if the upstream fails open.
+    pub fn degraded(&self) -> bool {
+        self.degraded
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::super::endpoint::EndpointKey;
+    use super::super::health::{Limits, Report, Source};
+    use super::*;
+
+    /// Endpoints 10.0.0.1, 10.0.0.2, ... of the given weights.
+    pub(crate) fn peers(weights: &[u32]) -> Vec<Peer> {
+        let peer = |(n, weight): (usize, &u32)| {
+            let addr = std::net::SocketAddr::from((
+                [10, 0, u8::try_from(n / 250).unwrap(), u8::try_from(n % 250 + 1).unwrap()],
+                80,
+            ));
+            let key = EndpointKey { addr, host: addr.ip().to_string().into() };
+            Peer { state: Arc::new(EndpointState::new(key)), weight: *weight, siblings: 1, priority: 0 }
+        };
+        weights.iter().enumerate().map(peer).collect()
+    }
+
+    pub(crate) fn key(hash: u64) -> PickKey {
+        PickKey { hash, now: Instant::now() }
+    }
+
+    fn sick(peer: &Peer) {
+        let limits = Limits { successes: 1, http_failures: 1, tcp_failures: 1, timeouts: 1 };
+        peer.state.health.report(Source::Active, Report::TcpFailure, &limits);
+    }
+
+    fn picker(algorithm: Algorithm, peers: &[Peer]) -> Picker {
+        Picker::new(algorithm, peers, true, &Arc::default())
+    }
+
+    const ALL: [Algorithm; 5] =
+        [Algorithm::RoundRobin, Algorithm::Chash, Algorithm::Ewma, Algorithm::LeastConn, Algorithm::Random];
+
+    #[test]
+    fn an_upstream_without_endpoints_gives_none() {
+        for algorithm in ALL {
+            let picker = picker(algorithm, &[]);
+            assert!(picker.pick(&key(1), &Tried::default()).is_none(), "{algorithm:?}");
+            assert!(picker.is_empty() && !picker.degraded());
+        }
+    }
+
+    #[test]
+    fn weight_zero_is_drained_unless_every_node_has_it() {
+        for algorithm in ALL {
+            let some = peers(&[0, 2, 0]);
+            let picked = picker(algorithm, &some);
+            for n in 0..100 {
+                let picked = picked.pick(&key(n), &Tried::default()).unwrap();
+                assert_eq!(picked.id(), some[1].state.id(), "{algorithm:?}");
+            }
+            let all = picker(algorithm, &peers(&[0, 0]));
+            assert_eq!(all.len(), 2, "{algorithm:?}");
+            assert!(all.pick(&key(1), &Tried::default()).is_some(), "{algorithm:?}");
+        }
+    }
+
+    #[test]
+    fn unhealthy_endpoints_are_left_out_and_all_of_them_used_when_none_is_healthy() {
+        for algorithm in ALL {
+            let peers = peers(&[1, 1, 1]);
+            sick(&peers[0]);
+            sick(&peers[2]);
+            let one = picker(algorithm, &peers);
+            assert_eq!((one.len(), one.degraded()), (1, false), "{algorithm:?}");
+            assert_eq!(one.pick(&key(7), &Tried::default()).unwrap().id(), peers[1].state.id());
+            sick(&peers[1]);
+            let open = picker(algorithm, &peers);
+            assert_eq!((open.len(), open.degraded()), (3, true), "{algorithm:?}");
+            let closed = Picker::new(algorithm, &peers, false, &Arc::default());
+            assert_eq!((closed.len(), closed.degraded()), (0, true), "{algorithm:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever the weights and priorities: every usable endpoint is picked exactly once when each pick
+        /// is told what was tried, higher priorities first, and then there is none left.
+        #[test]
+        fn retries_visit_each_endpoint_once_by_priority(
+            nodes in prop::collection::vec((0u32..5, -2i32..3, any::<bool>(), 1u32..4), 1..12),
+            hash in any::<u64>(),
+            which in 0usize..5,
+        ) {
+            let mut list = peers(&nodes.iter().map(|node| node.0).collect::<Vec<_>>());
+            for (peer, node) in list.iter_mut().zip(&nodes) {
+                peer.priority = node.1;
+                peer.siblings = node.3;
+                if node.2 { sick(peer); }
+            }
+            let picker = picker(ALL[which], &list);
+            let mut tried = Tried::default();
+            let mut priorities = Vec::new();
+            while let Some(picked) = picker.pick(&key(hash), &tried) {
+                prop_assert!(!tried.contains(&picked));
+                tried.add(&picked);
+                priorities.push(list.iter().find(|peer| peer.state.id() == picked.id()).unwrap().priority);
+            }
+            prop_assert_eq!(priorities.len(), picker.len());
+            prop_assert!(priorities.is_sorted_by(|a, b| a >= b), "{:?}", priorities);
+        }
+
+        /// Traffic follows the weights for the algorithms that promise it.
+        #[test]
+        fn round_robin_is_exact_in_every_window(weights in prop::collection::vec(0u32..20, 1..8)) {
+            let list = peers(&weights);
+            let picker = picker(Algorithm::RoundRobin, &list);
+            let total: u32 = weights.iter().sum();
+            prop_assume!(total > 0);
+            let window = usize::try_from(total).unwrap();
+            let picks: Vec<u64> = (0..window * 3)
+                .map(|_| picker.pick(&key(0), &Tried::default()).unwrap().id())
+                .collect();
+            for picks in picks.windows(window) {
+                let mut counts: HashMap<u64, u32> = HashMap::new();
+                picks.iter().for_each(|id| *counts.entry(*id).or_default() += 1);
+                for peer in &list {
+                    prop_assert_eq!(counts.get(&peer.state.id()).copied().unwrap_or(0), peer.weight);
+                }
+            }
+        }
+    }
+}
