@@ -474,8 +474,280 @@ impl<F: Future<Output = Result<Exchange, Fault>>> Future for ChainFuture<F> {
 
 impl State {
     /// The name of the plugin that answered, if one did.
-    pub fn answered_by_plugin(&self) -> Option<String> {
-        let error = self.error.as_ref().filter(|error| error.reason() == Reason::Plugin)?;
-        error.detail_text().map(str::to_owned)
+    pub fn answered_by_plugin(&self) -> Option<&str> {
+        self.error.as_ref().filter(|error| error.reason() == Reason::Plugin)?.detail_text()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::sync::Mutex;
+
+    use http::StatusCode;
+    use serde_json::json;
+
+    use super::*;
+    use crate::plugin::{Access, AccessWaits, BeforeProxy, OnBody, OnLog, OnResponse, Rewrite, RewriteWaits};
+    use crate::testing::{exchange, field, service, text};
+
+    type Diary = Arc<Mutex<Vec<String>>>;
+
+    /// Writes down which phase of it runs.
+    struct Diarist {
+        name: &'static str,
+        diary: Diary,
+        refuses: bool,
+        authenticates: Option<Arc<Consumer>>,
+    }
+
+    impl Diarist {
+        fn note(&self, phase: &str) {
+            self.diary.lock().unwrap().push(format!("{phase} {}", self.name));
+        }
+    }
+
+    impl Rewrite for Diarist {
+        fn rewrite(&self, x: &mut Exchange) -> Flow {
+            self.note("rewrite");
+            if self.authenticates.is_some() {
+                x.consumer = self.authenticates.clone();
+            }
+            Flow::Next
+        }
+    }
+
+    impl RewriteWaits for Diarist {
+        async fn rewrite(&self, _: &mut Exchange) -> Flow {
+            tokio::task::yield_now().await;
+            self.note("rewrite");
+            Flow::Next
+        }
+    }
+
+    impl Access for Diarist {
+        fn access(&self, _: &mut Exchange) -> Flow {
+            self.note("access");
+            if self.refuses { Flow::message(StatusCode::FORBIDDEN, "no") } else { Flow::Next }
+        }
+    }
+
+    impl AccessWaits for Diarist {
+        async fn access(&self, x: &mut Exchange) -> Flow {
+            tokio::task::yield_now().await;
+            Access::access(self, x)
+        }
+    }
+
+    impl BeforeProxy for Diarist {
+        fn before_proxy(&self, _: &mut Exchange) -> Flow {
+            self.note("before_proxy");
+            Flow::Next
+        }
+    }
+
+    impl OnResponse for Diarist {
+        fn response(&self, _: &mut Exchange) {
+            self.note("response");
+        }
+    }
+
+    impl OnBody for Diarist {
+        fn body(&self, _: &mut Exchange) -> Option<Box<dyn crate::body::BodyFilter>> {
+            self.note("body");
+            None
+        }
+    }
+
+    impl OnLog for Diarist {
+        fn log(&self, _: &Exchange) {
+            self.note("log");
+        }
+    }
+
+    #[derive(Default)]
+    struct Traits {
+        waits: bool,
+        refuses: bool,
+        authenticates: Option<Arc<Consumer>>,
+        filter: Option<Value>,
+        error_response: Option<Value>,
+    }
+
+    fn diarist(diary: &Diary, name: &'static str, priority: i32, traits: Traits) -> Arc<Instance> {
+        let plugin = Arc::new(Diarist {
+            name,
+            diary: diary.clone(),
+            refuses: traits.refuses,
+            authenticates: traits.authenticates,
+        });
+        let mut hooks = Hooks::default();
+        if traits.waits {
+            hooks.rewrite_waits(&plugin);
+            hooks.access_waits(&plugin);
+        } else {
+            hooks.rewrite(&plugin);
+            hooks.access(&plugin);
+        }
+        hooks.before_proxy(&plugin);
+        hooks.response(&plugin);
+        hooks.body(&plugin);
+        hooks.log(&plugin);
+        Arc::new(Instance {
+            name,
+            priority,
+            source: Source("routes/1".into()),
+            filter: traits.filter.map(|filter| Expr::parse(&filter).unwrap()),
+            error_response: traits.error_response.as_ref().map(ErrorResponse::new),
+            hooks,
+        })
+    }
+
+    fn plain(diary: &Diary, name: &'static str, priority: i32) -> Arc<Instance> {
+        diarist(diary, name, priority, Traits::default())
+    }
+
+    fn consumer(plugins: Vec<Arc<Instance>>) -> Arc<Consumer> {
+        Arc::new(Consumer {
+            name: "jack".into(),
+            group_id: None,
+            labels: Arc::default(),
+            custom_id: None,
+            plugins: plugins.into(),
+            credential_id: None,
+            auth: Arc::new(Value::Null),
+        })
+    }
+
+    async fn run(global: Vec<Arc<Instance>>, route: Vec<Arc<Instance>>) -> Exchange {
+        let mut x = exchange("GET", "http://a/x?skip=yes").build();
+        x.global_plan = Some(Arc::new(Plan::new(global)));
+        x.plan = Some(Arc::new(Plan::new(route)));
+        let mut chain = PluginChain::new(service(|x| {
+            before_proxy(x);
+            Ok(())
+        }));
+        chain.call(x).await.unwrap()
+    }
+
+    fn told(diary: &Diary) -> Vec<String> {
+        std::mem::take(&mut diary.lock().unwrap())
+    }
+
+    #[tokio::test]
+    async fn each_phase_runs_over_all_plugins_global_ones_first_and_the_response_in_the_same_order() {
+        let diary = Diary::default();
+        let x =
+            run(vec![plain(&diary, "global", 1)], vec![plain(&diary, "low", 10), plain(&diary, "high", 20)])
+                .await;
+        let phases = ["rewrite", "access", "before_proxy", "response", "body"];
+        let expected: Vec<_> = phases
+            .iter()
+            .flat_map(|phase| ["global", "high", "low"].map(|name| format!("{phase} {name}")))
+            .collect();
+        assert_eq!(told(&diary), expected);
+        drop(x);
+        assert_eq!(told(&diary), ["log global", "log high", "log low"]);
+    }
+
+    #[tokio::test]
+    async fn a_step_that_waits_changes_no_order() {
+        let diary = Diary::default();
+        let waits = || Traits { waits: true, ..Traits::default() };
+        let route = vec![plain(&diary, "a", 30), diarist(&diary, "b", 20, waits()), plain(&diary, "c", 10)];
+        run(vec![diarist(&diary, "global", 1, waits())], route).await;
+        let told = told(&diary);
+        let requests: Vec<_> = told.iter().take(8).map(String::as_str).collect();
+        assert_eq!(
+            requests,
+            [
+                "rewrite global",
+                "rewrite a",
+                "rewrite b",
+                "rewrite c",
+                "access global",
+                "access a",
+                "access b",
+                "access c"
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_refusal_skips_the_upstream_but_not_the_response_and_log_phases() {
+        let diary = Diary::default();
+        let refuses = Traits { refuses: true, ..Traits::default() };
+        let x = run(vec![], vec![diarist(&diary, "guard", 20, refuses), plain(&diary, "other", 10)]).await;
+        assert_eq!(x.status(), 403);
+        assert_eq!(field(&x, "proxy-status"), "postern; error=http_request_denied; details=\"plugin:guard\"");
+        drop(x);
+        assert_eq!(
+            told(&diary),
+            [
+                "rewrite guard",
+                "rewrite other",
+                "access guard",
+                "response guard",
+                "response other",
+                "body guard",
+                "body other",
+                "log guard",
+                "log other"
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_consumer_replaces_plugins_of_the_same_name_and_only_what_it_adds_is_rewritten_again() {
+        let diary = Diary::default();
+        let theirs = Traits { waits: true, ..Traits::default() };
+        let consumer = consumer(vec![plain(&diary, "limit", 10), diarist(&diary, "extra", 5, theirs)]);
+        let auth = Traits { authenticates: Some(consumer), ..Traits::default() };
+        let route = vec![diarist(&diary, "auth", 30, auth), plain(&diary, "limit", 10)];
+        run(vec![], route).await;
+        let told = told(&diary);
+        let requests: Vec<_> = told.iter().take(6).map(String::as_str).collect();
+        assert_eq!(
+            requests,
+            ["rewrite auth", "rewrite limit", "rewrite extra", "access auth", "access limit", "access extra"]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_filter_that_is_false_takes_the_plugin_out_of_every_phase() {
+        let diary = Diary::default();
+        let filter = Traits { filter: Some(json!([["arg_skip", "==", "no"]])), ..Traits::default() };
+        drop(run(vec![], vec![diarist(&diary, "filtered", 20, filter), plain(&diary, "other", 10)]).await);
+        assert!(told(&diary).iter().all(|line| line.ends_with("other")));
+    }
+
+    #[tokio::test]
+    async fn the_configured_error_response_stands_in_place_of_a_refusal() {
+        for (configured, kind, expected) in [
+            (json!({"code": 7}), "application/json", "{\"code\":7}"),
+            (json!("go away"), "text/plain; charset=utf-8", "go away"),
+        ] {
+            let diary = Diary::default();
+            let traits = Traits { refuses: true, error_response: Some(configured), ..Traits::default() };
+            let mut x = run(vec![], vec![diarist(&diary, "guard", 20, traits)]).await;
+            assert_eq!((x.status(), field(&x, "content-type")), (403, kind));
+            assert_eq!(text(&mut x).await, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failure_of_the_upstream_is_answered_and_passes_the_response_phases() {
+        let diary = Diary::default();
+        let mut x = exchange("GET", "http://a/").build();
+        x.plan = Some(Arc::new(Plan::new(vec![plain(&diary, "other", 1)])));
+        let mut chain = PluginChain::new(service(|_| Err(Error::new(Reason::ConnectFailed))));
+        let x = chain.call(x).await.unwrap();
+        assert_eq!(x.status(), 502);
+        assert_eq!(
+            field(&x, "proxy-status"),
+            "postern; error=connection_refused; details=\"connect_failed\""
+        );
+        assert!(told(&diary).contains(&"response other".to_owned()));
     }
 }

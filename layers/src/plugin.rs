@@ -311,43 +311,43 @@ pub struct Hooks {
 
 impl Hooks {
     /// Takes part in `rewrite`.
-    pub fn rewrite<P: Rewrite>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.rewrite.push(Step::Now(Arc::new(RewriteNow(plugin.into()))));
+    pub fn rewrite<P: Rewrite>(&mut self, plugin: &Arc<P>) {
+        self.rewrite.push(Step::Now(Arc::new(RewriteNow(plugin.clone()))));
     }
 
     /// Takes part in `rewrite` and may wait there.
-    pub fn rewrite_waits<P: RewriteWaits>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.rewrite.push(Step::Waits(Arc::new(RewriteErased(plugin.into()))));
+    pub fn rewrite_waits<P: RewriteWaits>(&mut self, plugin: &Arc<P>) {
+        self.rewrite.push(Step::Waits(Arc::new(RewriteErased(plugin.clone()))));
     }
 
     /// Takes part in `access`.
-    pub fn access<P: Access>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.access.push(Step::Now(Arc::new(AccessNow(plugin.into()))));
+    pub fn access<P: Access>(&mut self, plugin: &Arc<P>) {
+        self.access.push(Step::Now(Arc::new(AccessNow(plugin.clone()))));
     }
 
     /// Takes part in `access` and may wait there.
-    pub fn access_waits<P: AccessWaits>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.access.push(Step::Waits(Arc::new(AccessErased(plugin.into()))));
+    pub fn access_waits<P: AccessWaits>(&mut self, plugin: &Arc<P>) {
+        self.access.push(Step::Waits(Arc::new(AccessErased(plugin.clone()))));
     }
 
     /// Takes part in `before_proxy`.
-    pub fn before_proxy<P: BeforeProxy>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.before_proxy.push(plugin.into());
+    pub fn before_proxy<P: BeforeProxy>(&mut self, plugin: &Arc<P>) {
+        self.before_proxy.push(plugin.clone());
     }
 
     /// Sees the head of every answer.
-    pub fn response<P: OnResponse>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.response.push(plugin.into());
+    pub fn response<P: OnResponse>(&mut self, plugin: &Arc<P>) {
+        self.response.push(plugin.clone());
     }
 
     /// May filter the answer's body.
-    pub fn body<P: OnBody>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.body.push(plugin.into());
+    pub fn body<P: OnBody>(&mut self, plugin: &Arc<P>) {
+        self.body.push(plugin.clone());
     }
 
     /// Is told when all is over.
-    pub fn log<P: OnLog>(&mut self, plugin: impl Into<Arc<P>>) {
-        self.log.push(plugin.into());
+    pub fn log<P: OnLog>(&mut self, plugin: &Arc<P>) {
+        self.log.push(plugin.clone());
     }
 
     /// The phases, as `postern explain` and the plugin documentation name them.

@@ -114,6 +114,15 @@ impl State {
         }
     }
 
+    /// Why the gateway answered by itself: `route_not_found`, `plugin:key-auth`.
+    fn reason_code(&self) -> Option<Cow<'_, str>> {
+        let reason = self.reason()?;
+        match self.answered_by_plugin() {
+            Some(plugin) => Some(Cow::Owned(format!("{}:{plugin}", reason.code()))),
+            None => Some(Cow::Borrowed(reason.code())),
+        }
+    }
+
     fn protocol(&self) -> &'static str {
         match self.request.version {
             Version::HTTP_10 => "HTTP/1.0",
@@ -260,6 +269,8 @@ impl Vars for State {
             Var::UriParam(name) => {
                 self.uri_params.iter().find(|(key, _)| key == name).map(|(_, value)| Cow::Borrowed(&**value))
             }
+            // The code of an answer of our own; APISIX has no such variable.
+            Var::Other(name) if &**name == "reason" => self.reason_code(),
             Var::Other(name) => {
                 let own = self.slot::<OwnVars>()?;
                 own.0.iter().find(|(key, _)| **key == **name).map(|(_, value)| Cow::Borrowed(value.as_str()))

@@ -1,5 +1,6 @@
 //! Layers that surround every request.
 
+pub mod access_log;
 pub mod forwarded;
 pub mod in_flight;
 pub mod recover;
