@@ -16,6 +16,8 @@ pub mod template;
 pub mod typed;
 pub mod var;
 
+pub use document::{Document, DocumentError, LocatedError};
+pub use env::{Env, ProcessEnv};
 pub use error::{ConfigError, ErrorKind};
 pub use expr::Expr;
 pub use id::{Id, Kind, ResourceKey};
