@@ -272,6 +272,25 @@ impl Expr {
         names
     }
 
+    /// Variables without which the expression cannot hold: each must have one of the texts given with it. Tells
+    /// many expressions apart without evaluating them; an empty answer says nothing.
+    pub fn required(&self) -> Vec<(&Var, Vec<&str>)> {
+        fn collect<'a>(node: &'a Node, into: &mut Vec<(&'a Var, Vec<&'a str>)>) {
+            match node {
+                Node::Logic { form: Form::And, nodes } => nodes.iter().for_each(|node| collect(node, into)),
+                Node::Logic { .. } => {}
+                Node::Compare(comparison) => {
+                    into.extend(comparison.texts().map(|texts| (&comparison.var, texts)));
+                }
+            }
+        }
+        let mut required = Vec::new();
+        if let Some(root) = &self.root {
+            collect(root, &mut required);
+        }
+        required
+    }
+
     /// Whether the request body must be read before [`Expr::eval`] can answer.
     pub fn needs_body(&self) -> bool {
         self.vars().iter().any(|var| var.needs_body())
@@ -392,6 +411,22 @@ impl Comparison {
 
     fn eval<V: Vars + ?Sized>(&self, vars: &V) -> bool {
         self.test.holds(&Actual::of(vars, &self.var)) != self.negated
+    }
+
+    /// The texts one of which the variable must have; `None` if it may have others.
+    fn texts(&self) -> Option<Vec<&str>> {
+        fn text(operand: &Operand) -> Option<&str> {
+            match operand {
+                Operand::Text(text) => Some(text),
+                _ => None,
+            }
+        }
+        match &self.test {
+            _ if self.negated => None,
+            Test::Equal(operand) => Some(vec![text(operand)?]),
+            Test::In(operands) => operands.iter().map(text).collect(),
+            _ => None,
+        }
     }
 
     fn why<V: Vars + ?Sized>(&self, vars: &V, outcome: bool) -> String {

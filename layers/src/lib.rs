@@ -14,6 +14,7 @@ pub mod http;
 pub mod local;
 pub mod plugin;
 pub mod rescue;
+pub mod route;
 pub mod stack;
 pub mod target;
 pub mod telemetry;

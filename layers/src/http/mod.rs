@@ -3,4 +3,5 @@
 pub mod access_log;
 pub mod forwarded;
 pub mod in_flight;
+pub mod normalize;
 pub mod recover;
