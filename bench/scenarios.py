@@ -1,0 +1,264 @@
+"""The scenarios of `make bench`: each gives rows for the one table at the end."""
+
+import statistics
+import threading
+import time
+
+from measure import cost, memory_mb, own_load, wait_until, wrk
+from subjects import Envoy, Haproxy, Nginx, Postern, get, upstream_object, write
+
+KEY = "bench-consumer-key"
+FIVE_PLUGINS = {
+    "key-auth": {},
+    "limit-count": {"count": 1_000_000_000, "time_window": 3600, "key": "remote_addr", "policy": "local"},
+    "proxy-rewrite": {"headers": {"set": {"X-Bench": "$remote_addr"}}},
+    "request-id": {},
+    "prometheus": {},
+}
+# A random one of $ROUTES routes for each request.
+ROUTE_SCRIPT = """
+local routes = tonumber(os.getenv("ROUTES"))
+math.randomseed(7)
+request = function()
+    return wrk.format("GET", "/service-" .. math.random(0, routes - 1) .. "/items")
+end
+"""
+
+
+class Row:
+    """One figure with a value for each round, and the goal it is held against."""
+
+    def __init__(self, scenario, figure, values, goal=None, unit=""):
+        self.scenario, self.figure, self.values, self.goal, self.unit = scenario, figure, values, goal, unit
+
+    @property
+    def median(self):
+        return statistics.median(self.values)
+
+    @property
+    def verdict(self):
+        if self.goal is None:
+            return ""
+        return "met" if self.median <= self.goal else "MISSED"
+
+
+class Bench:
+    """What the scenarios share: options, cores, upstream, certificates, and the subjects that run."""
+
+    def __init__(self, options, cores, folder, upstream, certificates, say):
+        self.options, self.cores, self.folder = options, cores, folder
+        self.upstream, self.certificates, self.say = upstream, certificates, say
+        self.running = {}
+
+    def subject(self, name):
+        """A subject by name; started at its first use and then left running, idle while others are measured."""
+        if name not in self.running:
+            self.running[name] = self.start(name)
+        return self.running[name]
+
+    def start(self, name):
+        common = (self.folder, self.cores.proxy, self.upstream.http, self.certificates)
+        match name:
+            case "nginx":
+                return Nginx(*common)
+            case "haproxy":
+                return Haproxy(*common)
+            case "envoy":
+                return Envoy(*common, self.options.envoy)
+            case "postern":
+                return self.postern(name, {"routes": [self.route("all", "/*")], "ssls": [self.ssl()]})
+            case "plugins":
+                consumer = {"username": "bench", "plugins": {"key-auth": {"key": KEY}}}
+                route = {**self.route("all", "/*"), "plugins": FIVE_PLUGINS}
+                resources = {"routes": [route], "consumers": [consumer]}
+                return self.postern(name, resources, headers={"apikey": KEY})
+
+    def postern(self, name, resources=None, cores=None, **ready):
+        return Postern(name, self.folder, cores or self.cores.proxy, self.options.postern, resources, **ready)
+
+    def route(self, id, uri):
+        return {"id": id, "uri": uri, "upstream": upstream_object(self.upstream.http)}
+
+    def ssl(self):
+        with open(self.certificates.cert) as cert, open(self.certificates.key) as key:
+            return {"id": "bench", "snis": ["localhost"], "cert": cert.read(), "key": key.read()}
+
+    def rounds(self, scenario, names, load):
+        """CPU microseconds per unit of each subject in each round: A B C, A B C, ..."""
+        names = [name for name in names if name not in self.options.without]
+        costs = {name: [] for name in names}
+        for number in range(self.options.rounds + 1):
+            for name in names:
+                subject = self.subject(name)
+                micros = cost(subject, lambda: load(subject))
+                # Round 0 fills caches, pools and the branch predictor.
+                if number > 0:
+                    costs[name].append(micros)
+                    self.say(f"{scenario}: round {number}: {name} {micros:.1f} µs")
+        return costs
+
+    def wrk(self, subject, url, **more):
+        return wrk(self.cores.load, url.format(http=subject.http, https=subject.https), self.options.seconds, **more)
+
+    def compare(self, scenario, names, load, goals, reference="nginx"):
+        """One row for the cost of each subject, one for each ratio: to the reference, and those with a goal."""
+        costs = self.rounds(scenario, names, load)
+        rows = [Row(scenario, f"{name}", values, unit=" µs") for name, values in costs.items()]
+        pairs = [(name, reference) for name in costs if name != reference]
+        pairs += [pair for pair in goals if pair not in pairs and pair[0] in costs]
+        for one, other in pairs:
+            if other in costs:
+                ratios = [mine / theirs for mine, theirs in zip(costs[one], costs[other])]
+                rows.append(Row(scenario, f"{one} / {other}", ratios, goals.get((one, other))))
+        return rows
+
+
+def http1(bench):
+    """HTTP/1.1 keep-alive, GET 1 KB, 64 connections."""
+    return bench.compare(
+        "HTTP/1 keep-alive",
+        ["nginx", "haproxy", "envoy", "postern"],
+        lambda subject: bench.wrk(subject, "http://localhost:{http}/"),
+        {("postern", "nginx"): 1.05, ("postern", "envoy"): 0.35},
+    )
+
+
+def tls(bench):
+    """The same over TLS 1.3."""
+    return bench.compare(
+        "TLS keep-alive",
+        ["nginx", "haproxy", "envoy", "postern"],
+        lambda subject: bench.wrk(subject, "https://localhost:{https}/"),
+        {("postern", "nginx"): 0.85},
+    )
+
+
+def handshake(bench):
+    """Full TLS 1.3 handshakes (ECDSA P-256, X25519), without resumption and without a request."""
+
+    def load(subject):
+        result = own_load(bench.options.load, bench.cores.load[:1], "handshakes", f"127.0.0.1:{subject.https}",
+                          bench.certificates.ca, "localhost", 16, bench.options.seconds)
+        if result["bad"]:
+            raise SystemExit(f"{subject.name}: {result['bad']} handshakes failed")
+        return result["count"]
+
+    return bench.compare("full TLS handshake", ["nginx", "haproxy", "envoy", "postern"], load,
+                         {("postern", "nginx"): 0.65})
+
+
+def plugins(bench):
+    """key-auth, limit-count, proxy-rewrite, request-id and prometheus, against nginx without anything."""
+    return bench.compare(
+        "five plugins",
+        ["nginx", "plugins"],
+        lambda subject: bench.wrk(subject, "http://localhost:{http}/", headers=[f"apikey: {KEY}"]),
+        {("plugins", "nginx"): 1.25},
+    )
+
+
+def service_route(bench, number):
+    return bench.route(f"service-{number}", f"/service-{number}/*")
+
+
+def fill(bench, subject, count):
+    """Writes routes by the Admin API, on four connections."""
+
+    def writer(first):
+        connection = subject.admin_connection()
+        for number in range(first, count, 4):
+            connection.put(f"routes/service-{number}", service_route(bench, number))
+
+    writers = [threading.Thread(target=writer, args=(first,)) for first in range(4)]
+    begin = time.monotonic()
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    bench.say(f"routes: {count} written by the Admin API in {time.monotonic() - begin:.1f} s")
+    last = f"/service-{count - 1}/items"
+    wait_until(lambda: get(subject.http, last) == 200, what=f"{last} is served")
+
+
+def routes(bench):
+    """10 against 100,000 routes in the embedded store: cost, memory, one more route, 1,000 more under load."""
+    count = bench.options.routes
+    script = write(bench.folder, "routes.lua", ROUTE_SCRIPT)
+    sizes = {"10 routes": 10, f"{count} routes": count}
+    few, many = sizes
+    for name, size in sizes.items():
+        # The Admin API works on the second core: it is its effect on the worker that is measured.
+        subject = bench.running[name] = bench.postern(name.replace(" ", "-"), cores=bench.cores.pair)
+        fill(bench, subject, size)
+        subject.stop()
+        subject.run()
+        wait_until(lambda: get(subject.http, f"/service-{size - 1}/items") == 200, what=f"{name} are served again")
+    rows = [Row("routes", f"memory with {name}", [memory_mb(bench.running[name].pid)], unit=" MB",
+                goal=200 if size > 10 else None) for name, size in sizes.items()]
+
+    def load(subject):
+        size = next(size for name, size in sizes.items() if bench.running[name] is subject)
+        return bench.wrk(subject, "http://localhost:{http}/", script=script, env={"ROUTES": str(size)})
+
+    rows += bench.compare("routes", list(sizes), load, {(many, few): 1.15}, reference=few)
+    subject = bench.running[many]
+    admin = subject.admin_connection()
+    rows.append(Row("routes", f"one more route visible beside {count}",
+                    [one_more(bench, subject, admin, number) for number in range(20)], 50, " ms"))
+    rows += added_latency(bench, subject, admin, count)
+    return rows
+
+
+def one_more(bench, subject, admin, number):
+    """Milliseconds from sending the PUT to the first request that finds the new route."""
+    begin = time.monotonic()
+    admin.put(f"routes/more-{number}", bench.route(f"more-{number}", f"/more-{number}"))
+    while get(subject.http, f"/more-{number}") != 200:
+        if time.monotonic() - begin > 10:
+            raise SystemExit("the new route does not become visible")
+    return (time.monotonic() - begin) * 1000
+
+
+def added_latency(bench, subject, admin, count):
+    """p99 at 1,000 requests a second: quiet, and while 1,000 routes are added one by one."""
+    seconds = max(5, bench.options.seconds)
+
+    def rate():
+        return own_load(bench.options.load, bench.cores.load, "rate", f"127.0.0.1:{subject.http}",
+                        "/service-1/items", 32, 1000, seconds)
+
+    quiet, busy = [], []
+    for turn in range(bench.options.rounds):
+        quiet.append(rate()["p99"])
+        result = {}
+        load = threading.Thread(target=lambda: result.update(rate()))
+        load.start()
+        for number in range(1000):
+            admin.put(f"routes/added-{turn}-{number}", bench.route(f"added-{turn}-{number}", f"/added-{turn}-{number}"))
+            time.sleep(seconds / 1200)
+        load.join()
+        if result["bad"] or result["died"]:
+            raise SystemExit(f"requests failed while routes were added: {result}")
+        busy.append(result["p99"])
+        bench.say(f"routes: round {turn + 1}: p99 {quiet[-1]} µs quiet, {busy[-1]} µs while 1,000 are added")
+    return [
+        Row("routes", f"p99 beside {count}, quiet", quiet, unit=" µs"),
+        Row("routes", f"p99 beside {count}, adding 1,000", busy, unit=" µs"),
+        Row("routes", "p99 adding / quiet", [one / other for one, other in zip(busy, quiet)], 1.2),
+    ]
+
+
+def start(bench):
+    """Seconds from exec to the first proxied answer, with 10,000 routes in the file."""
+    resources = {"routes": [service_route(bench, number) for number in range(10_000)]}
+    values = []
+    for number in range(bench.options.rounds):
+        subject = bench.postern("start", resources, path="/service-9999/items")
+        values.append(time.monotonic() - subject.started)
+        subject.stop()
+        bench.say(f"start: round {number + 1}: {values[-1]:.2f} s")
+    return [Row("start", "10,000 routes to first answer", values, 1.0, " s")]
+
+
+SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "plugins": plugins, "routes": routes, "start": start}
+NEED_POSTERN = {"plugins", "routes", "start"}

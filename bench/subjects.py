@@ -1,0 +1,271 @@
+"""The proxies that are compared, each with one worker on one core and the same job, and the upstream."""
+
+import atexit
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+
+from measure import pinned, wait_until
+
+NGINX = "/usr/sbin/nginx" if os.path.exists("/usr/sbin/nginx") else "nginx"
+BODY = "x" * 1024
+KEY = "bench-admin-key"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Certificates:
+    """An authority and a server certificate for `localhost` (ECDSA P-256), made by openssl."""
+
+    def __init__(self, folder):
+        self.ca, self.cert, self.key = (os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem"))
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+
+        def openssl(*args):
+            subprocess.run(["openssl", *args], check=True, capture_output=True)
+
+        ca_key, request = os.path.join(folder, "ca.key"), os.path.join(folder, "request.pem")
+        openssl("req", "-x509", *key, "-keyout", ca_key, "-out", self.ca, "-subj", "/CN=bench", "-days", "2")
+        openssl("req", *key, "-keyout", self.key, "-out", request, "-subj", "/CN=localhost")
+        extensions = os.path.join(folder, "extensions")
+        with open(extensions, "w") as file:
+            file.write("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+        openssl("x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", ca_key, "-out", self.cert,
+                "-days", "2", "-extfile", extensions)
+
+
+class Subject:
+    """A running process in a folder of its own."""
+
+    def __init__(self, name, folder, cores):
+        self.name = name
+        self.folder = os.path.join(folder, name)
+        os.makedirs(self.folder, exist_ok=True)
+        self.cores = cores
+        self.http, self.https = free_port(), free_port()
+        self.process = None
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def launch(self, command):
+        log = open(os.path.join(self.folder, "output"), "ab")
+        self.process = subprocess.Popen(
+            pinned(self.cores, command), cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+        )
+        atexit.register(self.stop)
+
+    def wait(self, path="/", headers=None):
+        def ready():
+            if self.process.poll() is not None:
+                with open(os.path.join(self.folder, "output")) as log:
+                    raise SystemExit(f"{self.name} ended:\n{log.read()[-4000:]}")
+            return get(self.http, path, headers) == 200
+
+        wait_until(ready, what=f"{self.name} answers")
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            # The process group is ours alone: the session was started for it.
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def get(port, path="/", headers=None):
+    """The status of a GET on a connection of its own; 0 when there is no answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path, headers=headers or {})
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def write(folder, name, text):
+    path = os.path.join(folder, name)
+    with open(path, "w") as file:
+        file.write(text)
+    return path
+
+
+def nginx_config(http):
+    return f"""
+        worker_processes 1; daemon off; pid nginx.pid; error_log stderr crit;
+        events {{ worker_connections 8192; }}
+        http {{
+            access_log off; keepalive_requests 1000000000; keepalive_timeout 3600s;
+            client_body_temp_path temp-body; proxy_temp_path temp-proxy; fastcgi_temp_path temp-fastcgi;
+            uwsgi_temp_path temp-uwsgi; scgi_temp_path temp-scgi;
+            {http}
+        }}
+    """
+
+
+class Upstream(Subject):
+    """nginx that answers 1 KB to everything."""
+
+    def __init__(self, folder, cores):
+        super().__init__("upstream", folder, cores)
+        server = f'server {{ listen 127.0.0.1:{self.http}; location / {{ return 200 "{BODY}"; }} }}'
+        write(self.folder, "nginx.conf", nginx_config(server))
+        self.launch([NGINX, "-p", self.folder, "-c", "nginx.conf", "-e", "stderr"])
+        self.wait()
+
+
+class Nginx(Subject):
+    def __init__(self, folder, cores, upstream, certificates):
+        super().__init__("nginx", folder, cores)
+        location = 'location / { proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection ""; }'
+        write(self.folder, "nginx.conf", nginx_config(f"""
+            upstream up {{ server 127.0.0.1:{upstream}; keepalive 320; keepalive_requests 1000000000; }}
+            ssl_certificate {certificates.cert}; ssl_certificate_key {certificates.key};
+            ssl_session_tickets off; ssl_session_cache off; ssl_protocols TLSv1.2 TLSv1.3;
+            server {{ listen 127.0.0.1:{self.http}; {location} }}
+            server {{ listen 127.0.0.1:{self.https} ssl; {location} }}
+        """))
+        self.launch([NGINX, "-p", self.folder, "-c", "nginx.conf", "-e", "stderr"])
+        self.wait()
+
+
+class Haproxy(Subject):
+    def __init__(self, folder, cores, upstream, certificates):
+        super().__init__("haproxy", folder, cores)
+        with open(certificates.cert) as cert, open(certificates.key) as key:
+            pem = write(self.folder, "both.pem", cert.read() + key.read())
+        path = write(self.folder, "haproxy.cfg", f"""
+global
+    nbthread 1
+    maxconn 8192
+    tune.ssl.cachesize 0
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 3600s
+    timeout server 3600s
+    http-reuse always
+frontend in
+    bind 127.0.0.1:{self.http}
+    bind 127.0.0.1:{self.https} ssl crt {pem} no-tls-tickets
+    default_backend out
+backend out
+    server one 127.0.0.1:{upstream}
+""")
+        self.launch(["haproxy", "-db", "-f", path])
+        self.wait()
+
+
+class Envoy(Subject):
+    def __init__(self, folder, cores, upstream, certificates, program):
+        super().__init__("envoy", folder, cores)
+        path = write(self.folder, "envoy.json", json.dumps(envoy_config(self, upstream, certificates)))
+        self.launch([program, "-c", path, "--concurrency", "1", "--disable-hot-restart", "-l", "error"])
+        self.wait()
+
+
+def envoy_config(subject, upstream, certificates):
+    def address(port):
+        return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+    def kind(name):
+        return f"type.googleapis.com/{name}"
+
+    def listener(port, tls):
+        manager = {
+            "@type": kind("envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"),
+            "stat_prefix": "in",
+            "generate_request_id": False,
+            "route_config": {"virtual_hosts": [
+                {"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "up"}}]}
+            ]},
+            "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {
+                "@type": kind("envoy.extensions.filters.http.router.v3.Router")}}],
+        }
+        chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        if tls:
+            files = {"certificate_chain": {"filename": certificates.cert},
+                     "private_key": {"filename": certificates.key}}
+            chain["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
+                "@type": kind("envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"),
+                "disable_stateless_session_resumption": True,
+                "common_tls_context": {"tls_certificates": [files]}}}
+        return {"name": f"in-{port}", "address": address(port), "filter_chains": [chain]}
+
+    return {"static_resources": {
+        "listeners": [listener(subject.http, False), listener(subject.https, True)],
+        "clusters": [{"name": "up", "type": "STATIC", "connect_timeout": "5s", "load_assignment": {
+            "cluster_name": "up",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(upstream)}}]}]}}]}}
+
+
+def upstream_object(port):
+    return {"type": "roundrobin", "nodes": {f"127.0.0.1:{port}": 1},
+            "keepalive_pool": {"size": 320, "idle_timeout": 60, "requests": 1_000_000_000}}
+
+
+class Postern(Subject):
+    """`postern edge`; resources from a file, or by the Admin API into the embedded store."""
+
+    def __init__(self, name, folder, cores, program, resources=None, path="/", headers=None):
+        super().__init__(name, folder, cores)
+        self.program = program
+        self.admin, self.control, self.status = free_port(), free_port(), free_port()
+        deployment = {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}}
+        if resources is None:
+            deployment = {"role": "traditional", "admin": {
+                "admin_key": [{"name": "admin", "key": KEY, "role": "admin"}],
+                "admin_listen": {"ip": "127.0.0.1", "port": self.admin}}}
+        else:
+            write(self.folder, "apisix.yaml", json.dumps(resources) + "\n#END\n")
+        config = {
+            "apisix": {
+                "node_listen": [{"ip": "127.0.0.1", "port": self.http}],
+                "ssl": {"enable": True, "listen": [{"ip": "127.0.0.1", "port": self.https}]},
+                "control": {"ip": "127.0.0.1", "port": self.control},
+                "status": {"ip": "127.0.0.1", "port": self.status},
+            },
+            "nginx_config": {"worker_processes": 1, "http": {"enable_access_log": False}},
+            "deployment": deployment,
+            "postern": {"data_dir": os.path.join(self.folder, "data")},
+        }
+        self.config = write(self.folder, "config.yaml", json.dumps(config))
+        self.started = time.monotonic()
+        self.run()
+        if resources is None:
+            wait_until(self.is_ready, what=f"{self.name} is ready")
+        else:
+            self.wait(path, headers)
+
+    def run(self):
+        self.launch([self.program, "edge", "-c", self.config])
+
+    def is_ready(self):
+        return get(self.status, "/status/ready") == 200
+
+    def admin_connection(self):
+        return AdminConnection(self.admin)
+
+
+class AdminConnection:
+    """One keep-alive connection to the Admin API."""
+
+    def __init__(self, port):
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+
+    def put(self, path, value):
+        headers = {"X-API-KEY": KEY, "Content-Type": "application/json"}
+        self.connection.request("PUT", f"/apisix/admin/{path}", json.dumps(value), headers)
+        answer = self.connection.getresponse()
+        body = answer.read()
+        if answer.status not in (200, 201):
+            raise SystemExit(f"PUT {path}: {answer.status} {body[:500]!r}")
