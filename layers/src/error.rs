@@ -79,6 +79,8 @@ reasons! {
     HeadersTooLarge "headers_too_large" 431 Client "http_request_error",
     /// The body is larger than allowed.
     BodyTooLarge "body_too_large" 413 Client "http_request_error",
+    /// The method is never forwarded.
+    MethodNotAllowed "method_not_allowed" 405 Client "http_request_denied",
     /// The method or protocol switch is not offered.
     NotImplemented "not_implemented" 501 Client "http_request_error",
     /// The host belongs to another TLS server name that asks for a client certificate.

@@ -5,3 +5,4 @@ pub mod forwarded;
 pub mod in_flight;
 pub mod normalize;
 pub mod recover;
+pub mod sanitize;
