@@ -1,0 +1,170 @@
+//! A connection to one address: TCP, then TLS if the upstream asks for it, within one time limit.
+//!
+//! Nothing is written before the connection stands, so every failure here may be tried again elsewhere.
+//! Endpoints are addresses; names were resolved in the background.
+
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::error::{Error, Reason};
+
+/// What went over a connection so far. A retry needs to know whether the request reached the socket.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) written: Cell<u64>,
+    pub(crate) read: Cell<u64>,
+}
+
+/// A connected stream that counts.
+#[derive(Debug)]
+pub(crate) struct Io {
+    stream: Transport,
+    traffic: Rc<Traffic>,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Io {
+    pub(crate) fn traffic(&self) -> &Rc<Traffic> {
+        &self.traffic
+    }
+
+    /// The protocol that was agreed on in the handshake.
+    pub(crate) fn alpn(&self) -> Option<&[u8]> {
+        match &self.stream {
+            Transport::Plain(_) => None,
+            Transport::Tls(stream) => stream.get_ref().1.alpn_protocol(),
+        }
+    }
+}
+
+/// Connect to `addr`, and shake hands under `name` if there is a TLS configuration.
+///
+/// # Errors
+/// Always retryable: nothing of the request was sent.
+pub(crate) async fn connect(
+    addr: SocketAddr,
+    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+    limit: Duration,
+) -> Result<Io, Error> {
+    let connecting = async {
+        let stream = TcpStream::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
+        // Requests are written whole; waiting for more would only delay the last piece.
+        stream.set_nodelay(true).map_err(|error| failed(Reason::ConnectFailed, error))?;
+        let stream = match tls {
+            None => Transport::Plain(stream),
+            Some((config, name)) => {
+                let stream = TlsConnector::from(config).connect(name, stream).await;
+                Transport::Tls(Box::new(stream.map_err(|error| failed(tls_reason(&error), error))?))
+            }
+        };
+        Ok(Io { stream, traffic: Rc::default() })
+    };
+    match tokio::time::timeout(limit, connecting).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(Reason::ConnectTimeout).retryable(true)),
+    }
+}
+
+fn failed(reason: Reason, error: io::Error) -> Error {
+    Error::new(reason).because(error).retryable(true)
+}
+
+fn tls_reason(error: &io::Error) -> Reason {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    match cause {
+        Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => {
+            Reason::TlsCertificate
+        }
+        _ => Reason::TlsFailed,
+    }
+}
+
+impl AsyncRead for Io {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buffer.filled().len();
+        let result = match &mut this.stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        };
+        let read = buffer.filled().len() - before;
+        this.traffic.read.set(this.traffic.read.get() + read as u64);
+        result
+    }
+}
+
+impl Io {
+    fn count(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(written)) = result {
+            self.traffic.written.set(self.traffic.written.get() + written as u64);
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = match &mut this.stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Transport::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        };
+        this.count(result)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = match &mut this.stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, pieces),
+            Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, pieces),
+        };
+        this.count(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.stream {
+            Transport::Plain(stream) => stream.is_write_vectored(),
+            Transport::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}

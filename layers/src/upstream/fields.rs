@@ -1,0 +1,178 @@
+//! Which header fields cross the gateway.
+//!
+//! Fields that belong to one connection (RFC 9110, section 7.6.1) stay on it, in both directions, together with
+//! the ones a `Connection` field names. A peer cannot use that to strip what the gateway itself added, nor the
+//! fields that frame the message. Whatever crosses is already valid: the parser on each side saw to it.
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+
+/// Fields that a `Connection` field cannot take away: framing, routing, and what the gateway adds.
+fn is_protected(name: &str) -> bool {
+    const NAMES: [&str; 6] =
+        ["content-length", "content-type", "host", "x-real-ip", "x-request-id", "x-userinfo"];
+    const PREFIXES: [&str; 3] = ["x-forwarded-", "x-consumer-", "x-credential-"];
+    NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Fields of one connection. `content-length` and `host` are settled elsewhere, `te` and `upgrade` too.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
+            | "http2-settings"
+    )
+}
+
+/// The tokens of every `Connection` field.
+fn connection_tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+}
+
+fn is_named(headers: &HeaderMap, name: &HeaderName) -> bool {
+    connection_tokens(headers).any(|token| token.eq_ignore_ascii_case(name.as_str()))
+        && !is_protected(name.as_str())
+}
+
+/// The protocol that a request asks to switch to, if its `Connection` says so. `h2c` is not offered: the
+/// bytes behind such a switch would pass every check unseen.
+pub(crate) fn wanted_upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let upgrade = headers.get(header::UPGRADE)?;
+    let h2c = upgrade.as_bytes().split(|byte| *byte == b',').any(|part| part.trim_ascii().starts_with(b"h2"));
+    let asked = connection_tokens(headers).any(|token| token.eq_ignore_ascii_case("upgrade"));
+    (asked && !h2c).then_some(upgrade)
+}
+
+/// Whether trailers are understood (`TE: trailers`).
+pub(crate) fn takes_trailers(headers: &HeaderMap) -> bool {
+    headers.get_all(header::TE).iter().any(|value| {
+        value.as_bytes().split(|byte| *byte == b',').any(|part| {
+            part.split(|byte| *byte == b';').next().is_some_and(|name| {
+                name.trim_ascii().eq_ignore_ascii_case(b"trailers")
+            })
+        })
+    })
+}
+
+/// The fields of a request that go on to the upstream, in their order, without `Host` and `Content-Length`.
+/// `Expect` stays here: the client is told to go on when the upstream connection takes the body.
+pub(crate) fn forwarded(headers: &HeaderMap) -> HeaderMap {
+    let named = headers.contains_key(header::CONNECTION);
+    // Two more for what the caller adds.
+    let mut out = HeaderMap::with_capacity(headers.len() + 2);
+    for (name, value) in headers {
+        let stays = is_hop_by_hop(name)
+            || matches!(*name, header::HOST | header::CONTENT_LENGTH | header::EXPECT)
+            || (named && is_named(headers, name));
+        if !stays {
+            out.append(name, value.clone());
+        }
+    }
+    out
+}
+
+/// Take the fields of the upstream's connection off a response.
+pub(crate) fn sanitize_response(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> =
+            headers.keys().filter(|name| is_named(headers, name)).cloned().collect();
+        named.iter().for_each(|name| drop(headers.remove(name)));
+    }
+    // One look at each field instead of a search for each name: most responses have none of them.
+    if headers.keys().any(is_hop_by_hop) {
+        let own: Vec<HeaderName> = headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
+        own.iter().for_each(|name| drop(headers.remove(name)));
+    }
+}
+
+/// `timeout=N` of a `Keep-Alive` field, in seconds: how long the peer keeps an idle connection.
+pub(crate) fn keep_alive_timeout(headers: &HeaderMap) -> Option<u64> {
+    let value = headers.get("keep-alive")?.to_str().ok()?;
+    value.split(',').find_map(|part| part.trim().strip_prefix("timeout=")?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    fn fields(text: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for line in text.split('|').filter(|line| !line.is_empty()) {
+            let (name, value) = line.split_once(": ").unwrap();
+            headers.append(name.parse::<HeaderName>().unwrap(), value.parse().unwrap());
+        }
+        headers
+    }
+
+    fn text(headers: &HeaderMap) -> String {
+        let lines: Vec<String> =
+            headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+        lines.join("|")
+    }
+
+    #[test]
+    fn fields_of_the_connection_stay_on_it() {
+        let cases = [
+            ("a: 1|b: 2|a: 3", "a: 1|a: 3|b: 2", "others pass with every value"),
+            ("connection: keep-alive|keep-alive: timeout=5|a: 1", "a: 1", "the classic ones"),
+            ("connection: X-Secret, close|x-secret: 1|a: 1", "a: 1", "named ones, whatever their case"),
+            ("connection: x-forwarded-for|x-forwarded-for: 1.1.1.1", "x-forwarded-for: 1.1.1.1", "not ours"),
+            ("connection: content-type|content-type: a/b", "content-type: a/b", "not the framing"),
+            ("te: trailers|transfer-encoding: chunked|upgrade: h2c|http2-settings: AA", "", "the rest"),
+            ("proxy-connection: close|proxy-authorization: x|expect: 100-continue", "", "of the proxy hop"),
+            ("host: a|content-length: 5", "", "these are set anew"),
+            ("trailer: x-sum", "trailer: x-sum", "what follows the body is announced to the end"),
+        ];
+        for (given, wanted, case) in cases {
+            assert_eq!(text(&forwarded(&fields(given))), wanted, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_response_loses_the_upstreams_connection_fields_and_keeps_its_length() {
+        let mut headers = fields(
+            "connection: x-hop, close|x-hop: 1|keep-alive: timeout=5|transfer-encoding: chunked|\
+             upgrade: h2|content-length: 5|a: 1",
+        );
+        sanitize_response(&mut headers);
+        assert_eq!(text(&headers), "content-length: 5|a: 1");
+    }
+
+    #[test]
+    fn only_a_real_switch_is_forwarded_and_never_h2c() {
+        let cases = [
+            ("connection: Upgrade|upgrade: websocket", Some("websocket")),
+            ("connection: keep-alive, upgrade|upgrade: websocket", Some("websocket")),
+            ("upgrade: websocket", None),
+            ("connection: upgrade", None),
+            ("connection: upgrade, http2-settings|upgrade: h2c", None),
+            ("connection: upgrade|upgrade: websocket, h2c", None),
+        ];
+        for (given, wanted) in cases {
+            let headers = fields(given);
+            let upgrade = wanted_upgrade(&headers).map(|value| value.to_str().unwrap());
+            assert_eq!(upgrade, wanted, "{given}");
+        }
+    }
+
+    #[test]
+    fn small_facts_are_read() {
+        assert!(takes_trailers(&fields("te: gzip, Trailers;q=0.5")));
+        assert!(!takes_trailers(&fields("te: gzip")));
+        assert_eq!(keep_alive_timeout(&fields("keep-alive: max=10, timeout=5")), Some(5));
+        assert_eq!(keep_alive_timeout(&fields("keep-alive: timeout=soon")), None);
+    }
+}
