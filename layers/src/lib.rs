@@ -20,7 +20,9 @@ pub mod target;
 pub mod telemetry;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod transport;
 pub mod upstream;
 pub mod vars;
+pub mod worker;
 
 pub use stack::HttpService;

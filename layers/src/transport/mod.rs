@@ -1,0 +1,6 @@
+//! The ways bytes reach a worker: listening sockets, the PROXY protocol, TLS, and the framing guard in front of the
+//! HTTP/1 engine. Nothing here knows a route or a plugin.
+
+pub mod framing;
+pub mod listen;
+pub mod proxy_protocol;
