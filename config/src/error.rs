@@ -85,18 +85,18 @@ pub enum ErrorKind {
         other: &'static str,
     },
     /// A field that needs another one beside it.
-    #[error("`{field}` needs {needs} beside it")]
+    #[error("`{field}` needs `{needs}` beside it")]
     Needs {
         /// What was found.
-        field: &'static str,
-        /// What it needs, in words.
+        field: String,
+        /// What it needs.
         needs: &'static str,
     },
     /// One of several fields has to be there.
     #[error("none of {} is there: write one of them", list(fields))]
     NoneOf {
         /// The fields.
-        fields: &'static [&'static str],
+        fields: Vec<&'static str>,
     },
     /// An id that breaks the rules.
     #[error("`{found}` is not an id: write {rule}")]

@@ -12,6 +12,7 @@ use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{ConfigError, ErrorKind};
+use crate::fields::StrVisitor;
 
 /// Longest id of a resource, in bytes.
 pub const MAX_ID: usize = 64;
@@ -313,18 +314,68 @@ impl JsonSchema for Id {
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
             "anyOf": [
-                {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": "^[a-zA-Z0-9_.-]+$"},
+                {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": "^[a-zA-Z0-9_.-]+$", "x-expected": ID_RULE},
                 {"type": "integer", "minimum": 1},
             ],
         })
     }
 }
 
+/// The name of a consumer: 1 to 256 of `a-z A-Z 0-9 - _`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Username(Box<str>);
+
+impl Username {
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Username {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Username {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl<'de> Deserialize<'de> for Username {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Username, D::Error> {
+        let parse = |name: &str| is_username(name).then(|| Username(name.into()));
+        deserializer.deserialize_str(StrVisitor { expected: USERNAME_RULE, parse })
+    }
+}
+
+impl JsonSchema for Username {
+    fn schema_name() -> Cow<'static, str> {
+        "Username".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string", "minLength": 1, "maxLength": MAX_USERNAME,
+            "pattern": "^[a-zA-Z0-9_-]+$", "x-expected": USERNAME_RULE,
+        })
+    }
+}
+
+const USERNAME_RULE: &str = "a name of 1 to 256 of a-z A-Z 0-9 - _";
 const ID_RULE: &str = "1 to 64 of a-z A-Z 0-9 - _ . or an integer from 1";
 
 fn id_rule(kind: Kind) -> &'static str {
     match kind {
-        Kind::Consumer => "a name of 1 to 256 of a-z A-Z 0-9 - _",
+        Kind::Consumer => USERNAME_RULE,
         Kind::Credential => "USERNAME/credentials/ID, the ID being 1 to 64 of a-z A-Z 0-9 - _ .",
         Kind::Secret => "vault/ID, aws/ID or gcp/ID, the ID being 1 to 64 of a-z A-Z 0-9 - _ .",
         _ => ID_RULE,

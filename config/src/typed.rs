@@ -3,29 +3,24 @@
 //! Used for plugin settings and whatever else has a type and a schema of its own. The typed reading is the fast path;
 //! only when it fails is the type's JSON Schema asked, which finds every error instead of the first.
 
-use schemars::{JsonSchema, generate::SchemaSettings};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::{ConfigError, escape};
+use crate::schema;
 
 /// Reads `value` as a `T`.
 ///
 /// # Errors
 /// Everything that does not fit, by its pointer in `value`.
-pub fn parse<T: DeserializeOwned + JsonSchema>(value: &Value) -> Result<T, Vec<ConfigError>> {
+pub fn parse<T: DeserializeOwned + JsonSchema + 'static>(value: &Value) -> Result<T, Vec<ConfigError>> {
     let error = match serde_path_to_error::deserialize(value) {
         Ok(typed) => return Ok(typed),
         Err(error) => error,
     };
-    let mut errors: Vec<_> = match jsonschema::validator_for(&schema_of::<T>()) {
-        Ok(validator) => validator
-            .iter_errors(value)
-            .map(|error| ConfigError::invalid(error.instance_path().to_string(), error.to_string()))
-            .collect(),
-        Err(_) => Vec::new(),
-    };
+    let mut errors = schema::errors::<T>(value);
     if errors.is_empty() {
         errors.push(ConfigError::invalid(pointer(error.path()), error.inner().to_string()));
     }
@@ -42,10 +37,11 @@ pub fn to_value<T: Serialize>(typed: &T) -> Result<Value, ConfigError> {
 
 /// The JSON Schema of `T`.
 pub fn schema_of<T: JsonSchema>() -> Value {
-    SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>().to_value()
+    schema::of::<T>()
 }
 
-fn pointer(path: &serde_path_to_error::Path) -> String {
+/// A path of serde as an RFC 6901 pointer.
+pub(crate) fn pointer(path: &serde_path_to_error::Path) -> String {
     use serde_path_to_error::Segment;
     path.iter()
         .map(|segment| match segment {

@@ -142,17 +142,17 @@ pub struct Extras {
 
 impl Extras {
     /// The plugin authenticates: consumers and credentials carry settings of type `C`, found by `key`.
-    pub fn consumer<C: DeserializeOwned + Serialize + JsonSchema>(&mut self, key: ConsumerKey) {
+    pub fn consumer<C: DeserializeOwned + Serialize + JsonSchema + 'static>(&mut self, key: ConsumerKey) {
         self.consumer = Some((check_type::<C>, schema_of::<C>, key));
     }
 
     /// The plugin has settings for the whole gateway (`plugin_metadata`).
-    pub fn metadata<M: DeserializeOwned + Serialize + JsonSchema>(&mut self) {
+    pub fn metadata<M: DeserializeOwned + Serialize + JsonSchema + 'static>(&mut self) {
         self.metadata = Some((check_type::<M>, schema_of::<M>));
     }
 }
 
-fn check_type<T: DeserializeOwned + Serialize + JsonSchema>(
+fn check_type<T: DeserializeOwned + Serialize + JsonSchema + 'static>(
     value: &Value,
 ) -> Result<Value, Vec<ConfigError>> {
     config::typed::parse::<T>(value).and_then(|typed| config::typed::to_value(&typed).map_err(|e| vec![e]))

@@ -1,0 +1,40 @@
+//! Protobuf definitions, for translating between HTTP and gRPC.
+//!
+//! The content is the text of a `.proto` file, or a descriptor set in base64.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::fields::{Desc, Labels, Name, OwnId, Text, Timestamp};
+use crate::secret_ref::Literals;
+
+/// A protobuf definition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Proto {
+    /// The id, if the object carries it.
+    #[serde(default, skip_serializing_if = "OwnId::is_elsewhere")]
+    pub id: OwnId,
+    /// A name for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+    /// A description.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desc: Option<Desc>,
+    /// Attributes by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Box<Labels>>,
+    /// When the object was created, in seconds since 1970; set by the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub create_time: Option<Timestamp>,
+    /// When the object was last changed, in seconds since 1970; set by the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_time: Option<Timestamp>,
+
+    /// The text of a `.proto` file, or a descriptor set in base64; up to 1 MiB.
+    pub content: Text<1, 1048576>,
+
+    /// References to secrets, as they were written.
+    #[serde(skip)]
+    pub literals: Literals,
+}

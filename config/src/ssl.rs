@@ -1,0 +1,157 @@
+//! Certificates: those shown to clients by server name, and those shown to upstreams.
+//!
+//! Whether a certificate and its key belong together is found out where TLS is, not here.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{ConfigError, ErrorKind};
+use crate::fields::{Desc, Distinct, Host, Int, Labels, OwnId, Status, Text, Timestamp};
+use crate::rules::{Rule, Rules};
+use crate::secret_ref::Literals;
+use crate::sensitive::PrivateKey;
+
+/// A certificate in PEM: 128 bytes to 64 KiB.
+pub type Certificate = Text<128, 65536>;
+
+/// Certificates by server name, or a client certificate for upstreams.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = Rules(RULES))]
+pub struct Ssl {
+    /// The id, if the object carries it.
+    #[serde(default, skip_serializing_if = "OwnId::is_elsewhere")]
+    pub id: OwnId,
+    /// A description.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desc: Option<Desc>,
+    /// Attributes by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Box<Labels>>,
+    /// When the object was created, in seconds since 1970; set by the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub create_time: Option<Timestamp>,
+    /// When the object was last changed, in seconds since 1970; set by the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_time: Option<Timestamp>,
+
+    /// Whom the certificate is shown to.
+    #[serde(default, rename = "type")]
+    pub kind: SslType,
+    /// The certificate with its chain, in PEM.
+    pub cert: Certificate,
+    /// The private key of `cert`, in PEM.
+    pub key: PrivateKey,
+    /// Further certificates for the same names, such as an ECDSA one beside an RSA one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub certs: Vec<Certificate>,
+    /// The private keys of `certs`, in the same order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<PrivateKey>,
+    /// The server name: exact, `*.foo.com` for one label more, or `*` for any. Either this or `snis`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sni: Option<Host>,
+    /// Several server names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snis: Option<Distinct<Host>>,
+    /// Clients must show a certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<ClientAuth>,
+    /// The versions of TLS that are spoken. All that the gateway speaks if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssl_protocols: Option<Distinct<TlsVersion, 0>>,
+    /// 1 if the object is in use, 0 if it is switched off.
+    #[serde(default)]
+    pub status: Status,
+
+    /// References to secrets, as they were written.
+    #[serde(skip)]
+    pub literals: Literals,
+}
+
+pub(crate) const RULES: &[Rule] = &[
+    Rule::AtMostOne("sni", "snis"),
+    Rule::AnyOfUnless { field: "type", is: "client", of: &["sni", "snis"] },
+];
+
+/// Whom a certificate is shown to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SslType {
+    /// To clients that ask for one of the server names.
+    #[default]
+    Server,
+    /// To upstreams that refer to it.
+    Client,
+}
+
+/// What clients must show.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ClientAuth {
+    /// The authorities that client certificates are verified against, in PEM.
+    pub ca: Certificate,
+    /// The longest chain between a client certificate and an authority.
+    #[serde(default)]
+    pub depth: Int<0, 100, 1>,
+    /// Regular expressions over the path: where one matches, no client certificate is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_mtls_uri_regex: Option<Distinct<Box<str>>>,
+}
+
+/// A version of TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum TlsVersion {
+    /// Accepted in lists so that those of APISIX can be read; never spoken.
+    #[serde(rename = "TLSv1.1")]
+    V1_1,
+    /// TLS 1.2.
+    #[serde(rename = "TLSv1.2")]
+    V1_2,
+    /// TLS 1.3.
+    #[serde(rename = "TLSv1.3")]
+    V1_3,
+}
+
+impl Ssl {
+    /// The server names, however they are written.
+    pub fn snis(&self) -> impl Iterator<Item = &Host> {
+        self.sni.iter().chain(self.snis.iter().flat_map(|snis| snis.iter()))
+    }
+
+    /// Certificates with their keys, the main one first.
+    pub fn pairs(&self) -> impl Iterator<Item = (&Certificate, &PrivateKey)> {
+        std::iter::once((&self.cert, &self.key)).chain(self.certs.iter().zip(&self.keys))
+    }
+
+    /// The rules between values of fields.
+    pub(crate) fn check(&self, errors: &mut Vec<ConfigError>) {
+        let mut error = |pointer: &str, kind| errors.push(ConfigError::new(pointer, kind));
+        if self.certs.len() != self.keys.len() {
+            let kind = ErrorKind::OutOfRange {
+                what: "the number of keys",
+                found: self.keys.len().to_string(),
+                allowed: format!("one key for each of the {} certificates in `certs`", self.certs.len()),
+            };
+            error("/keys", kind);
+        }
+        if let Some(protocols) = &self.ssl_protocols
+            && protocols.iter().all(|version| *version == TlsVersion::V1_1)
+            && !protocols.is_empty()
+        {
+            let kind = ErrorKind::Unsupported {
+                what: "TLS 1.1 alone".to_owned(),
+                instead: "write TLSv1.2, TLSv1.3 or both".to_owned(),
+            };
+            error("/ssl_protocols", kind);
+        }
+        let patterns = self.client.iter().flat_map(|client| client.skip_mtls_uri_regex.iter().flatten());
+        for (index, pattern) in patterns.enumerate() {
+            if let Err(problem) = regex::Regex::new(pattern) {
+                let pointer = format!("/client/skip_mtls_uri_regex/{index}");
+                let expected = format!("a regular expression: {problem}");
+                error(&pointer, ErrorKind::BadFormat { found: pattern.to_string(), expected });
+            }
+        }
+    }
+}
