@@ -40,12 +40,13 @@ pub struct ErrorResponse {
     json: bool,
 }
 
-impl ErrorResponse {
-    /// From `_meta.error_response`: a string is sent as it is, anything else as JSON.
-    pub fn new(value: &Value) -> Self {
-        match value {
-            Value::String(text) => Self { text: text.as_str().into(), json: false },
-            other => Self { text: other.to_string().into(), json: true },
+impl From<&config::meta::ErrorResponse> for ErrorResponse {
+    fn from(own: &config::meta::ErrorResponse) -> Self {
+        match own {
+            config::meta::ErrorResponse::Text(text) => Self { text: text.as_str().into(), json: false },
+            config::meta::ErrorResponse::Json(object) => {
+                Self { text: Value::Object(object.clone()).to_string().into(), json: true }
+            }
         }
     }
 }
@@ -599,7 +600,11 @@ mod tests {
             priority,
             source: Source("routes/1".into()),
             filter: traits.filter.map(|filter| Expr::parse(&filter).unwrap()),
-            error_response: traits.error_response.as_ref().map(ErrorResponse::new),
+            error_response: traits.error_response.as_ref().map(|own| {
+                ErrorResponse::from(
+                    &serde_json::from_value::<config::meta::ErrorResponse>(own.clone()).unwrap(),
+                )
+            }),
             hooks,
         })
     }

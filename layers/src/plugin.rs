@@ -152,6 +152,39 @@ impl Extras {
     }
 }
 
+impl Extras {
+    /// Whether the plugin recognises consumers.
+    pub fn authenticates(&self) -> bool {
+        self.consumer.is_some()
+    }
+
+    /// The key under which these settings of a consumer are found, if the plugin authenticates.
+    pub fn consumer_key(&self, settings: &Value) -> Option<String> {
+        let (_, _, key) = self.consumer.as_ref()?;
+        key(settings)
+    }
+
+    /// Checks settings of a consumer, if the plugin authenticates.
+    pub fn check_consumer(&self, settings: &Value) -> Option<Result<Value, Vec<ConfigError>>> {
+        self.consumer.as_ref().map(|(check, _, _)| check(settings))
+    }
+
+    /// The schema of a consumer's settings, if the plugin authenticates.
+    pub fn consumer_schema(&self) -> Option<Value> {
+        self.consumer.as_ref().map(|(_, schema, _)| schema())
+    }
+
+    /// Checks the plugin's metadata, if it has any.
+    pub fn check_metadata(&self, settings: &Value) -> Option<Result<Value, Vec<ConfigError>>> {
+        self.metadata.as_ref().map(|(check, _)| check(settings))
+    }
+
+    /// The schema of the plugin's metadata, if it has any.
+    pub fn metadata_schema(&self) -> Option<Value> {
+        self.metadata.as_ref().map(|(_, schema)| schema())
+    }
+}
+
 fn check_type<T: DeserializeOwned + Serialize + JsonSchema + 'static>(
     value: &Value,
 ) -> Result<Value, Vec<ConfigError>> {
@@ -227,7 +260,7 @@ pub trait Upstreams {
     ///
     /// # Errors
     /// It cannot work as it is written.
-    fn inline(&self, name: &str, upstream: &Value) -> Result<Arc<Cluster>, ConfigError>;
+    fn inline(&self, name: &str, upstream: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError>;
 }
 
 /// What a plugin may use while it is built.

@@ -114,7 +114,7 @@ impl Upstreams for NoUpstreams {
         Err(ConfigError::invalid("", format!("there is no upstream {id} in this test")))
     }
 
-    fn inline(&self, name: &str, _: &Value) -> Result<Arc<Cluster>, ConfigError> {
+    fn inline(&self, name: &str, _: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError> {
         Err(ConfigError::invalid("", format!("{name}: there are no upstreams in this test")))
     }
 }

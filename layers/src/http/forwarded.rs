@@ -88,7 +88,8 @@ impl<S: HttpService> Service<Exchange> for Forwarded<S> {
     }
 }
 
-fn settle(x: &mut State, forwarding: &Forwarding) {
+/// Settles the client's address and the forwarding fields of one request.
+pub fn settle(x: &mut State, forwarding: &Forwarding) {
     let peer = x.conn.peer.ip();
     if let Some(rule) = &forwarding.real_ip
         && contains(&rule.from, peer)

@@ -58,9 +58,9 @@ pub(crate) fn wanted_upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
 pub(crate) fn takes_trailers(headers: &HeaderMap) -> bool {
     headers.get_all(header::TE).iter().any(|value| {
         value.as_bytes().split(|byte| *byte == b',').any(|part| {
-            part.split(|byte| *byte == b';').next().is_some_and(|name| {
-                name.trim_ascii().eq_ignore_ascii_case(b"trailers")
-            })
+            part.split(|byte| *byte == b';')
+                .next()
+                .is_some_and(|name| name.trim_ascii().eq_ignore_ascii_case(b"trailers"))
         })
     })
 }
@@ -85,8 +85,7 @@ pub(crate) fn forwarded(headers: &HeaderMap) -> HeaderMap {
 /// Take the fields of the upstream's connection off a response.
 pub(crate) fn sanitize_response(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
-        let named: Vec<HeaderName> =
-            headers.keys().filter(|name| is_named(headers, name)).cloned().collect();
+        let named: Vec<HeaderName> = headers.keys().filter(|name| is_named(headers, name)).cloned().collect();
         named.iter().for_each(|name| drop(headers.remove(name)));
     }
     // One look at each field instead of a search for each name: most responses have none of them.

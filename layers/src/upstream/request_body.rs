@@ -359,7 +359,8 @@ mod tests {
         let outgoing = Outgoing::new(Body::boxed(StreamBody::new(silent)));
         let mut handle = outgoing.attempt(Instant::now());
         assert!(matches!(outgoing.progress(), Some(Progress::Upstream(_))), "not asked for yet");
-        let pending = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut handle).poll_frame(cx).is_pending()));
+        let pending =
+            std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut handle).poll_frame(cx).is_pending()));
         assert!(pending.await);
         assert_eq!(outgoing.progress(), Some(Progress::Client));
     }

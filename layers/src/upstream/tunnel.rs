@@ -196,7 +196,11 @@ mod tests {
 
     use super::*;
 
-    fn start(tunnels: &Tunnels, idle: Duration, room: usize) -> (DuplexStream, DuplexStream, JoinHandle<Ended>) {
+    fn start(
+        tunnels: &Tunnels,
+        idle: Duration,
+        room: usize,
+    ) -> (DuplexStream, DuplexStream, JoinHandle<Ended>) {
         let (client, inner_client) = duplex(room);
         let (upstream, inner_upstream) = duplex(room);
         let tunnels = tunnels.clone();
