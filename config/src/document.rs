@@ -7,6 +7,7 @@
 
 mod json;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -41,6 +42,8 @@ struct Mark {
     column: u32,
     /// Number of marks of the node and everything below it.
     size: u32,
+    /// A YAML scalar without quotes: what it means is decided by what it says.
+    plain: bool,
 }
 
 /// Why a file cannot be read at all, and where.
@@ -143,7 +146,7 @@ impl Document {
             Err(error) => {
                 let valid = bytes.get(..error.valid_up_to()).unwrap_or_default();
                 let line = valid.iter().filter(|byte| **byte == b'\n').count() + 1;
-                let at = Mark { line: number_of(line), column: 1, size: 1 };
+                let at = Mark { line: number_of(line), ..Mark::START };
                 Err(at.error(&name.into(), Problem::NotText))
             }
         }
@@ -156,8 +159,9 @@ impl Document {
     pub fn yaml(name: &str, text: &str) -> Result<Document, DocumentError> {
         let name: Arc<str> = name.into();
         check_size(&name, text)?;
+        let shielded = shield(text);
         let mut builder = Builder::default();
-        builder.run(text).map_err(|(mark, problem)| mark.error(&name, problem))?;
+        builder.run(&shielded).map_err(|(mark, problem)| mark.error(&name, problem))?;
         let value = builder.root.unwrap_or(Value::Null);
         Ok(Document::new(name, text, value, builder.marks))
     }
@@ -174,9 +178,14 @@ impl Document {
         Ok(Document::new(name, text, value, reader.marks))
     }
 
+    /// A file without content.
+    pub fn empty(name: &str) -> Document {
+        Document::new(name.into(), "", Value::Null, Vec::new())
+    }
+
     fn new(name: Arc<str>, text: &str, value: Value, mut marks: Vec<Mark>) -> Document {
         if marks.is_empty() {
-            marks.push(Mark { line: 1, column: 1, size: 1 });
+            marks.push(Mark::START);
         }
         Document { name, value, marks, may_substitute: text.contains("${{") }
     }
@@ -220,6 +229,11 @@ impl Document {
         self.may_substitute
     }
 
+    /// Whether the node with this number, in the order of the file, is a YAML scalar without quotes.
+    pub(crate) fn is_plain(&self, index: usize) -> bool {
+        self.marks.get(index).is_some_and(|mark| mark.plain)
+    }
+
     /// For changes that keep the shape: the places are kept by position, not by name.
     pub(crate) fn value_mut(&mut self) -> &mut Value {
         &mut self.value
@@ -228,7 +242,7 @@ impl Document {
     fn mark_of(&self, pointer: &str) -> (Mark, bool) {
         let mut index = 0;
         let mut value = &self.value;
-        let mut mark = self.marks.first().copied().unwrap_or(Mark { line: 1, column: 1, size: 1 });
+        let mut mark = self.marks.first().copied().unwrap_or(Mark::START);
         for token in pointer.split('/').skip(1) {
             let (position, child) = match value {
                 Value::Array(items) => {
@@ -257,9 +271,47 @@ impl Document {
 
 fn check_size(name: &Arc<str>, text: &str) -> Result<(), DocumentError> {
     if text.len() > SIZE_LIMIT {
-        return Err(Mark { line: 1, column: 1, size: 1 }.error(name, Problem::TooBig));
+        return Err(Mark::START.error(name, Problem::TooBig));
     }
     Ok(())
+}
+
+/// Stand-ins for the braces of `${{NAME}}`: as wide, and without a meaning in YAML.
+const OPEN: &str = "$\u{e0f0}\u{e0f0}";
+const CLOSE: &str = "\u{e0f1}\u{e0f1}";
+
+/// The text with the braces of all `${{NAME}}` taken out of the sight of the YAML parser: in flow mappings they would
+/// open and close objects. APISIX substitutes before it parses and has no such trouble.
+fn shield(text: &str) -> Cow<'_, str> {
+    if !text.contains("${{") {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 64);
+    let mut rest = text;
+    while let Some((before, inner)) = rest.split_once("${{") {
+        out.push_str(before);
+        match inner.split_once("}}") {
+            Some((name, after)) if !name.contains(['\n', '{']) => {
+                out.push_str(OPEN);
+                out.push_str(name);
+                out.push_str(CLOSE);
+                rest = after;
+            }
+            _ => {
+                out.push_str("${{");
+                rest = inner;
+            }
+        }
+    }
+    out.push_str(rest);
+    Cow::Owned(out)
+}
+
+fn unshield(text: &str) -> Cow<'_, str> {
+    if !text.contains(OPEN) {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(text.replace(OPEN, "${{").replace(CLOSE, "}}"))
 }
 
 fn number_of(count: usize) -> u32 {
@@ -267,8 +319,10 @@ fn number_of(count: usize) -> u32 {
 }
 
 impl Mark {
+    const START: Mark = Mark { line: 1, column: 1, size: 1, plain: false };
+
     fn at(marker: Marker) -> Mark {
-        Mark { line: number_of(marker.line()), column: number_of(marker.col() + 1), size: 1 }
+        Mark { line: number_of(marker.line()), column: number_of(marker.col() + 1), ..Mark::START }
     }
 
     fn error(self, file: &Arc<str>, problem: Problem) -> DocumentError {
@@ -377,6 +431,7 @@ impl Builder {
         tag: Option<&Tag>,
     ) -> Result<(), Failed> {
         let plain = style == ScalarStyle::Plain;
+        let text = &*unshield(text);
         if self.expects_key() {
             if anchor != 0 {
                 self.keep(anchor, Branch { value: text.into(), marks: vec![at] }, at)?;
@@ -392,7 +447,7 @@ impl Builder {
             _ => text.into(),
         };
         let index = self.marks.len();
-        self.marks.push(self.value_mark(at));
+        self.marks.push(Mark { plain: plain && tag.is_none(), ..self.value_mark(at) });
         self.done(index, anchor, value, at)
     }
 
@@ -543,7 +598,7 @@ impl Builder {
         let own = self.value_mark(at);
         self.marks.extend_from_slice(&branch.marks);
         if let Some(mark) = self.marks.get_mut(index) {
-            *mark = Mark { size: mark.size, ..own };
+            *mark = Mark { line: own.line, column: own.column, ..*mark };
         }
         self.done(index, 0, branch.value, at)
     }
@@ -589,7 +644,7 @@ fn tagged(tag: &str, text: &str) -> Option<Value> {
 }
 
 /// What a plain YAML scalar means to lyaml.
-fn plain_scalar(text: &str) -> Value {
+pub(crate) fn plain_scalar(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
         "true" | "True" | "TRUE" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" => return Value::Bool(true),
@@ -613,7 +668,7 @@ fn yaml_number(text: &str) -> Option<Number> {
     if !digits.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
         return None;
     }
-    let digits: std::borrow::Cow<'_, str> =
+    let digits: Cow<'_, str> =
         if digits.contains('_') { digits.replace('_', "").into() } else { digits.into() };
     let integer = |digits: &str, radix: u32| {
         let value = u64::from_str_radix(digits, radix).ok()?;

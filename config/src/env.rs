@@ -1,15 +1,16 @@
 //! Environment variables in configuration files: `${{NAME}}` and `${{NAME:=default}}`, in values and keys.
 //!
-//! As in APISIX, a value that is a number or a boolean after substitution becomes one. Unlike there, text that would not
-//! print the same again as a number (`007`, `1e5`, twenty digits) stays text: keys and tokens are often digits. A
-//! variable that is missing and has no default is an error with its place, never an empty string.
+//! What a value becomes is as in APISIX, see [`Typing`], with one exception: text that would not print the same again as
+//! a number (`007`, `1e5`, twenty digits) stays text, for keys and tokens are often digits. Substitution happens after
+//! parsing, so a variable cannot add structure, and places stay. A variable that is missing and has no default is an
+//! error with its place, never an empty string.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Number, Value};
 
-use crate::document::{Document, LocatedError};
+use crate::document::{Document, LocatedError, plain_scalar};
 use crate::error::{ConfigError, escape};
 
 /// Where variables come from.
@@ -34,18 +35,28 @@ impl Env for BTreeMap<String, String> {
     }
 }
 
+/// What a value becomes when its variables are put in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Typing {
+    /// As in `config.yaml`: a number or boolean if it reads as one, quoted or not.
+    Guess,
+    /// As in `apisix.yaml`: in quotes it is text, without them it is what YAML makes of it.
+    Quotes,
+}
+
 /// Substitute all variables of a document. Places stay as they are.
 ///
 /// # Errors
-/// All variables that are missing or cannot be read, and keys that become equal.
-pub fn substitute(document: &mut Document, env: &dyn Env) -> Result<(), Vec<LocatedError>> {
+/// All variables that are missing, and keys that become equal.
+pub fn substitute(document: &mut Document, env: &dyn Env, typing: Typing) -> Result<(), Vec<LocatedError>> {
     if !document.may_substitute() {
         return Ok(());
     }
-    let mut errors = Vec::new();
     // Pointers of errors are those of the file, so the old keys are kept until all is said.
     let mut value = document.value().clone();
-    in_value(&mut value, &mut String::new(), env, &mut errors);
+    let mut walk = Walk { document, env, typing, index: 0, pointer: String::new(), errors: Vec::new() };
+    walk.value(&mut value);
+    let errors = walk.errors;
     if errors.is_empty() {
         *document.value_mut() = value;
         return Ok(());
@@ -53,62 +64,77 @@ pub fn substitute(document: &mut Document, env: &dyn Env) -> Result<(), Vec<Loca
     Err(errors.into_iter().map(|error| document.error(error)).collect())
 }
 
-fn in_value(value: &mut Value, pointer: &mut String, env: &dyn Env, errors: &mut Vec<ConfigError>) {
-    let length = pointer.len();
-    match value {
-        Value::String(text) => match expand(text, env) {
-            Ok(Cow::Borrowed(_)) => {}
-            Ok(Cow::Owned(expanded)) => *value = typed(expanded),
-            Err(problem) => errors.push(ConfigError::invalid(pointer.as_str(), problem)),
-        },
-        Value::Array(items) => {
-            for (index, item) in items.iter_mut().enumerate() {
-                pointer.push('/');
-                pointer.push_str(&index.to_string());
-                in_value(item, pointer, env, errors);
-                pointer.truncate(length);
-            }
-        }
-        Value::Object(members) => {
-            let mut renamed = false;
-            for (key, item) in members.iter_mut() {
-                pointer.push('/');
-                pointer.push_str(&escape(key));
-                in_value(item, pointer, env, errors);
-                renamed |= key.contains("${{");
-                pointer.truncate(length);
-            }
-            if renamed {
-                *members = in_keys(std::mem::take(members), pointer, env, errors);
-            }
-        }
-        _ => {}
-    }
+struct Walk<'a> {
+    document: &'a Document,
+    env: &'a dyn Env,
+    typing: Typing,
+    /// Number of the next node, in the order of the file.
+    index: usize,
+    pointer: String,
+    errors: Vec<ConfigError>,
 }
 
-/// The same members in the same order, under their new keys.
-fn in_keys(
-    members: Map<String, Value>,
-    pointer: &str,
-    env: &dyn Env,
-    errors: &mut Vec<ConfigError>,
-) -> Map<String, Value> {
-    let mut result = Map::with_capacity(members.len());
-    for (key, value) in members {
-        let at = || format!("{pointer}/{}", escape(&key));
-        match expand(&key, env) {
-            Ok(expanded) => {
-                let expanded = expanded.into_owned();
-                if result.contains_key(&expanded) {
-                    let problem = format!("the key becomes `{expanded}`, which is there already");
-                    errors.push(ConfigError::invalid(at(), problem));
+impl Walk<'_> {
+    fn value(&mut self, value: &mut Value) {
+        let length = self.pointer.len();
+        let plain = self.document.is_plain(self.index);
+        self.index += 1;
+        match value {
+            Value::String(text) => match expand(text, self.env) {
+                Ok(Cow::Borrowed(_)) => {}
+                Ok(Cow::Owned(expanded)) => {
+                    *value = match self.typing {
+                        Typing::Guess => guess(expanded),
+                        Typing::Quotes if plain => keep_digits(plain_scalar(&expanded), expanded),
+                        Typing::Quotes => Value::String(expanded),
+                    }
                 }
-                result.insert(expanded, value);
+                Err(problem) => self.errors.push(ConfigError::invalid(self.pointer.as_str(), problem)),
+            },
+            Value::Array(items) => {
+                for (index, item) in items.iter_mut().enumerate() {
+                    self.pointer.push('/');
+                    self.pointer.push_str(&index.to_string());
+                    self.value(item);
+                    self.pointer.truncate(length);
+                }
             }
-            Err(problem) => errors.push(ConfigError::invalid(at(), problem)),
+            Value::Object(members) => {
+                let mut renamed = false;
+                for (key, item) in members.iter_mut() {
+                    self.pointer.push('/');
+                    self.pointer.push_str(&escape(key));
+                    self.value(item);
+                    renamed |= key.contains("${{");
+                    self.pointer.truncate(length);
+                }
+                if renamed {
+                    *members = self.keys(std::mem::take(members));
+                }
+            }
+            _ => {}
         }
     }
-    result
+
+    /// The same members in the same order, under their new keys.
+    fn keys(&mut self, members: Map<String, Value>) -> Map<String, Value> {
+        let mut result = Map::with_capacity(members.len());
+        for (key, value) in members {
+            let problem = match expand(&key, self.env) {
+                Ok(expanded) if result.contains_key(&*expanded) => {
+                    format!("the key becomes `{expanded}`, which is there already")
+                }
+                Ok(expanded) => {
+                    result.insert(expanded.into_owned(), value);
+                    continue;
+                }
+                Err(problem) => problem,
+            };
+            let pointer = format!("{}/{}", self.pointer, escape(&key));
+            self.errors.push(ConfigError::invalid(pointer, problem));
+        }
+        result
+    }
 }
 
 /// The text with its variables put in; borrowed if it has none.
@@ -157,23 +183,30 @@ fn reference(inside: &str) -> Option<(&str, Option<&str>)> {
     is_name.then_some((name, default))
 }
 
-/// Text after substitution: a number or boolean if it is one and loses nothing by it.
-fn typed(text: String) -> Value {
-    match text.as_str() {
+/// A number or boolean if the text reads as one.
+fn guess(text: String) -> Value {
+    let value = match text.as_str() {
         "true" => return Value::Bool(true),
         "false" => return Value::Bool(false),
-        _ => {}
+        text => text.parse::<i64>().map(Number::from).ok().or_else(|| Number::from_f64(text.parse().ok()?)),
+    };
+    match value {
+        Some(number) => keep_digits(Value::Number(number), text),
+        None => Value::String(text),
     }
-    // Beyond 2^53 a Lua number is not exact; APISIX would change such a token.
-    let integer = text.parse::<i64>().ok().filter(|value| value.unsigned_abs() <= 1 << 53);
-    if let Some(integer) = integer.filter(|value| value.to_string() == text) {
-        return integer.into();
-    }
-    let number =
-        text.parse::<f64>().ok().filter(|value| value.to_string() == text).and_then(Number::from_f64);
-    match number {
-        Some(number) if text.contains('.') => Value::Number(number),
-        _ => Value::String(text),
+}
+
+/// The value, unless a number lost something of the text it was. Lua numbers are exact up to 2^53 only; APISIX would
+/// change a longer token.
+fn keep_digits(value: Value, text: String) -> Value {
+    const EXACT: u64 = 1 << 53;
+    match value {
+        Value::Number(number)
+            if number.to_string() != text || number.as_u64().is_some_and(|it| it > EXACT) =>
+        {
+            Value::String(text)
+        }
+        value => value,
     }
 }
 
@@ -226,16 +259,55 @@ mod tests {
         ];
         for (text, expected) in cases {
             let mut document = Document::json("a", &json!({ "x": text }).to_string()).unwrap();
-            substitute(&mut document, &env()).unwrap();
+            substitute(&mut document, &env(), Typing::Guess).unwrap();
             assert_eq!(document.value()["x"], expected, "{text}");
         }
+    }
+
+    #[test]
+    fn in_resources_quotes_decide() {
+        let text = "\
+a: ${{PORT}}
+b: \"${{PORT}}\"
+c: &x ${{FLAG:=yes}}
+d: [*x, '${{FLAG:=yes}}', \"a\"]
+e: {<<: {f: ${{ZEROS}}}, g: ${{EMPTY}}}
+h: |
+  ${{PORT}}
+";
+        let mut document = Document::yaml("apisix.yaml", text).unwrap();
+        substitute(&mut document, &env(), Typing::Quotes).unwrap();
+        let expected = json!({
+            "a": 1980, "b": "1980", "c": true, "d": [true, "yes", "a"], "e": {"g": null, "f": "007"}, "h": "1980\n",
+        });
+        assert_eq!(document.value(), &expected);
+    }
+
+    #[test]
+    fn json_has_references_in_and_out_of_quotes() {
+        let text = r#"{"a": ${{PORT}}, "b": "${{PORT}}", "c": [${{ON}}]}"#;
+        let mut document = Document::json("apisix.json", text).unwrap();
+        substitute(&mut document, &env(), Typing::Quotes).unwrap();
+        assert_eq!(document.value(), &json!({"a": 1980, "b": "1980", "c": [true]}));
+        for text in ["[${{PORT]", "[$]", "[${{A\n}}]"] {
+            assert!(Document::json("apisix.json", text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn flow_mappings_hold_references() {
+        let text = "nodes: {${{HOST}}:${{PORT}}: ${{ONE:=1}}, \"b\": 2}\nx: [${{ON}}, '}}']\n";
+        let mut document = Document::yaml("apisix.yaml", text).unwrap();
+        substitute(&mut document, &env(), Typing::Quotes).unwrap();
+        assert_eq!(document.value(), &json!({"nodes": {"10.0.0.1:1980": 1, "b": 2}, "x": [true, "}}"]}));
+        assert_eq!(document.line_of("/nodes/b"), Some((1, 43)));
     }
 
     #[test]
     fn keys_are_substituted_and_places_stay() {
         let text = "nodes:\n  \"${{HOST}}:${{PORT}}\": ${{ONE:=1}}\n  b: 2\n${{KEY}}: 3\n";
         let mut document = Document::yaml("apisix.yaml", text).unwrap();
-        substitute(&mut document, &env()).unwrap();
+        substitute(&mut document, &env(), Typing::Guess).unwrap();
         assert_eq!(document.value(), &json!({"nodes": {"10.0.0.1:1980": 1, "b": 2}, "a/b": 3}));
         assert_eq!(document.line_of("/nodes/10.0.0.1:1980"), Some((2, 3)));
         assert_eq!(document.line_of("/nodes/b"), Some((3, 3)));
@@ -246,7 +318,7 @@ mod tests {
     fn all_missing_variables_are_named_with_their_place() {
         let text = "a: ${{NONE}}\nb:\n  - ok\n  - x${{ GONE }}\nc:\n  ${{AWAY}}: 1\n";
         let mut document = Document::yaml("conf/config.yaml", text).unwrap();
-        let errors = substitute(&mut document, &env()).unwrap_err();
+        let errors = substitute(&mut document, &env(), Typing::Guess).unwrap_err();
         let errors: Vec<String> = errors.iter().map(LocatedError::to_string).collect();
         assert_eq!(
             errors,
@@ -262,7 +334,7 @@ mod tests {
     #[test]
     fn keys_that_become_equal_are_an_error() {
         let mut document = Document::yaml("a", "x:\n  '1980': 1\n  ${{PORT}}: 2\n").unwrap();
-        let errors = substitute(&mut document, &env()).unwrap_err();
+        let errors = substitute(&mut document, &env(), Typing::Guess).unwrap_err();
         assert_eq!(errors.len(), 1);
         assert_eq!(errors.first().map(|error| error.line), Some(3));
     }

@@ -57,7 +57,7 @@ impl<'a> JsonReader<'a> {
             None => self.column += number_of(passed.chars().count()),
         }
         self.counted = self.position;
-        Mark { line: self.line, column: self.column, size: 1 }
+        Mark { line: self.line, column: self.column, ..Mark::START }
     }
 
     fn unexpected(&mut self, expected: &str) -> Failed {
@@ -86,6 +86,7 @@ impl<'a> JsonReader<'a> {
             }
             Some(b'"') => self.string().map(Value::String),
             Some(b'-' | b'0'..=b'9') => self.number(),
+            Some(b'$') => self.reference(index),
             Some(b't') => self.word("true", Value::Bool(true)),
             Some(b'f') => self.word("false", Value::Bool(false)),
             Some(b'n') => self.word("null", Value::Null),
@@ -201,6 +202,22 @@ impl<'a> JsonReader<'a> {
             return Ok(number.as_f64().and_then(float).map_or(Value::Number(number), Value::Number));
         }
         Ok(Value::Number(number))
+    }
+
+    /// `${{NAME}}` outside of quotes, whose type is that of the variable's text.
+    fn reference(&mut self, index: usize) -> Result<Value, Failed> {
+        let rest = self.text.get(self.position..).unwrap_or_default();
+        let length =
+            rest.strip_prefix("${{").and_then(|inner| inner.split_once("}}")).map(|(name, _)| name.len() + 5);
+        let Some(text) = length.and_then(|length| rest.get(..length)).filter(|text| !text.contains('\n'))
+        else {
+            return Err(self.unexpected("a value"));
+        };
+        self.position += text.len();
+        if let Some(mark) = self.marks.get_mut(index) {
+            mark.plain = true;
+        }
+        Ok(text.into())
     }
 
     fn word(&mut self, word: &str, value: Value) -> Result<Value, Failed> {
