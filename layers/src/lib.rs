@@ -11,6 +11,7 @@ pub mod consumer;
 pub mod error;
 pub mod exchange;
 pub mod http;
+pub mod limits;
 pub mod local;
 pub mod plugin;
 pub mod rescue;

@@ -307,7 +307,8 @@ fn json_path<'a>(json: &'a Value, path: &str) -> Option<&'a Value> {
     })
 }
 
-fn hostname() -> &'static str {
+/// The name of this machine.
+pub(crate) fn hostname() -> &'static str {
     static NAME: std::sync::OnceLock<String> = std::sync::OnceLock::new();
     NAME.get_or_init(|| {
         std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()

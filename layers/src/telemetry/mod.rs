@@ -1,5 +1,9 @@
 //! What the gateway tells of itself.
 
+pub mod counter;
+pub mod exposition;
 pub mod log_file;
 pub mod metrics;
+pub mod names;
+pub mod requests;
 pub mod time;

@@ -1,0 +1,3 @@
+//! Counters that all workers share, because a limit holds for the process and not for a core.
+
+pub mod window;

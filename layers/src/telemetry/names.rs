@@ -1,0 +1,102 @@
+//! The name, kind and meaning of every metric, in one place.
+//!
+//! Names of APISIX stand without their prefix, which `plugin_attr.prometheus.metric_prefix` may change; ours begin
+//! with `postern_`. Labels come from the configuration, never from what clients send.
+
+/// What a metric measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts by size.
+    Histogram,
+}
+
+impl Kind {
+    /// As in a `# TYPE` line.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+        }
+    }
+}
+
+/// A metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Its name.
+    pub name: &'static str,
+    /// What it measures.
+    pub kind: Kind,
+    /// One sentence for people.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($(#[$doc:meta])* $list:ident: $($id:ident $kind:ident $name:literal $help:literal),* $(,)?) => {
+        $(
+            #[doc = $help]
+            pub const $id: Metric = Metric { name: $name, kind: Kind::$kind, help: $help };
+        )*
+        $(#[$doc])*
+        pub const $list: &[Metric] = &[$($id),*];
+    };
+}
+
+metrics! {
+    /// APISIX's metrics, without their prefix.
+    APISIX:
+    HTTP_STATUS Counter "http_status" "Answers by status code, route, service and consumer.",
+    HTTP_LATENCY Histogram "http_latency" "Time of requests in milliseconds: the whole, the upstream's part and the gateway's.",
+    BANDWIDTH Counter "bandwidth" "Bytes received from clients (ingress) and sent to them (egress).",
+    HTTP_REQUESTS_TOTAL Counter "http_requests_total" "Requests received since the start.",
+    CONNECTIONS Gauge "nginx_http_current_connections" "Client connections by state.",
+    METRIC_ERRORS_TOTAL Counter "nginx_metric_errors_total" "Requests counted under the label value other because the limit on series was reached.",
+    NODE_INFO Gauge "node_info" "Always 1; the labels tell the machine.",
+    ETCD_REACHABLE Gauge "etcd_reachable" "Whether etcd answered last time: 1 or 0.",
+    ETCD_MODIFY_INDEXES Gauge "etcd_modify_indexes" "Highest modification index in use, by kind of resource.",
+    UPSTREAM_STATUS Gauge "upstream_status" "Whether health checks call a node healthy: 1 or 0.",
+}
+
+metrics! {
+    /// Our own metrics.
+    POSTERN:
+    BUILD_INFO Gauge "postern_build_info" "Always 1; the labels tell the version.",
+    CLIENT_CONNECTIONS Gauge "postern_connections" "Client connections by state.",
+    CLIENT_CONNECTIONS_TOTAL Counter "postern_connections_total" "Client connections by what became of them at the door.",
+    REQUESTS_IN_FLIGHT Gauge "postern_requests_in_flight" "Requests at work, until their answer has left.",
+    REQUESTS_IN_FLIGHT_LIMIT Gauge "postern_requests_in_flight_limit" "Requests that may be at work at once; more are refused.",
+    ANSWERS_TOTAL Counter "postern_gateway_answers_total" "Answers that the gateway itself gave, by reason.",
+    PANICS_TOTAL Counter "postern_panics_total" "Panics that were caught, by the part of the gateway they happened in.",
+    RETRIES_TOTAL Counter "postern_upstream_retries_total" "Further attempts to reach an upstream after a failed one.",
+    RETRY_BUDGET_EXHAUSTED_TOTAL Counter "postern_retry_budget_exhausted_total" "Retries not made because the retry budget was used up.",
+    CONFIG_REVISION Gauge "postern_config_revision" "Revision of the configuration in use.",
+    CONFIG_ITEMS Gauge "postern_config_items" "Resources in use, by kind.",
+    CONFIG_REJECTED_ITEMS Gauge "postern_config_rejected_items" "Resources set aside because they are wrong, by kind.",
+    CONFIG_STALE_SINCE Gauge "postern_config_stale_since_seconds" "When the contact to the configuration store was lost, in seconds since 1970; 0 while there is contact.",
+    CONFIG_RELOADS_TOTAL Counter "postern_config_reloads_total" "Publications of a changed configuration, by outcome.",
+    SERIES Gauge "postern_metric_series" "Label sets of the request metrics.",
+    SERIES_LIMIT Gauge "postern_metric_series_limit" "Label sets that the request metrics may have.",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rules_of_prometheus() {
+        for metric in POSTERN {
+            assert!(metric.name.starts_with("postern_"), "{}", metric.name);
+            let total = metric.name.ends_with("_total");
+            assert_eq!(total, metric.kind == Kind::Counter, "{}: counters end in _total", metric.name);
+        }
+        for metric in APISIX.iter().chain(POSTERN) {
+            assert!(metric.name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{}", metric.name);
+            assert!(metric.help.ends_with('.') && !metric.help.contains('\n'), "{}", metric.name);
+        }
+    }
+}
