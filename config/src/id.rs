@@ -179,7 +179,16 @@ impl ResourceKey {
             Kind::Consumer if id.contains("/credentials/") => Kind::Credential,
             kind => kind,
         };
+        if id.strip_prefix(segment).and_then(|rest| rest.strip_prefix('#')).is_some_and(is_number) {
+            return Some(ResourceKey::new(kind, id));
+        }
         ResourceKey::parse(kind, id).ok()
+    }
+
+    /// The key of an object in a file that has no id: its place, from 0. Nobody can write such an id.
+    #[must_use]
+    pub fn by_place(kind: Kind, index: usize) -> ResourceKey {
+        ResourceKey::new(kind, format!("{}#{}", kind.segment(), index + 1))
     }
 
     /// The key of a credential.
@@ -387,6 +396,10 @@ fn is_id(id: &str) -> bool {
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
 fn is_username(name: &str) -> bool {
     (1..=MAX_USERNAME).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
@@ -438,6 +451,12 @@ mod tests {
             let key = ResourceKey::parse(kind, id).unwrap();
             assert_eq!(key.to_string(), path);
             assert_eq!(ResourceKey::from_path(path), Some(key));
+        }
+        let unnamed = ResourceKey::by_place(Kind::Route, 0);
+        assert_eq!(unnamed.to_string(), "routes/routes#1");
+        assert_eq!(ResourceKey::from_path("routes/routes#1"), Some(unnamed));
+        for path in ["routes/routes#", "routes/routes#x", "routes/services#1", "routes/#1"] {
+            assert_eq!(ResourceKey::from_path(path), None);
         }
         assert_eq!(ResourceKey::from_path("nothing/1"), None);
         assert_eq!(ResourceKey::from_path("routes"), None);
