@@ -89,6 +89,7 @@ pub struct Plan {
     body: List<Arc<dyn OnBody>>,
     log: List<Arc<dyn OnLog>>,
     filtered: bool,
+    reads_head: bool,
 }
 
 impl fmt::Debug for Plan {
@@ -122,6 +123,9 @@ impl Plan {
             body: list(&instances, |hooks| &hooks.body),
             log: list(&instances, |hooks| &hooks.log),
             filtered: instances.iter().any(|instance| instance.filter.is_some()),
+            reads_head: instances
+                .iter()
+                .any(|instance| instance.hooks.log.iter().any(|step| step.reads_head())),
             instances: instances.into(),
         }
     }
@@ -349,6 +353,7 @@ fn respond(x: &mut Exchange) {
     rescue::proxy_status(x);
     let plans = [x.global_plan.take(), x.plan.take()];
     for plan in plans.iter().flatten() {
+        x.keeps_head |= plan.reads_head;
         for (owner, step) in &plan.response {
             if plan.takes_part(*owner, x) {
                 step.response(x);

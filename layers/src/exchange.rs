@@ -201,6 +201,8 @@ pub struct State {
     pub bytes_sent: u64,
     /// The response body was handed over to its end.
     pub complete: bool,
+    /// Somebody reads the fields of the response when it is over; otherwise they leave without being copied.
+    pub keeps_head: bool,
     /// The plugins of every request, by phase.
     pub global_plan: Option<Arc<Plan>>,
     /// The plugins of the matched route (and consumer), by phase.
@@ -237,6 +239,7 @@ impl Exchange {
             attempts: SmallVec::new(),
             bytes_sent: 0,
             complete: false,
+            keeps_head: false,
             global_plan: None,
             plan: None,
             slots: SmallVec::new(),
@@ -253,9 +256,10 @@ impl Exchange {
     /// Takes the response out to be sent; the exchange goes with its body.
     pub fn into_response(mut self) -> Response<ResponseBody> {
         let (parts, body) = std::mem::take(&mut self.response).into_parts();
-        // The head stays readable for the log phase: status and fields, not the extensions.
         *self.response.status_mut() = parts.status;
-        *self.response.headers_mut() = parts.headers.clone();
+        if self.keeps_head {
+            *self.response.headers_mut() = parts.headers.clone();
+        }
         if body.is_empty() {
             self.complete = true;
         }

@@ -101,6 +101,11 @@ pub trait OnBody: Send + Sync + 'static {
 pub trait OnLog: Send + Sync + 'static {
     /// Must not wait; sends what it has to tell by a bounded channel.
     fn log(&self, x: &Exchange);
+
+    /// Whether `log` reads the fields of the response; they are kept for it then.
+    fn reads_head(&self) -> bool {
+        false
+    }
 }
 
 /// What a plugin is: its name, place in the order, settings, and how an object of it is made.

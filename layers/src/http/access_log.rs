@@ -7,7 +7,9 @@ use std::fmt::Write as _;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
+use config::process::Escape;
 use config::template::Template;
+use config::var::Var;
 use tower::{Layer, Service};
 
 use crate::error::Fault;
@@ -15,30 +17,20 @@ use crate::exchange::{Exchange, Finish};
 use crate::stack::HttpService;
 use crate::telemetry::log_file::LogHandle;
 
-/// How values are made safe in a line. nginx `escape=`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Escape {
-    /// `"`, `\` and control bytes as `\xHH`; `-` for what is missing.
-    #[default]
-    Default,
-    /// As inside a JSON string; nothing for what is missing.
-    Json,
-    /// Only line ends are escaped, so that a line stays a line; nothing for what is missing.
-    None,
-}
-
 /// What a line looks like and where it goes.
 #[derive(Clone)]
 pub struct AccessLog {
     format: Template,
     escape: Escape,
     log: LogHandle,
+    reads_head: bool,
 }
 
 impl AccessLog {
     /// Lines of that format to `log`.
-    pub fn new(format: &str, escape: Escape, log: LogHandle) -> Self {
-        Self { format: Template::parse_log_format(format), escape, log }
+    pub fn new(format: Template, escape: Escape, log: LogHandle) -> Self {
+        let reads_head = format.vars().any(|var| matches!(var, Var::SentHttp(_) | Var::UpstreamHttp(_)));
+        Self { format, escape, log, reads_head }
     }
 }
 
@@ -57,6 +49,7 @@ impl Finish for AccessLog {
 fn escape(line: &mut String, value: &str, escape: Escape) {
     for c in value.chars() {
         let written = match (escape, c) {
+            // Even without escaping a line stays a line.
             (Escape::None, '\n' | '\r') | (Escape::Default, '"' | '\\' | '\0'..='\x1f' | '\x7f') => {
                 write!(line, "\\x{:02X}", u32::from(c))
             }
@@ -109,6 +102,7 @@ impl<S: HttpService> Service<Exchange> for Logged<S> {
 
     fn call(&mut self, mut x: Exchange) -> S::Future {
         if let Some(log) = &self.log {
+            x.keeps_head |= log.reads_head;
             x.on_finish(log.clone());
         }
         self.inner.call(x)

@@ -45,6 +45,8 @@ pub struct Forwarding {
     pub trusted: Vec<IpNet>,
     /// Where the client's address comes from.
     pub real_ip: Option<RealIp>,
+    /// Fields with `_` in their names pass. nginx `underscores_in_headers`.
+    pub underscores: bool,
 }
 
 /// Makes [`Forwarded`].
@@ -97,9 +99,12 @@ pub fn settle(x: &mut State, forwarding: &Forwarding) {
     {
         x.remote_addr = client;
     }
+    if !forwarding.underscores {
+        remove(&mut x.request.headers, |name| name.contains('_'));
+    }
     let trusted = contains(&forwarding.trusted, peer);
     if !trusted {
-        remove_ours(&mut x.request.headers);
+        remove(&mut x.request.headers, is_ours);
     }
     let same = x.remote_addr == peer;
     let conn = x.conn.clone();
@@ -169,11 +174,11 @@ fn is_ours(name: &str) -> bool {
         })
 }
 
-fn remove_ours(headers: &mut HeaderMap) {
-    if !headers.keys().any(|name| is_ours(name.as_str())) {
+fn remove(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
+    if !headers.keys().any(|name| unwanted(name.as_str())) {
         return;
     }
-    let names: Vec<_> = headers.keys().filter(|name| is_ours(name.as_str())).cloned().collect();
+    let names: Vec<_> = headers.keys().filter(|name| unwanted(name.as_str())).cloned().collect();
     for name in names {
         headers.remove(name);
     }
@@ -205,7 +210,7 @@ mod tests {
             "x_userinfo",
         ] {
             let mut x = exchange("GET", "http://a/").header(spelling, "6.6.6.6").peer("9.9.9.9").build();
-            settle(&mut x, &Forwarding::default());
+            settle(&mut x, &Forwarding { underscores: true, ..Forwarding::default() });
             let values: Vec<_> = x.request.headers.values().filter(|v| *v == "6.6.6.6").collect();
             assert!(values.is_empty(), "{spelling} passed: {:?}", x.request.headers);
             assert_eq!(got(&x, "x-forwarded-for"), "9.9.9.9");
@@ -217,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_trusted_proxy_is_believed_and_appended_to() {
-        let forwarding = Forwarding { trusted: nets("10.0.0.0/8"), real_ip: None };
+        let forwarding = Forwarding { trusted: nets("10.0.0.0/8"), ..Forwarding::default() };
         let mut x = exchange("GET", "http://a/")
             .header("x-forwarded-for", "1.2.3.4")
             .header("x-forwarded-proto", "https")
@@ -239,7 +244,8 @@ mod tests {
             ("nonsense", true, "10.0.0.1"),
         ];
         for (list, recursive, client) in cases {
-            let forwarding = Forwarding { trusted: nets("10.0.0.0/8"), real_ip: Some(rule(recursive)) };
+            let forwarding =
+                Forwarding { trusted: nets("10.0.0.0/8"), real_ip: Some(rule(recursive)), underscores: true };
             let mut x = exchange("GET", "http://a/").header("x-forwarded-for", list).peer("10.0.0.1").build();
             settle(&mut x, &forwarding);
             assert_eq!(x.remote_addr.to_string(), client, "{list} recursive {recursive}");
