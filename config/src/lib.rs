@@ -4,6 +4,7 @@
 //! errors go out. It is all that an offline check needs, and everything else in the workspace stands on it.
 
 pub mod apisix_yaml;
+pub mod check;
 pub mod consumer;
 pub mod consumer_group;
 pub mod credential;
@@ -15,6 +16,7 @@ pub mod fields;
 pub mod global_rule;
 pub mod graph;
 pub mod id;
+pub mod listed_plugins;
 pub mod meta;
 pub mod pattern;
 pub mod plugin_catalog;
@@ -39,6 +41,8 @@ pub mod typed;
 pub mod upstream;
 pub mod var;
 
+pub use apisix_yaml::ApisixYaml;
+pub use check::{Report, check_directory};
 pub use consumer::Consumer;
 pub use consumer_group::ConsumerGroup;
 pub use credential::Credential;
@@ -50,10 +54,12 @@ pub use fields::Plugins;
 pub use global_rule::GlobalRule;
 pub use graph::{Change, Graph, Item, Rejected};
 pub use id::{Id, Kind, ResourceKey};
+pub use listed_plugins::ListedPlugins;
 pub use meta::Meta;
 pub use plugin_catalog::{PluginCatalog, PluginSchema};
 pub use plugin_config::PluginConfig;
 pub use plugin_metadata::PluginMetadata;
+pub use process::Process;
 pub use proto::Proto;
 pub use resource::Resource;
 pub use route::Route;

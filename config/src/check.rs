@@ -1,0 +1,230 @@
+//! The offline check of a configuration directory: `config.yaml`, and `apisix.yaml` or `apisix.json` beside it.
+//!
+//! Everything that is wrong is told, with file, line and pointer, and nothing is started: no socket, no store. What is
+//! found here is what would be refused or set aside at run time, dangling references among it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::apisix_yaml::ApisixYaml;
+use crate::document::LocatedError;
+use crate::env::Env;
+use crate::error::ConfigError;
+use crate::graph::Graph;
+use crate::id::Kind;
+use crate::listed_plugins::ListedPlugins;
+use crate::plugin_catalog::PluginCatalog;
+use crate::process::{CONFIG_FILE, Notice, Process, Provider};
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// The files that were read.
+    pub files: Vec<PathBuf>,
+    /// Everything that is wrong, by file and line.
+    pub errors: Vec<LocatedError>,
+    /// Settings of `config.yaml` that change nothing here.
+    pub notices: Vec<Notice>,
+    /// Resources that were read.
+    pub resources: usize,
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.errors.is_empty()
+    }
+}
+
+impl fmt::Display for Report {
+    /// The errors, a line each, and a summary.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for error in &self.errors {
+            writeln!(f, "{error}")?;
+        }
+        write!(f, "{} errors in {} files, {} resources", self.errors.len(), self.files.len(), self.resources)
+    }
+}
+
+/// Check a directory, or the one a `config.yaml` stands in.
+///
+/// The file the settings name is checked; if they name another provider, or cannot be read, whichever of `apisix.yaml`
+/// and `apisix.json` is there.
+pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn Env + Send + Sync>) -> Report {
+    let mut report = Report::default();
+    let dir = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+    let config = if path.is_dir() { path.join(CONFIG_FILE) } else { path.to_owned() };
+    if config.exists() {
+        report.files.push(config);
+    }
+    let process = match Process::load(path, &**env) {
+        Ok(process) => Some(process),
+        Err(errors) => {
+            report.errors.extend(errors);
+            None
+        }
+    };
+    let named = match process.as_ref().map(|process| &process.provider) {
+        Some(Provider::File { path }) => Some(path.clone()),
+        _ => None,
+    };
+    let plugins = process.as_ref().and_then(|process| process.plugins.clone());
+    report.notices = process.map(|process| process.not_applicable).unwrap_or_default();
+    let candidates = ["apisix.yaml", "apisix.json"].map(|name| dir.join(name)).into_iter();
+    let files: Vec<PathBuf> = match named {
+        Some(file) => vec![file],
+        None => candidates.filter(|file| file.exists()).collect(),
+    };
+    for file in files {
+        check_file(&file, catalog, plugins.as_deref(), env, &mut report);
+    }
+    report.errors.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
+    report
+}
+
+fn check_file(
+    path: &Path,
+    catalog: &dyn PluginCatalog,
+    plugins: Option<&[String]>,
+    env: &Arc<dyn Env + Send + Sync>,
+    report: &mut Report,
+) {
+    let name = path.display().to_string();
+    report.files.push(path.to_owned());
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let error = ConfigError::invalid("", format!("cannot be read: {error}"));
+            report.errors.push(LocatedError { file: name.into(), line: 0, column: 0, error });
+            return;
+        }
+    };
+    let file = match ApisixYaml::parse_bytes(&name, &bytes, &**env) {
+        Ok(file) => file,
+        Err(errors) => {
+            report.errors.extend(errors);
+            return;
+        }
+    };
+    report.errors.extend(file.errors.iter().cloned());
+    report.resources += file.items().len();
+    let listed = file.plugins.as_ref().map(|list| list.iter().map(|plugin| plugin.name.clone()).collect());
+    let names: Option<Vec<String>> = listed.or_else(|| plugins.map(<[String]>::to_vec));
+    let catalog = ListedPlugins::new(catalog, names.as_deref());
+    let mut graph = Graph::with_env(Arc::clone(env));
+    graph.replace_all(file.changes(1), &catalog);
+    for rejected in graph.rejected() {
+        let errors = rejected.errors.iter().cloned();
+        report.errors.extend(errors.map(|error| file.locate(&rejected.key, error)));
+    }
+    for item in Kind::ALL.into_iter().flat_map(|kind| graph.iter(kind)) {
+        let errors = graph.check_references(&item.key, &item.resource).into_iter();
+        report.errors.extend(errors.map(|error| file.locate(&item.key, error)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::testing::TestCatalog;
+
+    fn check(files: &[(&str, &str)]) -> (Report, Vec<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        let vars = BTreeMap::from([("PORT".to_owned(), "9080".to_owned())]);
+        let env: Arc<dyn Env + Send + Sync> = Arc::new(vars);
+        let report = check_directory(dir.path(), &TestCatalog, &env);
+        let prefix = format!("{}/", dir.path().display());
+        let errors = report.errors.iter().map(|error| error.to_string().replace(&prefix, "")).collect();
+        (report, errors)
+    }
+
+    const FILE_PROVIDER: &str = "deployment: {role: data_plane, role_data_plane: {config_provider: yaml}}\n";
+
+    #[test]
+    fn a_good_directory_is_clean() {
+        let config =
+            format!("apisix: {{node_listen: ${{{{PORT}}}}, enable_reuseport: true}}\n{FILE_PROVIDER}");
+        let resources = "upstreams:
+  - {id: 1, type: roundrobin, nodes: {\"127.0.0.1:80\": 1}}
+routes:
+  - {id: 1, uri: /a, upstream_id: 1, plugins: {limit-count: {count: 1}}}
+consumers:
+  - {username: jack}
+  - {id: jack/credentials/a, plugins: {key-auth: {key: k}}}
+#END
+";
+        let (report, errors) = check(&[("config.yaml", &config), ("apisix.yaml", resources)]);
+        assert!(report.is_clean(), "{errors:?}");
+        assert_eq!((report.files.len(), report.resources, report.notices.len()), (2, 4, 1));
+        assert_eq!(report.to_string(), "0 errors in 2 files, 4 resources");
+        assert!(check(&[]).0.is_clean());
+    }
+
+    #[test]
+    fn everything_wrong_in_both_files_is_told() {
+        let config = "apisix:\n  node_listn: 1\n";
+        let resources = "routes:
+  - id: 1
+    uri: /a
+    upstream_id: 7
+  - id: 2
+    uri: /b
+    upstreem_id: 7
+    plugins: {}
+  - id: 3
+    uri: /c
+    upstream: {type: roundrobin, nodes: {\"127.0.0.1:80\": 1}}
+    plugins:
+      limit-count:
+        count: many
+      no-such-plugin: {}
+consumers:
+  - {id: ann/credentials/a, plugins: {key-auth: {key: k}}}
+rutes: []
+#END
+";
+        let (_, errors) = check(&[("config.yaml", config), ("apisix.yaml", resources)]);
+        let expected = [
+            ("apisix.yaml:4:5: /routes/0/upstream_id: ", "upstreams/7 does not exist"),
+            ("apisix.yaml:7:5: /routes/1/upstreem_id: ", "did you mean `upstream_id`?"),
+            ("apisix.yaml:14:9: /routes/2/plugins/limit-count/count: ", "write a number"),
+            ("apisix.yaml:15:7: /routes/2/plugins/no-such-plugin: ", "does not exist here"),
+            ("apisix.yaml:17:5: /consumers/0: ", "consumers/ann does not exist"),
+            ("apisix.yaml:18:1: /rutes: ", "did you mean `routes`?"),
+            ("config.yaml:2:3: /apisix/node_listn: ", "did you mean `node_listen`?"),
+        ];
+        for (error, (place, text)) in errors.iter().zip(expected) {
+            assert!(error.starts_with(place) && error.contains(text), "{error}\n{place}{text}");
+        }
+        assert_eq!(errors.len(), expected.len(), "{}", errors.join("\n"));
+    }
+
+    #[test]
+    fn the_list_of_plugins_holds() {
+        let config = format!("plugins: [key-auth]\n{FILE_PROVIDER}");
+        let resources = "global_rules:\n  - {id: 1, plugins: {limit-count: {count: 1}}}\n#END";
+        let (_, errors) = check(&[("config.yaml", &config), ("apisix.yaml", resources)]);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors.iter().all(|error| error.contains("not in the list `plugins`")), "{errors:?}");
+        let resources = format!("plugins: [{{name: limit-count}}]\n{resources}");
+        let (report, errors) = check(&[("config.yaml", &config), ("apisix.yaml", &resources)]);
+        assert!(report.is_clean(), "{errors:?}");
+    }
+
+    #[test]
+    fn a_file_that_should_be_there_is_missed() {
+        let (_, errors) = check(&[("config.yaml", FILE_PROVIDER)]);
+        assert!(errors.iter().all(|error| error.starts_with("apisix.yaml: cannot be read")), "{errors:?}");
+        assert_eq!(errors.len(), 1);
+        let (_, errors) = check(&[("config.yaml", "a: [\n"), ("apisix.json", "{")]);
+        assert_eq!(errors.len(), 2, "{errors:?}");
+    }
+}
