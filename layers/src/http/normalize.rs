@@ -105,10 +105,10 @@ pub fn normalize(raw: &[u8], options: Options) -> Result<Normal<'_>, BadPath> {
     }
 }
 
-/// Percent-encodes what may not stand in a query (control bytes, space, `#`, `<`, `>`, 0x7F and above) and
+/// Percent-encodes what may not stand in a query (control bytes, space, `"`, `#`, `<`, `>`, 0x7F and above) and
 /// leaves every other byte as the client sent it, broken escapes included: a query has no agreed form.
 pub fn normalize_query(raw: &[u8]) -> Cow<'_, str> {
-    let fits = |byte: u8| matches!(byte, 0x21..=0x7E) && !matches!(byte, b'#' | b'<' | b'>');
+    let fits = |byte: u8| matches!(byte, 0x21..=0x7E) && !matches!(byte, b'"' | b'#' | b'<' | b'>');
     if raw.iter().all(|&byte| fits(byte))
         && let Ok(query) = std::str::from_utf8(raw)
     {
@@ -357,4 +357,235 @@ fn escape_at(raw: &[u8], at: usize) -> Option<u8> {
 fn push_escape(to: &mut String, byte: u8) {
     // Writing to a String cannot fail.
     let _ = write!(to, "%{byte:02X}");
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use http::uri::PathAndQuery;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PLAIN: Options = Options { keep_encoded_slash: false, servlet: false, delete_tail_slash: false };
+    const KEEP: Options = Options { keep_encoded_slash: true, ..PLAIN };
+    const SERVLET: Options = Options { servlet: true, ..PLAIN };
+    const TAIL: Options = Options { delete_tail_slash: true, ..PLAIN };
+
+    #[test]
+    fn paths_have_one_normal_form() {
+        type Expected = Result<(&'static [u8], &'static str), BadPath>;
+        fn is(decoded: &'static str, sent: &'static str) -> Expected {
+            Ok((decoded.as_bytes(), sent))
+        }
+        let cases: &[(Options, &str, Expected)] = &[
+            (PLAIN, "/", is("/", "/")),
+            (PLAIN, "/a/b.c", is("/a/b.c", "/a/b.c")),
+            (PLAIN, "/.well-known/..x/.../y.", is("/.well-known/..x/.../y.", "/.well-known/..x/.../y.")),
+            (PLAIN, "/a;b=c,d@e:f!$&'()*+=~", is("/a;b=c,d@e:f!$&'()*+=~", "/a;b=c,d@e:f!$&'()*+=~")),
+            (PLAIN, "/a[1]{2}|^\"", is("/a[1]{2}|^\"", "/a[1]{2}|^\"")),
+            // Unreserved characters are decoded both ways, reserved ones keep their spelling.
+            (PLAIN, "/%41%2d%7e", is("/A-~", "/A-~")),
+            (PLAIN, "/a%3bb%2cc%20d", is("/a;b,c d", "/a%3Bb%2Cc%20d")),
+            (PLAIN, "/a%3Fb%23c%25d", is("/a?b#c%d", "/a%3Fb%23c%25d")),
+            (PLAIN, "/a%2525", is("/a%25", "/a%2525")),
+            // What may not be sent as it came is encoded.
+            (PLAIN, "/\u{4e2d}", is("/\u{4e2d}", "/%E4%B8%AD")),
+            (PLAIN, "/%e4%b8%ad", is("/\u{4e2d}", "/%E4%B8%AD")),
+            (PLAIN, "/%ff", Ok((b"/\xFF", "/%FF"))),
+            (PLAIN, "/a#b", is("/a#b", "/a%23b")),
+            (PLAIN, "/a\\..\\b", is("/a\\..\\b", "/a%5C..%5Cb")),
+            (PLAIN, "/a b<c>`", is("/a b<c>`", "/a%20b%3Cc%3E%60")),
+            (PLAIN, "/a?b", is("/a?b", "/a%3Fb")),
+            // Slashes and dot segments, encoded or not.
+            (PLAIN, "//a///b//", is("/a/b/", "/a/b/")),
+            (PLAIN, "/a/./b/.", is("/a/b/", "/a/b/")),
+            (PLAIN, "/a/b/../c", is("/a/c", "/a/c")),
+            (PLAIN, "/a/b/..", is("/a/", "/a/")),
+            (PLAIN, "/a/..", is("/", "/")),
+            (PLAIN, "/a//../b", is("/b", "/b")),
+            (PLAIN, "/a/%2e%2E/b", is("/b", "/b")),
+            (PLAIN, "/a/.%2e/%2e/b", is("/b", "/b")),
+            (PLAIN, "/a%2fb", is("/a/b", "/a/b")),
+            (PLAIN, "/a%2F..%2fb", is("/b", "/b")),
+            (PLAIN, "/a%2F%2f/b", is("/a/b", "/a/b")),
+            (PLAIN, "/%252e%252e/b", is("/%2e%2e/b", "/%252e%252e/b")),
+            (PLAIN, "/..", Err(BadPath::AboveRoot)),
+            (PLAIN, "/a/../..", Err(BadPath::AboveRoot)),
+            (PLAIN, "/%2e%2e%2fb", Err(BadPath::AboveRoot)),
+            (PLAIN, "", Err(BadPath::NotAbsolute)),
+            (PLAIN, "*", Err(BadPath::NotAbsolute)),
+            (PLAIN, "a/b", Err(BadPath::NotAbsolute)),
+            (PLAIN, "/%", Err(BadPath::Escape(1))),
+            (PLAIN, "/a%2", Err(BadPath::Escape(2))),
+            (PLAIN, "/a%2g", Err(BadPath::Escape(2))),
+            (PLAIN, "/a%+1", Err(BadPath::Escape(2))),
+            (PLAIN, "/a%00", Err(BadPath::Control(2))),
+            (PLAIN, "/a%0d%0a", Err(BadPath::Control(2))),
+            (PLAIN, "/a\tb", Err(BadPath::Control(2))),
+            (PLAIN, "/a%7F", Err(BadPath::Control(2))),
+            // Encoded slashes kept, where nothing else had to be brought in order.
+            (KEEP, "/v1/te%2fst/x", is("/v1/te%2Fst/x", "/v1/te%2Fst/x")),
+            (KEEP, "/v1/2024%2F01%2F01/", is("/v1/2024%2F01%2F01/", "/v1/2024%2F01%2F01/")),
+            (KEEP, "/te%41%2fst", is("/teA%2Fst", "/teA%2Fst")),
+            (KEEP, "/a%2F", is("/a%2F", "/a%2F")),
+            (KEEP, "/x%2Fy/../z", is("/x/z", "/x/z")),
+            (KEEP, "/x%2Fy/../..", is("/", "/")),
+            (KEEP, "/a%2F..%2Fb", is("/b", "/b")),
+            (KEEP, "/a%2F%2e%2e", is("/", "/")),
+            (KEEP, "/..%2Fa", Err(BadPath::AboveRoot)),
+            (KEEP, "/a%2F/b", is("/a/b", "/a/b")),
+            (KEEP, "/a%2F%2Fb", is("/a/b", "/a/b")),
+            (KEEP, "/%2Fa", is("/a", "/a")),
+            (KEEP, "//a%2Fb", is("/a/b", "/a/b")),
+            // A percent sign never looks like an encoded slash.
+            (KEEP, "/a%252Fb", is("/a%252Fb", "/a%252Fb")),
+            (KEEP, "/a%25%32%66b", is("/a%252fb", "/a%252fb")),
+            (KEEP, "/a%25252Fb", is("/a%25252Fb", "/a%25252Fb")),
+            (KEEP, "/100%25/a%2Fb", is("/100%/a%2Fb", "/100%25/a%2Fb")),
+            (KEEP, "/x/../a%252Fb", is("/a%252Fb", "/a%252Fb")),
+            // Servlet parameters are sent, but not matched.
+            (SERVLET, "/a;jsessionid=x/b;y", is("/a/b", "/a;jsessionid=x/b;y")),
+            (SERVLET, "/a/;jsessionid=x", is("/a/", "/a/;jsessionid=x")),
+            (SERVLET, "/a%3Fb;j=%78", is("/a?b", "/a%3Fb;j=x")),
+            (SERVLET, "/a%3Bb", is("/a;b", "/a%3Bb")),
+            (SERVLET, "/a;x/../b", is("/b", "/b")),
+            (SERVLET, "/a/..;/b", Err(BadPath::DotSegmentWithParameter)),
+            (SERVLET, "/a/.;x", Err(BadPath::DotSegmentWithParameter)),
+            (SERVLET, "/a/%2e%2E;/b", Err(BadPath::DotSegmentWithParameter)),
+            (SERVLET, "/a/%252e;/b", Err(BadPath::DotSegmentWithParameter)),
+            (SERVLET, "/;x/b", Err(BadPath::EmptySegmentWithParameter)),
+            (SERVLET, "/a;x=%00", Err(BadPath::Control(5))),
+            // The last slash is sent, but not matched.
+            (TAIL, "/a/", is("/a", "/a/")),
+            (TAIL, "/a", is("/a", "/a")),
+            (TAIL, "/", is("/", "/")),
+            (TAIL, "/a/b/..", is("/a", "/a/")),
+            (TAIL, "//", is("/", "/")),
+        ];
+        for (options, raw, expected) in cases {
+            let normal = normalize(raw.as_bytes(), *options);
+            let pair =
+                normal.as_ref().map(|normal| (&*normal.decoded, &*normal.sent)).map_err(|error| *error);
+            assert_eq!(pair, *expected, "{raw:?} with {options:?}");
+        }
+    }
+
+    #[test]
+    fn a_normal_path_is_borrowed() {
+        for (options, raw) in [(PLAIN, "/.a/b..c;d/"), (KEEP, "/a/b"), (TAIL, "/a/"), (SERVLET, "/a.b/")] {
+            let normal = normalize(raw.as_bytes(), options).unwrap();
+            assert!(matches!((normal.decoded, normal.sent), (Cow::Borrowed(_), Cow::Borrowed(_))), "{raw}");
+        }
+    }
+
+    #[test]
+    fn queries_keep_all_that_may_stand_in_one() {
+        let cases = [
+            ("", ""),
+            ("a=1&b=%2&c=%zz+d", "a=1&b=%2&c=%zz+d"),
+            ("a={'b':[`|^\\]}/?", "a={'b':[`|^\\]}/?"),
+            ("q=\u{4e2d} \u{7f}\"#<>\r\n\0", "q=%E4%B8%AD%20%7F%22%23%3C%3E%0D%0A%00"),
+        ];
+        for (raw, expected) in cases {
+            assert_eq!(normalize_query(raw.as_bytes()), expected);
+        }
+        assert!(matches!(normalize_query(b"a=1"), Cow::Borrowed(_)));
+    }
+
+    fn options() -> impl Strategy<Value = Options> {
+        (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+            |(keep_encoded_slash, servlet, delete_tail_slash)| Options {
+                keep_encoded_slash,
+                servlet,
+                delete_tail_slash,
+            },
+        )
+    }
+
+    /// Paths made of what matters here, and of anything.
+    fn raw() -> impl Strategy<Value = Vec<u8>> {
+        let words: Vec<&[u8]> = vec![
+            b"/",
+            b"/",
+            b".",
+            b"..",
+            b"a",
+            b"%2F",
+            b"%2f",
+            b"%2e",
+            b"%25",
+            b"2F",
+            b"25",
+            b"%32",
+            b"%46",
+            b";",
+            b"\\",
+            b"%3B",
+            b"%5c",
+            b"\xC3\xA9",
+            b"%FF",
+            b"#",
+            b"?",
+            b" ",
+            b"%7E",
+            b"%",
+            b"%00",
+        ];
+        let word = prop_oneof![
+            30 => proptest::sample::select(words).prop_map(<[u8]>::to_vec),
+            1 => any::<u8>().prop_map(|byte| vec![byte]),
+        ];
+        proptest::collection::vec(word, 0..16).prop_map(|words| [b"/".to_vec(), words.concat()].concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn what_is_sent_is_what_was_matched(raw in raw(), options in options()) {
+            if let Ok(normal) = normalize(&raw, options) {
+                // Normalizing again changes nothing, so the next hop reads what was matched here.
+                let again = normalize(normal.sent.as_bytes(), options).unwrap();
+                prop_assert_eq!(&again, &normal);
+                // Without options that take something away, plain decoding gives what was matched.
+                if options == PLAIN {
+                    let decoded: Vec<u8> = percent_encoding::percent_decode_str(&normal.sent).collect();
+                    prop_assert_eq!(decoded, normal.decoded.to_vec());
+                }
+            }
+        }
+
+        #[test]
+        fn nothing_dangerous_comes_out(raw in raw(), options in options()) {
+            if let Ok(Normal { decoded, sent }) = normalize(&raw, options) {
+                let text = String::from_utf8_lossy(&decoded).into_owned();
+                prop_assert!(text.starts_with('/'));
+                prop_assert!(!text.contains("//"), "{}", text);
+                prop_assert!(text.split('/').all(|segment| segment != "." && segment != ".."), "{}", text);
+                prop_assert!(!text.bytes().any(|byte| byte < 0x20 || byte == 0x7F));
+                prop_assert!(sent.bytes().all(|byte| matches!(byte, 0x21..=0x7E)), "{}", sent);
+                prop_assert!(!sent.contains(['#', '?', '\\']), "{}", sent);
+                prop_assert!(sent.parse::<PathAndQuery>().is_ok(), "{}", sent);
+                if options.keep_encoded_slash {
+                    // An upstream that decodes kept slashes meets no dot segment either.
+                    let later = text.replace("%2F", "/");
+                    prop_assert!(later.split('/').all(|segment| segment != "." && segment != ".."), "{}", text);
+                }
+            }
+        }
+
+        #[test]
+        fn a_query_is_fit_to_be_sent(raw in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let sent = normalize_query(&raw);
+            prop_assert_eq!(&normalize_query(sent.as_bytes()), &sent);
+            let target = format!("/?{sent}");
+            prop_assert!(target.parse::<PathAndQuery>().is_ok());
+            prop_assert_eq!(
+                percent_encoding::percent_decode_str(&sent).collect::<Vec<_>>(),
+                percent_encoding::percent_decode(&raw).collect::<Vec<_>>()
+            );
+        }
+    }
 }

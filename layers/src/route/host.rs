@@ -44,13 +44,9 @@ impl HostPattern {
         self.wildcard
     }
 
-    pub(super) fn has_port(&self) -> bool {
-        self.port.is_some()
-    }
-
-    /// The key of the pattern in a tree of reversed hosts, where `*.foo.com` is a prefix.
-    pub(super) fn reversed(&self) -> Reversed {
-        self.name.bytes().rev().collect()
+    /// The pattern's place in a tree of hosts.
+    pub(super) fn key(&self) -> HostKey {
+        HostKey::new(&self.name, self.port)
     }
 
     pub(super) fn matches(&self, host: &str, port: Option<u16>) -> bool {
@@ -63,11 +59,29 @@ impl HostPattern {
     }
 }
 
-/// A host in lower case, last byte first; on the stack for every name of ordinary length.
-pub(super) type Reversed = SmallVec<[u8; 64]>;
+/// A port and a host, as bytes that order hosts for a tree: `*.foo.com` is a prefix of the hosts it matches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct HostKey {
+    /// Two bytes of port, zero for none; then the host in lower case, last byte first. On the stack for every
+    /// name of ordinary length.
+    bytes: SmallVec<[u8; 64]>,
+}
 
-pub(super) fn reversed(host: &str) -> Reversed {
-    without_dot(host).bytes().rev().map(|byte| byte.to_ascii_lowercase()).collect()
+impl HostKey {
+    pub(super) fn new(host: &str, port: Option<u16>) -> Self {
+        let mut bytes = SmallVec::from_slice(&port.unwrap_or(0).to_be_bytes());
+        bytes.extend(without_dot(host).bytes().rev().map(|byte| byte.to_ascii_lowercase()));
+        HostKey { bytes }
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The same host without its port.
+    pub(super) fn clear_port(&mut self) {
+        self.bytes.iter_mut().take(2).for_each(|byte| *byte = 0);
+    }
 }
 
 fn without_dot(host: &str) -> &str {
@@ -126,9 +140,15 @@ mod tests {
     }
 
     #[test]
-    fn a_wildcard_is_a_prefix_of_the_hosts_it_matches_when_both_are_reversed() {
-        let pattern = HostPattern::new("*.Foo.com");
-        assert!(reversed("WWW.foo.com.").starts_with(&pattern.reversed()));
-        assert!(!reversed("foo.com").starts_with(&pattern.reversed()));
+    fn a_wildcard_is_a_prefix_of_the_hosts_it_matches() {
+        let pattern = HostPattern::new("*.Foo.com").key();
+        let is_prefix_of = |host| HostKey::new(host, None).as_bytes().starts_with(pattern.as_bytes());
+        assert!(is_prefix_of("WWW.foo.com."));
+        assert!(!is_prefix_of("foo.com"));
+
+        let mut key = HostKey::new("a.com", Some(8080));
+        assert_eq!(key, HostPattern::new("A.com:8080").key());
+        key.clear_port();
+        assert_eq!(key, HostPattern::new("a.com").key());
     }
 }

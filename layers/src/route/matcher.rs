@@ -176,7 +176,7 @@ pub(super) struct Route<T> {
     pub(super) uris: Box<[Uri]>,
     /// Empty means every method.
     pub(super) methods: MethodSet,
-    /// The host tree does not answer for the hosts: they have to be compared.
+    /// No tree of hosts answers for them: they have to be compared.
     hosts_decide: bool,
     remote_addrs: Option<Box<AddrSet>>,
     pub(super) vars: Option<Box<Expr>>,
@@ -187,10 +187,6 @@ pub(super) struct Route<T> {
 
 impl<T> Route<T> {
     pub(super) fn new(entry: Entry<T>, mode: Mode) -> Self {
-        let hosts_decide = match mode {
-            Mode::Uri | Mode::UriWithParameter => !entry.hosts.is_empty(),
-            Mode::HostUri => entry.hosts.iter().any(HostPattern::has_port),
-        };
         let mut uris: Vec<Uri> = Vec::with_capacity(entry.uris.len());
         for text in &entry.uris {
             // Written twice, a URI would be tried twice.
@@ -200,10 +196,10 @@ impl<T> Route<T> {
         }
         Route {
             id: entry.id,
+            hosts_decide: mode != Mode::HostUri && !entry.hosts.is_empty(),
             hosts: entry.hosts.into(),
             uris: uris.into(),
             methods: entry.methods.unwrap_or_default(),
-            hosts_decide,
             remote_addrs: entry.remote_addrs.map(Box::new),
             vars: entry.vars.filter(|vars| !vars.is_always()).map(Box::new),
             priority: entry.priority,

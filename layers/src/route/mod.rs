@@ -11,6 +11,8 @@ mod host;
 mod matcher;
 mod radix;
 mod table;
+#[cfg(test)]
+mod tests;
 mod uri;
 
 use std::net::IpAddr;

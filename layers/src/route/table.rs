@@ -10,7 +10,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::bucket::{Bucket, Leaf};
-use super::host;
+use super::host::{HostKey, HostPattern};
 use super::matcher::Route;
 use super::radix::Radix;
 use super::uri::Uri;
@@ -24,8 +24,8 @@ use super::{Candidate, Entry, Found, Mode, Request, Verdict};
 /// other version has: little, unless it was the last one.
 ///
 /// Order of trying, the first route whose predicates all hold being taken:
-/// 1. in [`Mode::HostUri`], hosts: the exact one, then wildcards from the longest to the shortest, then routes
-///    without hosts;
+/// 1. in [`Mode::HostUri`], hosts: the exact one, then wildcards from the longest to the shortest; first those
+///    with the request's port, then those without a port, at last routes without hosts;
 /// 2. URIs that match exactly, then those that match as a prefix, from the longest static front to the
 ///    shortest;
 /// 3. at one place: higher priority, then longer pattern, then lower [`Entry::order`], then id.
@@ -37,15 +37,15 @@ struct Shared<T> {
     mode: Mode,
     length: usize,
     by_id: Radix<Arc<Route<T>>>,
-    /// By [`HostPattern::reversed`](super::HostPattern); empty unless the mode is [`Mode::HostUri`].
+    /// By [`HostKey`]; empty unless the mode is [`Mode::HostUri`].
     by_host: Radix<Hosts<T>>,
     by_uri: Uris<T>,
 }
 
-/// What hangs at one reversed host.
+/// What hangs at one host.
 struct Hosts<T> {
     exact: Option<Site<T>>,
-    /// The same letters with a star in front.
+    /// The same bytes with a star in front.
     wildcard: Option<Site<T>>,
 }
 
@@ -229,20 +229,17 @@ impl<T> Table<T> {
     ) -> Option<R> {
         let shared = &*self.shared;
         if !shared.by_host.is_empty() {
-            let host = host::reversed(request.host);
-            let mut exact = None;
-            let mut wildcards: SmallVec<[&'t Site<T>; 8]> = SmallVec::new();
-            shared.by_host.prefixes(&host, |length, hosts| {
-                if length == host.len() {
-                    exact = hosts.exact.as_ref();
-                }
-                wildcards.extend(&hosts.wildcard);
-            });
-            for site in exact.into_iter().chain(wildcards.into_iter().rev()) {
-                let found = visit_uris(&site.uris, request, |bucket| attempt(Some(&site.pattern), bucket));
+            let mut key = HostKey::new(request.host, request.port);
+            if request.port.is_some() {
+                let found = shared.visit_host(&key, request, &mut attempt);
                 if found.is_some() {
                     return found;
                 }
+                key.clear_port();
+            }
+            let found = shared.visit_host(&key, request, &mut attempt);
+            if found.is_some() {
+                return found;
             }
         }
         visit_uris(&shared.by_uri, request, |bucket| attempt(None, bucket))
@@ -269,6 +266,26 @@ fn visit_uris<'t, T, R>(
 }
 
 impl<T> Shared<T> {
+    fn visit_host<'t, R>(
+        &'t self,
+        host: &HostKey,
+        request: &Request<'_>,
+        attempt: &mut impl FnMut(Option<&'t Arc<str>>, &'t Bucket<T>) -> Option<R>,
+    ) -> Option<R> {
+        let mut exact = None;
+        let mut wildcards: SmallVec<[&'t Site<T>; 8]> = SmallVec::new();
+        self.by_host.prefixes(host.as_bytes(), |length, hosts| {
+            if length == host.as_bytes().len() {
+                exact = hosts.exact.as_ref();
+            }
+            wildcards.extend(&hosts.wildcard);
+        });
+        exact
+            .into_iter()
+            .chain(wildcards.into_iter().rev())
+            .find_map(|site| visit_uris(&site.uris, request, |bucket| attempt(Some(&site.pattern), bucket)))
+    }
+
     fn link(&mut self, route: &Arc<Route<T>>) {
         for leaf in Leaf::all(route) {
             self.change(&leaf, |bucket| bucket.insert(leaf.clone()));
@@ -290,14 +307,14 @@ impl<T> Shared<T> {
             return;
         }
         for (position, pattern) in hosts.iter().enumerate() {
-            let same_place = |other: &super::HostPattern| {
-                other.is_wildcard() == pattern.is_wildcard() && other.reversed() == pattern.reversed()
-            };
-            // `a.com` and `a.com:80` share a place, where the route must lie once.
-            if hosts.iter().take(position).any(same_place) {
+            let key = pattern.key();
+            let is_same =
+                |other: &HostPattern| other.is_wildcard() == pattern.is_wildcard() && other.key() == key;
+            // Written twice, perhaps in different case: the route must lie there once.
+            if hosts.iter().take(position).any(is_same) {
                 continue;
             }
-            self.by_host.modify(&pattern.reversed(), |place| {
+            self.by_host.modify(key.as_bytes(), |place| {
                 let hosts = place.get_or_insert_default();
                 let site = if pattern.is_wildcard() { &mut hosts.wildcard } else { &mut hosts.exact };
                 let known = site.get_or_insert_with(|| Site {

@@ -54,8 +54,10 @@ enum Token {
     Parameter,
     /// One segment or more; an empty one counts.
     Rest,
-    /// A segment that begins so, and all behind it. Only as the last token.
-    TextThenAny(Box<[u8]>),
+    /// A segment that begins so.
+    Begins(Box<[u8]>),
+    /// Any segments or none, which are not captured. Only at the end.
+    Any,
 }
 
 type Names = Arc<[Box<str>]>;
@@ -190,10 +192,8 @@ impl Segments {
             } else if let Some(name) = segment.strip_prefix('*') {
                 names.push(if name.is_empty() { REST } else { name }.into());
                 tokens.push(Token::Rest);
-            } else if let Some((text, _)) = segment.split_once('*')
-                && !tokens.contains(&Token::Rest)
-            {
-                tokens.push(Token::TextThenAny(text.as_bytes().into()));
+            } else if let Some((text, _)) = segment.split_once('*') {
+                tokens.extend([Token::Begins(text.as_bytes().into()), Token::Any]);
                 break;
             } else {
                 tokens.push(Token::Text(segment.as_bytes().into()));
@@ -213,12 +213,6 @@ impl Segments {
 
     fn fit(&self, tokens: &[Token], path: &[u8]) -> Option<SmallVec<[Span; 4]>> {
         let mut segments = segments(path, self.front)?;
-        if let Some((Token::TextThenAny(text), head)) = tokens.split_last() {
-            // No star before it, so its segment is known.
-            let (before, after) = segments.split_at_checked(head.len())?;
-            let begins = slice(path, *after.first()?)?.starts_with(text);
-            return if begins { fit(head, before, path) } else { None };
-        }
         if let Some(spans) = fit(tokens, &segments, path) {
             return Some(spans);
         }
@@ -258,17 +252,20 @@ fn fit(tokens: &[Token], segments: &[Span], path: &[u8]) -> Option<SmallVec<[Spa
     loop {
         let next = token.checked_sub(1).and_then(|at| tokens.get(at));
         let candidate = segment.checked_sub(1).and_then(|at| segments.get(at)).copied();
-        let (next, candidate) = match (next, candidate) {
-            (None, None) => break,
-            pair => pair,
-        };
         let taken = match (next, candidate) {
+            (None, None) => break,
+            (Some(Token::Any), _) => {
+                star = Some((token - 1, segment));
+                token -= 1;
+                continue;
+            }
             (Some(Token::Rest), Some(_)) => {
                 star = Some((token - 1, segment - 1));
                 true
             }
             (Some(Token::Parameter), Some((start, end))) => start < end,
             (Some(Token::Text(text)), Some(span)) => slice(path, span)? == &**text,
+            (Some(Token::Begins(text)), Some(span)) => slice(path, span)?.starts_with(text),
             _ => false,
         };
         if taken {
@@ -288,7 +285,7 @@ fn fit(tokens: &[Token], segments: &[Span], path: &[u8]) -> Option<SmallVec<[Spa
     }
     let captures = |(token, span): (&Token, &Option<Span>)| match token {
         Token::Parameter | Token::Rest => *span,
-        Token::Text(_) | Token::TextThenAny(_) => None,
+        Token::Text(_) | Token::Begins(_) | Token::Any => None,
     };
     Some(tokens.iter().zip(&found).filter_map(captures).collect())
 }
@@ -352,7 +349,9 @@ mod tests {
             ("/*x/a/*y/b", "/1/a/b", None),
             // A star inside a segment behind a parameter ends the pattern too.
             ("/u/:id/file*", "/u/1/files/2", Some(&[("id", "1")])),
+            ("/u/:id/file*", "/u/1/file", Some(&[("id", "1")])),
             ("/u/:id/file*", "/u/1/fil", None),
+            ("/u/*x/file*", "/u/1/files/files/2", Some(&[("x", "1/files")])),
             // What is special to a regular expression is plain text.
             ("/v1.0/:id/a+b", "/v1.0/1/a+b", Some(&[("id", "1")])),
             ("/v1.0/:id/a.b", "/v1.0/1/acb", None),
