@@ -25,6 +25,7 @@ use crate::body::{Body, BodyError};
 use crate::chain::Plan;
 use crate::consumer::Consumer;
 use crate::error::{Error, Reason};
+use crate::route::Params;
 use crate::target::{Destination, Target};
 use crate::upstream::cluster::Cluster;
 
@@ -181,8 +182,8 @@ pub struct State {
     pub matched_host: Option<Arc<str>>,
     /// The upstream that a plugin chose in place of the route's.
     pub chosen: Option<Arc<Cluster>>,
-    /// Parameters that the route's URI pattern captured (`uri_param_*`).
-    pub uri_params: SmallVec<[(Box<str>, Box<str>); 2]>,
+    /// Where in [`State::path`] the parameters of the route's URI pattern stand (`uri_param_*`).
+    pub uri_params: Params,
     /// The authenticated consumer.
     pub consumer: Option<Arc<Consumer>>,
     /// What plugins changed for the upstream.
@@ -229,7 +230,7 @@ impl Exchange {
             matched_uri: None,
             matched_host: None,
             chosen: None,
-            uri_params: SmallVec::new(),
+            uri_params: Params::default(),
             consumer: None,
             forward: Forward::default(),
             response_headers: HeaderMap::new(),

@@ -267,7 +267,7 @@ impl Vars for State {
                 argument(std::str::from_utf8(&body.bytes).ok()?, name)
             }
             Var::UriParam(name) => {
-                self.uri_params.iter().find(|(key, _)| key == name).map(|(_, value)| Cow::Borrowed(&**value))
+                self.uri_params.value(name, self.path().as_bytes()).map(String::from_utf8_lossy)
             }
             // The code of an answer of our own; APISIX has no such variable.
             Var::Other(name) if &**name == "reason" => self.reason_code(),

@@ -28,18 +28,24 @@ const MAX_INDEXED: usize = 8;
 pub(super) struct Leaf<T> {
     route: Arc<Route<T>>,
     uri: u32,
+    /// Told here so that changes need not read the pattern again. It also gives [`Bucket`] room for its tag.
+    is_exact: bool,
 }
 
 impl<T> Clone for Leaf<T> {
     fn clone(&self) -> Self {
-        Leaf { route: Arc::clone(&self.route), uri: self.uri }
+        Leaf { route: Arc::clone(&self.route), uri: self.uri, is_exact: self.is_exact }
     }
 }
 
 impl<T> Leaf<T> {
     /// The leaves of a route, one for each of its URIs.
     pub(super) fn all(route: &Arc<Route<T>>) -> impl Iterator<Item = Leaf<T>> {
-        (0..).zip(&route.uris).map(|(uri, _)| Leaf { route: Arc::clone(route), uri })
+        (0..).zip(&route.uris).map(|(at, uri)| Leaf {
+            route: Arc::clone(route),
+            uri: at,
+            is_exact: uri.is_exact(),
+        })
     }
 
     pub(super) fn route(&self) -> &Route<T> {
@@ -48,6 +54,10 @@ impl<T> Leaf<T> {
 
     pub(super) fn uri(&self) -> Option<&Uri> {
         self.route.uris.get(self.uri as usize)
+    }
+
+    pub(super) fn is_exact(&self) -> bool {
+        self.is_exact
     }
 
     fn uri_length(&self) -> usize {
@@ -378,5 +388,15 @@ fn for_each_lane<T>(route: &Route<T>, slot: u8, texts: &[&str], mut visit: impl 
         for text in texts {
             visit(&lane_key(method, slot, text));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_without_a_crowd_is_two_words() {
+        assert_eq!(size_of::<Bucket<()>>(), 16);
     }
 }

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use config::Expr;
 use http::Method;
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use super::host::HostPattern;
-use super::uri::{Params, Uri};
+use super::uri::Uri;
 use super::{Entry, Mode, Request};
 
 /// A set of the methods a route may name.
@@ -173,7 +174,8 @@ impl fmt::Display for Predicate {
 pub(super) struct Route<T> {
     pub(super) id: Arc<str>,
     pub(super) hosts: Box<[HostPattern]>,
-    pub(super) uris: Box<[Uri]>,
+    /// Nearly always one, which is then found without another step through memory.
+    pub(super) uris: SmallVec<[Uri; 1]>,
     /// Empty means every method.
     pub(super) methods: MethodSet,
     /// No tree of hosts answers for them: they have to be compared.
@@ -187,7 +189,7 @@ pub(super) struct Route<T> {
 
 impl<T> Route<T> {
     pub(super) fn new(entry: Entry<T>, mode: Mode) -> Self {
-        let mut uris: Vec<Uri> = Vec::with_capacity(entry.uris.len());
+        let mut uris: SmallVec<[Uri; 1]> = SmallVec::with_capacity(entry.uris.len());
         for text in &entry.uris {
             // Written twice, a URI would be tried twice.
             if !uris.iter().any(|uri| **uri.text() == **text) {
@@ -198,7 +200,7 @@ impl<T> Route<T> {
             id: entry.id,
             hosts_decide: mode != Mode::HostUri && !entry.hosts.is_empty(),
             hosts: entry.hosts.into(),
-            uris: uris.into(),
+            uris,
             methods: entry.methods.unwrap_or_default(),
             remote_addrs: entry.remote_addrs.map(Box::new),
             vars: entry.vars.filter(|vars| !vars.is_always()).map(Box::new),
@@ -210,11 +212,13 @@ impl<T> Route<T> {
 
     /// Tries the route under the given of its URIs, cheapest predicate first: the order decides nothing but
     /// what `explain` names.
-    pub(super) fn admits(&self, uri: &Uri, request: &Request<'_>) -> Result<Params, Predicate> {
+    pub(super) fn admits(&self, uri: &Uri, request: &Request<'_>) -> Result<(), Predicate> {
         if !self.methods.is_empty() && !self.methods.intersects(request.method) {
             return Err(Predicate::Method);
         }
-        let params = uri.capture(request.path).ok_or(Predicate::Uri)?;
+        if !uri.fits(request.path) {
+            return Err(Predicate::Uri);
+        }
         if self.remote_addrs.as_ref().is_some_and(|addresses| !addresses.contains(request.peer)) {
             return Err(Predicate::RemoteAddr);
         }
@@ -224,7 +228,7 @@ impl<T> Route<T> {
         if self.vars.as_ref().is_some_and(|vars| !vars.eval(request.vars)) {
             return Err(Predicate::Vars);
         }
-        Ok(params)
+        Ok(())
     }
 
     /// The first of the route's host patterns that matches.

@@ -81,12 +81,22 @@ pub struct Request<'a> {
 pub struct Found<'t, T> {
     pub id: &'t Arc<str>,
     pub value: &'t Arc<T>,
-    /// The pattern of the route's `uris` that matched, as configured.
-    pub uri: &'t Arc<str>,
     /// The pattern of its hosts that matched, if it has any.
     pub host: Option<&'t Arc<str>>,
-    /// Where in the path the parameters of `uri` stand.
-    pub params: Params,
+    uri: &'t uri::Uri,
+}
+
+impl<'t, T> Found<'t, T> {
+    /// The pattern of the route's `uris` that matched, as configured.
+    pub fn uri(&self) -> &'t Arc<str> {
+        self.uri.text()
+    }
+
+    /// Where in `path`, the path that was matched, the parameters of the pattern stand. Apart from the look-up,
+    /// because few requests ask for them.
+    pub fn params(&self, path: &[u8]) -> Params {
+        self.uri.capture(path).unwrap_or_default()
+    }
 }
 
 /// One route that was tried for a request, for `postern explain`.

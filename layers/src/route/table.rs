@@ -13,7 +13,6 @@ use super::bucket::{Bucket, Leaf};
 use super::host::{HostKey, HostPattern};
 use super::matcher::Route;
 use super::radix::Radix;
-use super::uri::Uri;
 use super::{Candidate, Entry, Found, Mode, Request, Verdict};
 
 /// All enabled routes, as one version that does not change.
@@ -180,9 +179,9 @@ impl<T> Table<T> {
             bucket.first(request, |leaf| {
                 let uri = leaf.uri()?;
                 let route = leaf.route();
-                let params = route.admits(uri, request).ok()?;
-                let host = pattern.or_else(|| route.matched_host(request).map(|host| host.text()));
-                Some(Found { id: &route.id, value: &route.value, uri: uri.text(), host, params })
+                route.admits(uri, request).ok()?;
+                let host = pattern.or_else(|| route.matched_host(request).map(HostPattern::text));
+                Some(Found { id: &route.id, value: &route.value, host, uri })
             })
         })
     }
@@ -198,7 +197,7 @@ impl<T> Table<T> {
                 let Some(uri) = leaf.uri() else { continue };
                 let route = leaf.route();
                 let verdict = match route.admits(uri, request) {
-                    Ok(_) => Verdict::Matched,
+                    Ok(()) => Verdict::Matched,
                     Err(predicate) => {
                         Verdict::Failed { predicate, detail: route.refusal(predicate, uri, request) }
                     }
@@ -300,10 +299,9 @@ impl<T> Shared<T> {
 
     /// Changes every bucket in which `leaf` has its place.
     fn change(&mut self, leaf: &Leaf<T>, mut change: impl FnMut(&mut Bucket<T>)) {
-        let Some(uri) = leaf.uri() else { return };
         let hosts = &leaf.route().hosts;
         if self.mode != Mode::HostUri || hosts.is_empty() {
-            change_place(&mut self.by_uri, uri, change);
+            change_place(&mut self.by_uri, leaf, change);
             return;
         }
         for (position, pattern) in hosts.iter().enumerate() {
@@ -321,7 +319,7 @@ impl<T> Shared<T> {
                     pattern: Arc::clone(pattern.text()),
                     uris: Radix::default(),
                 });
-                change_place(&mut known.uris, uri, &mut change);
+                change_place(&mut known.uris, leaf, &mut change);
                 if known.uris.is_empty() {
                     *site = None;
                 }
@@ -333,10 +331,11 @@ impl<T> Shared<T> {
     }
 }
 
-fn change_place<T>(uris: &mut Uris<T>, uri: &Uri, change: impl FnOnce(&mut Bucket<T>)) {
+fn change_place<T>(uris: &mut Uris<T>, leaf: &Leaf<T>, change: impl FnOnce(&mut Bucket<T>)) {
+    let Some(uri) = leaf.uri() else { return };
     uris.modify(uri.key(), |slot| {
         let place = slot.get_or_insert_default();
-        change(if uri.is_exact() { &mut place.exact } else { &mut place.prefix });
+        change(if leaf.is_exact() { &mut place.exact } else { &mut place.prefix });
         if place.exact.is_empty() && place.prefix.is_empty() {
             *slot = None;
         }

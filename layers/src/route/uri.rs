@@ -137,6 +137,14 @@ impl Uri {
         text.get(..length).unwrap_or(text)
     }
 
+    /// Whether `path`, which is or begins with [`Uri::key`], matches the whole pattern.
+    pub(super) fn fits(&self, path: &[u8]) -> bool {
+        match &self.shape {
+            Shape::Exact | Shape::Prefix(_) | Shape::Rest(_) => true,
+            Shape::Segments(segments) => segments.spans(path).is_some(),
+        }
+    }
+
     /// What the pattern captures of `path`, which is or begins with its [`Uri::key`]; `None` if it does not
     /// match.
     pub(super) fn capture(&self, path: &[u8]) -> Option<Params> {
@@ -203,21 +211,21 @@ impl Segments {
     }
 
     fn capture(&self, path: &[u8]) -> Option<Params> {
-        let spans = match &*self.tokens {
-            // The common `/static/*path` needs no look at the path.
-            [Token::Rest] => SmallVec::from_slice(&[(self.front, u32::try_from(path.len()).ok()?)]),
-            tokens => self.fit(tokens, path)?,
-        };
-        Some(Params { names: Captured::Named(Arc::clone(&self.names)), spans })
+        Some(Params { spans: self.spans(path)?, names: Captured::Named(Arc::clone(&self.names)) })
     }
 
-    fn fit(&self, tokens: &[Token], path: &[u8]) -> Option<SmallVec<[Span; 4]>> {
+    /// Where the parameters are in `path`; `None` if it does not match.
+    fn spans(&self, path: &[u8]) -> Option<SmallVec<[Span; 4]>> {
+        // The common `/static/*path` needs no look at the path.
+        if let [Token::Rest] = &*self.tokens {
+            return Some(SmallVec::from_slice(&[(self.front, u32::try_from(path.len()).ok()?)]));
+        }
         let mut segments = segments(path, self.front)?;
-        if let Some(spans) = fit(tokens, &segments, path) {
+        if let Some(spans) = fit(&self.tokens, &segments, path) {
             return Some(spans);
         }
         let last = segments.pop()?;
-        if self.optional_slash && last.0 == last.1 { fit(tokens, &segments, path) } else { None }
+        if self.optional_slash && last.0 == last.1 { fit(&self.tokens, &segments, path) } else { None }
     }
 }
 
