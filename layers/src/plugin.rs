@@ -31,14 +31,19 @@ pub enum Flow {
 }
 
 impl Flow {
-    /// Answers with a JSON body.
+    /// Answers with a JSON body, in APISIX's form: one line, and sent as text.
     pub fn json(status: StatusCode, body: &impl Serialize) -> Self {
         let text = serde_json::to_string(body).unwrap_or_default();
-        let mut response = Response::new(Body::from(text));
+        Self::text(status, text + "\n")
+    }
+
+    /// Answers with text.
+    pub fn text(status: StatusCode, body: impl Into<Body>) -> Self {
+        let mut response = Response::new(body.into());
         *response.status_mut() = status;
         response
             .headers_mut()
-            .insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+            .insert(header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
         Self::Reply(response)
     }
 

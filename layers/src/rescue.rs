@@ -55,7 +55,7 @@ fn http(reason: Reason) -> Response<Body> {
     let status = reason.status();
     let (kind, body) = match reason {
         Reason::RouteNotFound | Reason::ServiceNotFound => {
-            ("application/json", Body::from("{\"error_msg\":\"404 Route Not Found\"}\n"))
+            ("text/plain; charset=utf-8", Body::from("{\"error_msg\":\"404 Route Not Found\"}\n"))
         }
         _ => ("text/html; charset=utf-8", Body::from(page(status))),
     };
