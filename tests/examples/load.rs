@@ -34,7 +34,9 @@ async fn main() {
             rate_of(number(addr), path, number(connections), number(rate), number(seconds)).await;
         }
         _ => {
-            eprintln!("load handshakes ADDR CA NAME CONNECTIONS SECONDS | load rate ADDR PATH CONNECTIONS RATE SECONDS");
+            eprintln!(
+                "load handshakes ADDR CA NAME CONNECTIONS SECONDS | load rate ADDR PATH CONNECTIONS RATE SECONDS"
+            );
             std::process::exit(2);
         }
     }
