@@ -5,6 +5,8 @@
 //! being written is not taken for a short one.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -17,6 +19,7 @@ use crate::id::{Kind, ResourceKey};
 /// What a file holds.
 #[derive(Debug)]
 pub struct ApisixYaml {
+    /// Its content is in `items`.
     document: Document,
     items: Vec<FileItem>,
     places: HashMap<ResourceKey, usize>,
@@ -32,12 +35,40 @@ pub struct ApisixYaml {
 #[derive(Clone, Debug, PartialEq)]
 pub struct FileItem {
     pub key: ResourceKey,
-    /// As it is written, without `modifiedIndex`.
-    pub value: Value,
     /// Where it stands in the file.
     pub pointer: String,
     /// `modifiedIndex`, if the item has one.
     pub modified_index: Option<u64>,
+    /// As it is written.
+    written: Value,
+    /// Its number among the nodes of the file.
+    node: usize,
+}
+
+impl FileItem {
+    /// The resource, without what belongs to the file alone.
+    pub fn value(&self) -> Value {
+        let mut value = self.written.clone();
+        if let Value::Object(members) = &mut value {
+            members.shift_remove(MODIFIED_INDEX);
+            match self.key.kind {
+                Kind::Consumer => {
+                    members.shift_remove(CREDENTIALS);
+                }
+                // Where the id is written as the name of the consumer.
+                Kind::Credential => {
+                    members.shift_remove("username");
+                }
+                _ => {}
+            }
+            // `key-auth:` without a value is `key-auth: {}`.
+            if let Some(Value::Object(plugins)) = members.get_mut(PLUGINS) {
+                let empty = plugins.values_mut().filter(|value| value.is_null());
+                empty.for_each(|value| *value = Value::Object(Map::new()));
+            }
+        }
+        value
+    }
 }
 
 /// An element of `plugins`.
@@ -67,6 +98,8 @@ const KINDS: [Kind; 12] = [
 /// Name of `ssls` before APISIX 3.
 const OLD_SSLS: &str = "ssl";
 const PLUGINS: &str = "plugins";
+const CREDENTIALS: &str = "credentials";
+const MODIFIED_INDEX: &str = "modifiedIndex";
 const CONF_VERSION: &str = "_conf_version";
 /// What APISIX adds to a configuration it is asked for.
 const METADATA: [&str; 2] = ["X-Digest", "X-Last-Modified"];
@@ -88,6 +121,21 @@ impl ApisixYaml {
         ApisixYaml::read(document)
     }
 
+    /// As [`ApisixYaml::parse`], from a file.
+    ///
+    /// # Errors
+    /// As [`ApisixYaml::parse`], and if the file cannot be read.
+    pub fn load(path: &Path, env: &dyn Env) -> Result<ApisixYaml, Vec<LocatedError>> {
+        let name = path.display().to_string();
+        match std::fs::read(path) {
+            Ok(bytes) => ApisixYaml::parse_bytes(&name, &bytes, env),
+            Err(error) => {
+                let error = ConfigError::invalid("", format!("cannot be read: {error}"));
+                Err(vec![LocatedError { file: name.into(), line: 0, column: 0, error }])
+            }
+        }
+    }
+
     /// As [`ApisixYaml::parse`], from bytes.
     ///
     /// # Errors
@@ -103,29 +151,23 @@ impl ApisixYaml {
     ///
     /// # Errors
     /// If it is not an object.
-    pub fn read(document: Document) -> Result<ApisixYaml, Vec<LocatedError>> {
-        let members = match document.value() {
-            Value::Null => Map::new(),
-            Value::Object(members) => members.clone(),
-            _ => {
-                let problem = "write an object with `routes`, `services`, `upstreams` and so on";
-                return Err(vec![document.error(ConfigError::invalid("", problem))]);
-            }
-        };
-        let mut reader = Reader::default();
-        for (name, value) in members {
-            reader.member(&name, value);
+    pub fn read(mut document: Document) -> Result<ApisixYaml, Vec<LocatedError>> {
+        if !matches!(document.value(), Value::Null | Value::Object(_)) {
+            let problem = "write an object with `routes`, `services`, `upstreams` and so on";
+            return Err(vec![document.error(ConfigError::invalid("", problem))]);
         }
-        let errors = reader.errors.into_iter().map(|error| document.error(error)).collect();
-        let places = reader.items.iter().enumerate().map(|(place, item)| (item.key.clone(), place)).collect();
-        Ok(ApisixYaml {
-            document,
-            items: reader.items,
-            places,
-            plugins: reader.plugins,
-            conf_versions: reader.conf_versions,
-            errors,
-        })
+        let content = document.take();
+        let mut reader = Reader::new(&document);
+        // Node 0 is the object itself; its members follow.
+        let mut node = 1;
+        if let Value::Object(members) = content {
+            for (name, value) in members {
+                reader.member(&name, value, node);
+                node += document.nodes(node);
+            }
+        }
+        let Reader { items, places, plugins, conf_versions, errors, .. } = reader;
+        Ok(ApisixYaml { items, places, plugins, conf_versions, errors, document })
     }
 
     /// The resources, in the order of the file.
@@ -137,23 +179,47 @@ impl ApisixYaml {
     pub fn changes(&self, revision: u64) -> Vec<Change> {
         let change = |item: &FileItem| {
             let modified_index = item.modified_index.unwrap_or(revision);
-            let (key, value) = (item.key.clone(), item.value.clone());
-            Change::Put { key, value, created_index: modified_index, modified_index }
+            Change::Put {
+                key: item.key.clone(),
+                value: item.value(),
+                created_index: modified_index,
+                modified_index,
+            }
         };
         self.items.iter().map(change).collect()
     }
 
     /// An error inside a resource, with its place in the file.
     pub fn locate(&self, key: &ResourceKey, error: ConfigError) -> LocatedError {
-        let item = self.places.get(key).and_then(|place| self.items.get(*place));
-        let prefix = item.map_or("", |item| item.pointer.as_str());
-        self.document.error(error.under(prefix))
+        let Some(item) = self.places.get(key).and_then(|place| self.items.get(*place)) else {
+            return LocatedError { file: Arc::clone(self.document.name()), line: 0, column: 0, error };
+        };
+        let (line, column) = self.document.locate_in(item.node, &item.written, &error.pointer);
+        LocatedError {
+            file: Arc::clone(self.document.name()),
+            line,
+            column,
+            error: error.under(&item.pointer),
+        }
     }
+}
 
-    /// The file itself.
-    pub fn document(&self) -> &Document {
-        &self.document
+/// The files of resources a directory may have.
+pub const FILES: [&str; 2] = ["apisix.yaml", "apisix.json"];
+
+/// The resources of a directory, from whichever of [`FILES`] it has, and what of them cannot be read.
+pub fn read_directory(dir: &Path, env: &dyn Env) -> (Vec<Change>, Vec<LocatedError>) {
+    let (mut changes, mut errors) = (Vec::new(), Vec::new());
+    for path in FILES.map(|name| dir.join(name)).into_iter().filter(|path| path.exists()) {
+        match ApisixYaml::load(&path, env) {
+            Ok(mut file) => {
+                changes.append(&mut file.changes(1));
+                errors.append(&mut file.errors);
+            }
+            Err(mut found) => errors.append(&mut found),
+        }
     }
+    (changes, errors)
 }
 
 /// Whether nothing but blanks follows `#END`. APISIX looks at the last ten bytes.
@@ -161,27 +227,58 @@ fn is_finished(text: &str) -> bool {
     text.trim_end().ends_with("#END")
 }
 
-#[derive(Default)]
-struct Reader {
+struct Reader<'a> {
+    document: &'a Document,
     items: Vec<FileItem>,
-    pointers: HashMap<ResourceKey, String>,
+    places: HashMap<ResourceKey, usize>,
     plugins: Option<Vec<ListedPlugin>>,
     conf_versions: BTreeMap<Kind, u64>,
-    errors: Vec<ConfigError>,
+    errors: Vec<LocatedError>,
 }
 
-impl Reader {
-    fn invalid(&mut self, pointer: &str, problem: impl Into<String>) {
-        self.errors.push(ConfigError::invalid(pointer, problem));
+/// Where a value stands: its number among the nodes of the file, and its pointer.
+struct Place {
+    node: usize,
+    pointer: String,
+}
+
+impl Place {
+    /// The same node, for an error about one of its members.
+    fn member(&self, name: &str) -> String {
+        format!("{}/{}", self.pointer, escape(name))
+    }
+}
+
+impl<'a> Reader<'a> {
+    fn new(document: &'a Document) -> Self {
+        Reader {
+            document,
+            items: Vec::new(),
+            places: HashMap::new(),
+            plugins: None,
+            conf_versions: BTreeMap::new(),
+            errors: Vec::new(),
+        }
     }
 
-    fn member(&mut self, name: &str, value: Value) {
-        let pointer = format!("/{}", escape(name));
+    /// An error about a value, or about the member of it that `inside` names.
+    fn error(&mut self, place: &Place, value: &Value, inside: &str, kind: ErrorKind) {
+        let (line, column) = self.document.locate_in(place.node, value, inside);
+        let error = ConfigError::new(format!("{}{inside}", place.pointer), kind);
+        self.errors.push(LocatedError { file: Arc::clone(self.document.name()), line, column, error });
+    }
+
+    fn invalid(&mut self, place: &Place, value: &Value, inside: &str, problem: impl Into<String>) {
+        self.error(place, value, inside, ErrorKind::Invalid { problem: problem.into() });
+    }
+
+    fn member(&mut self, name: &str, value: Value, node: usize) {
+        let place = Place { node, pointer: format!("/{}", escape(name)) };
         if name == PLUGINS {
-            self.plugin_list(&pointer, value);
+            self.plugin_list(&place, value);
         } else if let Some(kind) = kind_of(name) {
-            for (index, item) in self.elements(&pointer, value).into_iter().enumerate() {
-                self.item(kind, &format!("{pointer}/{index}"), index, item);
+            for (index, (place, item)) in self.elements(&place, value).into_iter().enumerate() {
+                self.item(kind, place, index, item);
             }
         } else if let Some(kind) = name.strip_suffix(CONF_VERSION) {
             match (kind_of(kind), value.as_u64()) {
@@ -189,18 +286,18 @@ impl Reader {
                     self.conf_versions.insert(kind, version);
                 }
                 (None, Some(_)) if kind == PLUGINS => {}
-                (Some(_), None) => self.invalid(&pointer, format!("{name} must be a number")),
-                (None, _) => self.unknown(name, &pointer),
+                (Some(_), None) => self.invalid(&place, &value, "", format!("{name} must be a number")),
+                (None, _) => self.unknown(name, &place),
             }
         } else if !METADATA.contains(&name) {
-            self.unknown(name, &pointer);
+            self.unknown(name, &place);
         }
     }
 
-    fn unknown(&mut self, name: &str, pointer: &str) {
+    fn unknown(&mut self, name: &str, place: &Place) {
         let known = KINDS.iter().map(|kind| kind.segment()).chain([PLUGINS]);
         let kind = match name {
-            "credentials" => ErrorKind::Unsupported {
+            CREDENTIALS => ErrorKind::Unsupported {
                 what: "`credentials` beside `consumers`".into(),
                 instead: "write them into `consumers`, with `id: USERNAME/credentials/ID`".into(),
             },
@@ -209,114 +306,112 @@ impl Reader {
                 nearest: nearest(name, known).map(str::to_owned),
             },
         };
-        self.errors.push(ConfigError::new(pointer, kind));
+        self.error(place, &Value::Null, "", kind);
     }
 
-    fn elements(&mut self, pointer: &str, value: Value) -> Vec<Value> {
+    fn elements(&mut self, place: &Place, value: Value) -> Vec<(Place, Value)> {
         match value {
-            Value::Array(items) => items,
+            Value::Array(items) => {
+                let mut node = place.node + 1;
+                let mut elements = Vec::with_capacity(items.len());
+                for (index, item) in items.into_iter().enumerate() {
+                    elements.push((Place { node, pointer: format!("{}/{index}", place.pointer) }, item));
+                    node += self.document.nodes(node);
+                }
+                elements
+            }
             Value::Null => Vec::new(),
             // Lua does not tell an empty object from an empty array.
             Value::Object(members) if members.is_empty() => Vec::new(),
             _ => {
-                self.invalid(pointer, "write an array: each element begins with `- `");
+                self.invalid(place, &value, "", "write an array: each element begins with `- `");
                 Vec::new()
             }
         }
     }
 
-    fn plugin_list(&mut self, pointer: &str, value: Value) {
+    fn plugin_list(&mut self, place: &Place, value: Value) {
         let mut plugins = Vec::new();
-        for (index, item) in self.elements(pointer, value).into_iter().enumerate() {
+        for (place, item) in self.elements(place, value) {
             let name = item.get("name").and_then(Value::as_str);
             let stream = item.get("stream").map_or(Some(false), Value::as_bool);
             match (name, stream) {
                 (Some(name), Some(stream)) => plugins.push(ListedPlugin { name: name.to_owned(), stream }),
-                (None, _) => self.invalid(&format!("{pointer}/{index}"), "write `name: PLUGIN`"),
-                (_, None) => self.invalid(&format!("{pointer}/{index}/stream"), "write true or false"),
+                (None, _) => self.invalid(&place, &item, "", "write `name: PLUGIN`"),
+                (_, None) => self.invalid(&place, &item, "/stream", "write true or false"),
             }
         }
         self.plugins = Some(plugins);
     }
 
-    fn item(&mut self, kind: Kind, pointer: &str, index: usize, item: Value) {
-        let Value::Object(mut members) = item else {
-            self.invalid(pointer, "write an object");
+    fn item(&mut self, kind: Kind, place: Place, index: usize, item: Value) {
+        if !item.is_object() {
+            self.invalid(&place, &item, "", "write an object");
             return;
-        };
-        let modified_index = match members.remove("modifiedIndex") {
-            None => None,
-            Some(value) => {
-                if !value.is_u64() {
-                    self.invalid(&format!("{pointer}/modifiedIndex"), "modifiedIndex must be a number");
-                }
-                value.as_u64()
-            }
-        };
-        // `key-auth:` without a value is `key-auth: {}`.
-        if let Some(Value::Object(plugins)) = members.get_mut(PLUGINS) {
-            plugins
-                .values_mut()
-                .filter(|value| value.is_null())
-                .for_each(|value| *value = Value::Object(Map::new()));
         }
-        let nested = if kind == Kind::Consumer { members.remove("credentials") } else { None };
-        let Some(key) = self.key(kind, pointer, index, &mut members) else { return };
-        if let Some(nested) = nested {
-            self.credentials(&key, &format!("{pointer}/credentials"), nested);
+        let modified_index = item.get(MODIFIED_INDEX);
+        if modified_index.is_some_and(|value| !value.is_u64()) {
+            self.invalid(&place, &item, "/modifiedIndex", "modifiedIndex must be a number");
         }
-        self.push(key, pointer.to_owned(), Value::Object(members), modified_index);
+        let modified_index = modified_index.and_then(Value::as_u64);
+        let Some(key) = self.key(kind, &place, index, &item) else { return };
+        if key.kind == Kind::Consumer {
+            self.credentials(&key, &place, &item);
+        }
+        self.push(key, place, item, modified_index);
     }
 
     /// Credentials written inside their consumer.
-    fn credentials(&mut self, consumer: &ResourceKey, pointer: &str, value: Value) {
-        for (index, item) in self.elements(pointer, value).into_iter().enumerate() {
-            let pointer = format!("{pointer}/{index}");
-            let Some(id) = text_of(item.get("id")).filter(|_| item.is_object()) else {
-                self.invalid(&pointer, "a credential needs `id`");
+    fn credentials(&mut self, consumer: &ResourceKey, place: &Place, item: &Value) {
+        let Some(members) = item.as_object() else { return };
+        let mut node = place.node + 1;
+        let found = members.iter().find(|(name, _)| {
+            let found = *name == CREDENTIALS;
+            if !found {
+                node += self.document.nodes(node);
+            }
+            found
+        });
+        let Some((name, value)) = found else { return };
+        let place = Place { node, pointer: place.member(name) };
+        for (place, item) in self.elements(&place, value.clone()) {
+            let Some(id) = text_of(item.get("id")) else {
+                self.invalid(&place, &item, "", "a credential needs `id`");
                 continue;
             };
             match ResourceKey::parse(Kind::Credential, &format!("{}/credentials/{id}", consumer.id)) {
-                Ok(key) => self.push(key, pointer, item, None),
-                Err(error) => self.errors.push(error.under(&pointer)),
+                Ok(key) => self.push(key, place, item, None),
+                Err(error) => self.error(&place, &item, "/id", error.kind),
             }
         }
     }
 
-    fn push(&mut self, key: ResourceKey, pointer: String, value: Value, modified_index: Option<u64>) {
-        if let Some(first) = self.pointers.get(&key) {
-            let problem =
-                format!("found duplicate id {} in {}: it is at {first} too", key.id, key.kind.segment());
-            self.invalid(&pointer, problem);
+    fn push(&mut self, key: ResourceKey, place: Place, written: Value, modified_index: Option<u64>) {
+        if let Some(first) = self.places.get(&key).and_then(|first| self.items.get(*first)) {
+            let (id, segment) = (&key.id, key.kind.segment());
+            let problem = format!("found duplicate id {id} in {segment}: it is at {} too", first.pointer);
+            self.invalid(&place, &written, "", problem);
             return;
         }
-        self.pointers.insert(key.clone(), pointer.clone());
-        self.items.push(FileItem { key, value, pointer, modified_index });
+        self.places.insert(key.clone(), self.items.len());
+        let Place { node, pointer } = place;
+        self.items.push(FileItem { key, pointer, modified_index, written, node });
     }
 
     /// The key of an item: its id, its name, or its place.
-    fn key(
-        &mut self,
-        kind: Kind,
-        pointer: &str,
-        index: usize,
-        members: &mut Map<String, Value>,
-    ) -> Option<ResourceKey> {
-        let id = text_of(members.get("id"));
-        if id.is_none() && members.get("id").is_some_and(|id| !id.is_null()) {
-            self.invalid(&format!("{pointer}/id"), "write the id as text or as a number");
+    fn key(&mut self, kind: Kind, place: &Place, index: usize, item: &Value) -> Option<ResourceKey> {
+        let id = text_of(item.get("id"));
+        if id.is_none() && item.get("id").is_some_and(|id| !id.is_null()) {
+            self.invalid(place, item, "/id", "write the id as text or as a number");
             return None;
         }
-        let username = text_of(members.get("username"));
+        let username = text_of(item.get("username"));
         let is_credential = |id: &Option<String>| id.as_ref().is_some_and(|id| id.contains("/credentials/"));
         let (kind, at, id) = match kind {
-            Kind::Consumer if is_credential(&id) => (Kind::Credential, "id", id),
-            Kind::Consumer if is_credential(&username) => {
-                members.remove("username");
-                (Kind::Credential, "username", username)
-            }
-            Kind::Consumer if username.is_some() => (kind, "username", username),
-            kind => (kind, "id", id),
+            Kind::Consumer if is_credential(&id) => (Kind::Credential, "/id", id),
+            Kind::Consumer if is_credential(&username) => (Kind::Credential, "/username", username),
+            Kind::Consumer if username.is_some() => (kind, "/username", username),
+            kind => (kind, "/id", id),
         };
         let Some(id) = id else {
             let missing = match kind {
@@ -325,13 +420,13 @@ impl Reader {
                 // As APISIX numbers them.
                 _ => return Some(ResourceKey::by_place(kind, index)),
             };
-            self.errors.push(ConfigError::new(pointer, ErrorKind::MissingField { field: missing.into() }));
+            self.error(place, item, "", ErrorKind::MissingField { field: missing.into() });
             return None;
         };
         match ResourceKey::parse(kind, &id) {
             Ok(key) => Some(key),
-            Err(ConfigError { kind, .. }) => {
-                self.errors.push(ConfigError::new(format!("{pointer}/{at}"), kind));
+            Err(error) => {
+                self.error(place, item, at, error.kind);
                 None
             }
         }
@@ -447,9 +542,9 @@ plugins: [{name: key-auth}, {name: mqtt-proxy, stream: true}]
                 "consumers/jack",
             ]
         );
-        assert_eq!(file.items()[0].value["plugins"]["key-auth"], json!({}));
-        assert_eq!(file.items()[2].value, json!({"plugins": {"key-auth": {"key": "b"}}}));
-        assert_eq!(file.items()[4].value, json!({"username": "jack"}));
+        assert_eq!(file.items()[0].value()["plugins"]["key-auth"], json!({}));
+        assert_eq!(file.items()[2].value(), json!({"plugins": {"key-auth": {"key": "b"}}}));
+        assert_eq!(file.items()[4].value(), json!({"username": "jack"}));
         let error = file.locate(&file.items()[3].key, ConfigError::invalid("/plugins/key-auth/key", "no"));
         assert_eq!(
             error.to_string(),
@@ -469,7 +564,7 @@ plugins: [{name: key-auth}, {name: mqtt-proxy, stream: true}]
         assert_eq!(file.conf_versions, BTreeMap::from([(Kind::Route, 5), (Kind::Ssl, 7)]));
         let indices: Vec<u64> = file.changes(9).iter().map(Change::modified_index).collect();
         assert_eq!(indices, [3, 9]);
-        assert_eq!(file.items()[0].value, json!({"id": "1", "uri": "/"}));
+        assert_eq!(file.items()[0].value(), json!({"id": "1", "uri": "/"}));
     }
 
     #[test]
@@ -542,7 +637,7 @@ foo_conf_version: 1
     fn variables_are_put_in_and_quotes_decide() {
         let file =
             parse("upstreams: [{id: 1, nodes: {\"a:${{PORT}}\": ${{PORT}}}, desc: \"${{PORT}}\"}]\n#END");
-        assert_eq!(file.items()[0].value, json!({"id": 1, "nodes": {"a:1980": 1980}, "desc": "1980"}));
+        assert_eq!(file.items()[0].value(), json!({"id": 1, "nodes": {"a:1980": 1980}, "desc": "1980"}));
         let errors = ApisixYaml::parse("apisix.yaml", "routes: [{id: ${{NONE}}}]\n#END", &env()).unwrap_err();
         assert!(errors[0].to_string().contains("NONE is not set"));
     }

@@ -7,10 +7,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::apisix_yaml::ApisixYaml;
+use crate::apisix_yaml::{ApisixYaml, FILES};
 use crate::document::LocatedError;
 use crate::env::Env;
-use crate::error::ConfigError;
 use crate::graph::Graph;
 use crate::id::Kind;
 use crate::listed_plugins::ListedPlugins;
@@ -71,7 +70,7 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
     };
     let plugins = process.as_ref().and_then(|process| process.plugins.clone());
     report.notices = process.map(|process| process.not_applicable).unwrap_or_default();
-    let candidates = ["apisix.yaml", "apisix.json"].map(|name| dir.join(name)).into_iter();
+    let candidates = FILES.map(|name| dir.join(name)).into_iter();
     let files: Vec<PathBuf> = match named {
         Some(file) => vec![file],
         None => candidates.filter(|file| file.exists()).collect(),
@@ -90,17 +89,8 @@ fn check_file(
     env: &Arc<dyn Env + Send + Sync>,
     report: &mut Report,
 ) {
-    let name = path.display().to_string();
     report.files.push(path.to_owned());
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) => {
-            let error = ConfigError::invalid("", format!("cannot be read: {error}"));
-            report.errors.push(LocatedError { file: name.into(), line: 0, column: 0, error });
-            return;
-        }
-    };
-    let file = match ApisixYaml::parse_bytes(&name, &bytes, &**env) {
+    let file = match ApisixYaml::load(path, &**env) {
         Ok(file) => file,
         Err(errors) => {
             report.errors.extend(errors);

@@ -239,10 +239,31 @@ impl Document {
         &mut self.value
     }
 
+    /// The content, taken out. From now on places are found by [`Document::locate_in`] alone.
+    pub(crate) fn take(&mut self) -> Value {
+        std::mem::take(&mut self.value)
+    }
+
+    /// Number of nodes of the subtree that begins at node `index`, in the order of the file.
+    pub(crate) fn nodes(&self, index: usize) -> usize {
+        self.marks.get(index).map_or(1, |mark| mark.size as usize)
+    }
+
+    /// Line and column of the place a pointer names inside `value`, which is node `index` of the file as it was read, or
+    /// of the nearest node above it that exists.
+    pub(crate) fn locate_in(&self, index: usize, value: &Value, pointer: &str) -> (u32, u32) {
+        let (mark, _) = self.mark_in(index, value, pointer);
+        (mark.line, mark.column)
+    }
+
     fn mark_of(&self, pointer: &str) -> (Mark, bool) {
-        let mut index = 0;
-        let mut value = &self.value;
-        let mut mark = self.marks.first().copied().unwrap_or(Mark::START);
+        self.mark_in(0, &self.value, pointer)
+    }
+
+    fn mark_in(&self, index: usize, value: &Value, pointer: &str) -> (Mark, bool) {
+        let mut index = index;
+        let mut value = value;
+        let mut mark = self.marks.get(index).copied().unwrap_or(Mark::START);
         for token in pointer.split('/').skip(1) {
             let (position, child) = match value {
                 Value::Array(items) => {
@@ -259,7 +280,7 @@ impl Document {
             let Some(child) = child else { return (mark, false) };
             index += 1;
             for _ in 0..position {
-                index += self.marks.get(index).map_or(1, |mark| mark.size as usize);
+                index += self.nodes(index);
             }
             let Some(found) = self.marks.get(index) else { return (mark, false) };
             mark = *found;
