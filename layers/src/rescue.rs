@@ -82,7 +82,7 @@ fn closes(reason: Reason) -> bool {
 }
 
 /// The error page, in the form that users of nginx know.
-fn page(status: StatusCode) -> String {
+pub fn page(status: StatusCode) -> String {
     let title = format!("{} {}", status.as_u16(), status.canonical_reason().unwrap_or("Error"));
     format!(
         "<html>\r\n<head><title>{title}</title></head>\r\n<body>\r\n<center><h1>{title}</h1></center>\r\n\

@@ -1,1 +1,37 @@
+//! The plugins. One file each, registered by one word in the list below; nothing else in the workspace names them.
 
+pub mod absent;
+pub mod catalog;
+pub mod support;
+
+use std::sync::OnceLock;
+
+pub use catalog::Catalog;
+use layers::plugin::Registration;
+
+/// Declares the module of every plugin and lists its registration.
+macro_rules! plugins {
+    ($($module:ident::$plugin:ident),* $(,)?) => {
+        $(pub mod $module;)*
+
+        fn all() -> Vec<Registration> {
+            vec![$(Registration::of::<$module::$plugin>()),*]
+        }
+    };
+}
+
+plugins! {
+    ip_restriction::IpRestriction,
+    key_auth::KeyAuth,
+    request_id::RequestId,
+}
+
+/// Every plugin, by priority, the highest first, as they run.
+pub fn registrations() -> &'static [Registration] {
+    static ALL: OnceLock<Vec<Registration>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let mut all = all();
+        all.sort_by(|a, b| b.priority.cmp(&a.priority).then(a.name.cmp(b.name)));
+        all
+    })
+}

@@ -1,0 +1,174 @@
+//! Plugin names that people know from APISIX or from texts about it, and that are not offered here.
+//!
+//! An object with such a plugin is refused, because without it a request could get through that should not, or get
+//! another answer. The few whose absence nobody can see are taken and do nothing.
+
+/// Plugins whose work is done anyway, and why.
+pub const HARMLESS: &[(&str, &str)] = &[
+    ("ai", "it caches route matches inside APISIX; looking up a route here needs no cache"),
+    ("proxy-buffering", "responses are streamed with back-pressure, never collected"),
+    ("proxy-control", "requests are streamed with back-pressure, never collected"),
+];
+
+/// Names that are no plugin of APISIX either, and what is meant.
+const MISNOMERS: &[(&str, &str)] = &[
+    ("uri-rewrite", "use `proxy-rewrite`"),
+    ("request-rewrite", "use `proxy-rewrite`"),
+    ("coraza", "no web application firewall is offered yet; take it out"),
+    ("debug-logger", "ask `postern explain` what happens to a request, and take it out"),
+    ("chash", "write `type: chash` into the upstream"),
+    ("oauth", "OAuth is not offered yet; use `key-auth`"),
+];
+
+const AUTHENTICATION: &str = "`key-auth` is the authentication that is";
+const ACCESS_LOG: &str = "the access log tells of every request (`nginx_config.http.access_log_format`)";
+const METRICS: &str = "`prometheus` is the way to metrics that is";
+const COMPRESSION: &str = "let the upstream compress, its answers are passed on as they are";
+const AI: &str = "route to the provider as to any upstream; server-sent events pass untouched";
+
+/// Plugins of APISIX 3.18 that are not offered yet, with the nearest thing that is, where there is one.
+const NOT_YET: &[(&str, &str)] = &[
+    ("acl", ""),
+    ("ai-aliyun-content-moderation", AI),
+    ("ai-aws-content-moderation", AI),
+    ("ai-cache", AI),
+    ("ai-lakera-guard", AI),
+    ("ai-prompt-decorator", AI),
+    ("ai-prompt-guard", AI),
+    ("ai-prompt-template", AI),
+    ("ai-proxy", AI),
+    ("ai-proxy-multi", AI),
+    ("ai-rag", AI),
+    ("ai-rate-limiting", "`limit-count` limits requests"),
+    ("ai-request-rewrite", AI),
+    ("api-breaker", "passive health checks (`checks.passive` of the upstream) take failing nodes out"),
+    ("attach-consumer-label", "`proxy-rewrite` can set fields from `$consumer_name`"),
+    ("authz-casbin", ""),
+    ("authz-casdoor", AUTHENTICATION),
+    ("authz-keycloak", AUTHENTICATION),
+    ("aws-lambda", ""),
+    ("azure-functions", ""),
+    ("basic-auth", AUTHENTICATION),
+    ("batch-requests", ""),
+    ("body-transformer", "`response-rewrite` with `filters` changes bodies of answers"),
+    ("brotli", COMPRESSION),
+    ("cas-auth", AUTHENTICATION),
+    ("chaitin-waf", ""),
+    ("clickhouse-logger", ACCESS_LOG),
+    ("client-control", "`nginx_config.http.client_max_body_size` limits bodies for all routes"),
+    ("consumer-restriction", ""),
+    ("csrf", ""),
+    ("data-mask", ""),
+    ("datadog", METRICS),
+    ("degraphql", ""),
+    ("dingtalk-auth", AUTHENTICATION),
+    ("dubbo-proxy", ""),
+    ("elasticsearch-logger", ACCESS_LOG),
+    ("error-log-logger", ""),
+    ("error-page", "`response-rewrite` with `vars` on `status` changes answers"),
+    ("example-plugin", ""),
+    ("exit-transformer", "`response-rewrite` with `vars` on `status` changes answers"),
+    ("ext-plugin-post-req", ""),
+    ("ext-plugin-post-resp", ""),
+    ("ext-plugin-pre-req", ""),
+    ("feishu-auth", AUTHENTICATION),
+    ("file-logger", ACCESS_LOG),
+    ("forward-auth", AUTHENTICATION),
+    ("gm", ""),
+    ("google-cloud-logging", ACCESS_LOG),
+    ("graphql-limit-count", "`limit-count` limits requests"),
+    ("graphql-proxy-cache", ""),
+    ("grpc-transcode", ""),
+    ("grpc-web", ""),
+    ("gzip", COMPRESSION),
+    ("hmac-auth", AUTHENTICATION),
+    ("http-dubbo", ""),
+    ("http-logger", ACCESS_LOG),
+    ("inspect", "`postern explain` tells what happens to a request"),
+    ("jwe-decrypt", ""),
+    ("jwt-auth", AUTHENTICATION),
+    ("kafka-logger", ACCESS_LOG),
+    ("kafka-proxy", ""),
+    ("lago", ""),
+    ("ldap-auth", AUTHENTICATION),
+    ("ldap-auth-advanced", AUTHENTICATION),
+    ("limit-conn", "`limit-count` limits requests"),
+    ("limit-req", "`limit-count` limits requests"),
+    ("log-rotate", ""),
+    ("loggly", ACCESS_LOG),
+    ("loki-logger", ACCESS_LOG),
+    ("mcp-bridge", ""),
+    ("mqtt-proxy", ""),
+    ("multi-auth", AUTHENTICATION),
+    ("node-status", METRICS),
+    ("oas-validator", ""),
+    ("ocsp-stapling", ""),
+    ("opa", ""),
+    ("openfunction", ""),
+    ("openid-connect", AUTHENTICATION),
+    ("opentelemetry", METRICS),
+    ("openwhisk", ""),
+    ("proxy-cache", ""),
+    ("proxy-mirror", ""),
+    ("public-api", ""),
+    ("real-ip", "`nginx_config.http.real_ip_from` and `apisix.trusted_addresses` say whose word counts"),
+    ("referer-restriction", "a route's `vars` on `http_referer` can choose requests"),
+    ("request-validation", ""),
+    ("rocketmq-logger", ACCESS_LOG),
+    ("saml-auth", AUTHENTICATION),
+    ("server-info", ""),
+    ("serverless-post-function", "Lua does not run here"),
+    ("serverless-pre-function", "Lua does not run here"),
+    ("skywalking", METRICS),
+    ("skywalking-logger", ACCESS_LOG),
+    ("sls-logger", ACCESS_LOG),
+    ("splunk-hec-logging", ACCESS_LOG),
+    ("syslog", ACCESS_LOG),
+    ("tcp-logger", ACCESS_LOG),
+    ("tencent-cloud-cls", ACCESS_LOG),
+    ("traffic-label", "`traffic-split` divides requests by weight"),
+    ("ua-restriction", "a route's `vars` on `http_user_agent` can choose requests"),
+    ("udp-logger", ACCESS_LOG),
+    ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
+    ("wolf-rbac", AUTHENTICATION),
+    ("workflow", "several routes with `vars` can do what its cases do"),
+    ("zipkin", METRICS),
+];
+
+/// What to do about a name, if it is known.
+pub fn advice(name: &str) -> Option<String> {
+    let of = |list: &'static [(&str, &'static str)]| {
+        list.iter().find(|(known, _)| *known == name).map(|(_, advice)| *advice)
+    };
+    of(MISNOMERS).map(str::to_owned).or_else(|| {
+        of(NOT_YET).map(|instead| match instead {
+            "" => "it exists in APISIX and is not offered yet; take it out".to_owned(),
+            instead => format!("it exists in APISIX and is not offered yet; {instead}"),
+        })
+    })
+}
+
+/// Whether leaving the plugin out changes nothing that anybody can see.
+pub fn is_harmless(name: &str) -> bool {
+    HARMLESS.iter().any(|(known, _)| *known == name)
+}
+
+/// Every name that APISIX has and this gateway has not.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    NOT_YET.iter().chain(HARMLESS).map(|(name, _)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_stands_once_and_not_beside_the_plugin_itself() {
+        let mut all: Vec<_> = names().chain(MISNOMERS.iter().map(|(name, _)| *name)).collect();
+        all.extend(crate::registrations().iter().map(|registration| registration.name));
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+}

@@ -1,0 +1,181 @@
+//! How the configuration model asks about plugins: the list of this crate, cut down to what the operator enables.
+
+use std::collections::HashMap;
+
+use config::error::ConfigError;
+use config::plugin_catalog::{PluginCatalog, PluginSchema};
+use layers::plugin::Registration;
+use serde_json::Value;
+
+use crate::{absent, registrations};
+
+/// The plugins that may be used.
+pub struct Catalog {
+    enabled: Vec<&'static Registration>,
+    by_name: HashMap<&'static str, &'static Registration>,
+}
+
+impl Default for Catalog {
+    fn default() -> Self {
+        Self::new(None)
+    }
+}
+
+impl Catalog {
+    /// All plugins, or those that `plugins` of `config.yaml` names.
+    pub fn new(list: Option<&[String]>) -> Self {
+        let enabled: Vec<&'static Registration> = registrations()
+            .iter()
+            .filter(|registration| list.is_none_or(|list| list.iter().any(|name| name == registration.name)))
+            .collect();
+        let by_name = enabled.iter().map(|registration| (registration.name, *registration)).collect();
+        Self { enabled, by_name }
+    }
+
+    /// The plugins, by priority.
+    pub fn registrations(&self) -> &[&'static Registration] {
+        &self.enabled
+    }
+
+    /// The names of a `plugins` list that no plugin here has, for a notice at the start.
+    pub fn unknown<'a>(list: &'a [String]) -> impl Iterator<Item = &'a str> {
+        list.iter()
+            .map(String::as_str)
+            .filter(|name| registrations().iter().all(|registration| registration.name != *name))
+            .filter(|name| !absent::is_harmless(name))
+    }
+}
+
+impl PluginCatalog for Catalog {
+    fn check(&self, name: &str, which: PluginSchema, value: &Value) -> Result<Value, Vec<ConfigError>> {
+        let Some(registration) = self.by_name.get(name) else { return Ok(value.clone()) };
+        let extras = || (registration.extras)();
+        let checked = match which {
+            PluginSchema::Config => Some((registration.check)(value)),
+            PluginSchema::Consumer => extras().check_consumer(value),
+            PluginSchema::Metadata => extras().check_metadata(value),
+        };
+        checked.unwrap_or_else(|| {
+            let what = if which == PluginSchema::Metadata { "metadata" } else { "settings of a consumer" };
+            Err(vec![ConfigError::invalid("", format!("plugin `{name}` has no {what}: take it out"))])
+        })
+    }
+
+    fn schema(&self, name: &str, which: PluginSchema) -> Option<Value> {
+        let registration = self.by_name.get(name)?;
+        match which {
+            PluginSchema::Config => Some((registration.schema)()),
+            PluginSchema::Consumer => (registration.extras)().consumer_schema(),
+            PluginSchema::Metadata => (registration.extras)().metadata_schema(),
+        }
+    }
+
+    fn priority(&self, name: &str) -> Option<i32> {
+        self.by_name.get(name).map(|registration| registration.priority)
+    }
+
+    fn names(&self) -> Vec<&'static str> {
+        self.enabled.iter().map(|registration| registration.name).collect()
+    }
+
+    fn is_auth(&self, name: &str) -> bool {
+        self.by_name.get(name).is_some_and(|registration| (registration.extras)().authenticates())
+    }
+
+    fn refusal(&self, name: &str) -> Option<String> {
+        if registrations().iter().any(|registration| registration.name == name) {
+            let disabled = !self.by_name.contains_key(name);
+            return disabled.then(|| "it is disabled; add it to `plugins` in config.yaml".to_owned());
+        }
+        absent::advice(name)
+    }
+
+    fn is_harmless(&self, name: &str) -> bool {
+        absent::is_harmless(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use config::{Kind, Resource, ResourceKey};
+    use serde_json::json;
+
+    use super::*;
+
+    fn route(plugins: Value, catalog: &Catalog) -> Result<Value, String> {
+        let route = json!({"uri": "/", "plugins": plugins});
+        Resource::parse(&ResourceKey::new(Kind::Route, "1"), &route, catalog)
+            .map(|resource| resource.to_value())
+            .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+    }
+
+    #[test]
+    fn names_come_in_the_order_in_which_plugins_run() {
+        let names = Catalog::default().names();
+        let priorities: Vec<_> =
+            names.iter().map(|name| Catalog::default().priority(name).unwrap()).collect();
+        assert!(priorities.is_sorted_by(|a, b| a >= b), "{names:?}");
+        assert!(names.contains(&"key-auth"));
+    }
+
+    #[test]
+    fn a_plugin_that_is_not_here_refuses_its_object_with_advice() {
+        let some = ["key-auth".to_owned()];
+        let (all, few) = (Catalog::default(), Catalog::new(Some(&some)));
+        let cases = [
+            (&all, "uri-rewrite", "use `proxy-rewrite`"),
+            (
+                &all,
+                "basic-auth",
+                "it exists in APISIX and is not offered yet; `key-auth` is the authentication",
+            ),
+            (&all, "opa", "it exists in APISIX and is not offered yet; take it out"),
+            (&all, "key_auth", "did you mean `key-auth`?"),
+            (&all, "nonsense", "take it out"),
+            (&few, "request-id", "it is disabled; add it to `plugins` in config.yaml"),
+        ];
+        for (catalog, name, words) in cases {
+            let error = route(json!({name: {}}), catalog).unwrap_err();
+            assert!(error.contains(words) && error.contains(&format!("/plugins/{name}")), "{name}: {error}");
+        }
+        assert!(route(json!({"key-auth": {}}), &few).is_ok());
+    }
+
+    #[test]
+    fn a_harmless_plugin_is_kept_as_it_is_written() {
+        let plugins = json!({"proxy-buffering": {"disable_proxy_buffering": true}, "ai": {}});
+        assert_eq!(route(plugins.clone(), &Catalog::default()).unwrap()["plugins"], plugins);
+    }
+
+    #[test]
+    fn settings_are_checked_and_filled_in() {
+        let plugins = route(json!({"key-auth": {"hide_credentials": true}}), &Catalog::default()).unwrap();
+        let expected =
+            json!({"header": "apikey", "query": "apikey", "hide_credentials": true, "realm": "key"});
+        assert_eq!(plugins["plugins"]["key-auth"], expected);
+        let error = route(json!({"key-auth": {"headr": "x"}}), &Catalog::default()).unwrap_err();
+        assert!(
+            error.contains("/plugins/key-auth/headr") && error.contains("did you mean `header`?"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn consumers_and_metadata_have_their_own_settings() {
+        let catalog = Catalog::default();
+        assert!(catalog.check("key-auth", PluginSchema::Consumer, &json!({"key": "a"})).is_ok());
+        let errors = catalog.check("key-auth", PluginSchema::Consumer, &json!({})).unwrap_err();
+        assert!(errors[0].to_string().contains("`key` is missing"), "{errors:?}");
+        assert!(catalog.check("request-id", PluginSchema::Metadata, &json!({})).is_err());
+        assert!(catalog.is_auth("key-auth") && !catalog.is_auth("request-id"));
+        assert!(catalog.schema("request-id", PluginSchema::Consumer).is_none());
+    }
+
+    #[test]
+    fn names_of_a_list_that_are_not_here_are_told() {
+        let list = ["cors", "key-auth", "opa", "proxy-control"].map(str::to_owned);
+        let unknown: Vec<_> = Catalog::unknown(&list).collect();
+        assert!(unknown.contains(&"opa") && !unknown.contains(&"key-auth"));
+        assert!(!unknown.contains(&"proxy-control"));
+    }
+}

@@ -1,0 +1,8 @@
+//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs.
+
+pub mod captures;
+pub mod consumer;
+pub mod headers;
+pub mod numbers;
+pub mod reply;
+pub mod uri;
