@@ -893,7 +893,7 @@ impl JsonSchema for Plugins {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "object", "additionalProperties": {"type": "object"}})
+        json_schema!({"type": "object"})
     }
 }
 
@@ -914,5 +914,89 @@ impl<T, E: fmt::Display, F: Fn(&str) -> Option<T>> Visitor<'_> for StrVisitor<E,
 
     fn visit_str<R: de::Error>(self, text: &str) -> Result<T, R> {
         (self.parse)(text).ok_or_else(|| R::invalid_value(Unexpected::Str(text), &self))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::size_of;
+
+    use serde::de::DeserializeOwned;
+    use serde_json::json;
+
+    use super::*;
+
+    fn reads<T: DeserializeOwned>(value: &Value) -> bool {
+        T::deserialize(value).is_ok()
+    }
+
+    #[test]
+    fn every_field_type_holds_only_what_its_rule_allows() {
+        let long = |n: usize| json!("é".repeat(n));
+        for (reads, value, valid) in [
+            (reads::<Name> as fn(&Value) -> bool, long(256), true),
+            (reads::<Name>, long(257), false),
+            (reads::<Name>, json!(""), false),
+            (reads::<Desc>, json!(""), true),
+            (reads::<Labels>, json!({"a": "b"}), true),
+            (reads::<Labels>, json!({"a": ""}), false),
+            (reads::<Labels>, json!({"a": "b\tc"}), false),
+            (reads::<Host>, json!("*.foo-bar_1.com"), true),
+            (reads::<Host>, json!("*"), true),
+            (reads::<Host>, json!("[::1]"), true),
+            (reads::<Host>, json!("foo.*"), false),
+            (reads::<Host>, json!("**"), false),
+            (reads::<Host>, json!("a/b"), false),
+            (reads::<Host>, json!(""), false),
+            (reads::<Cidr>, json!("1.2.3.4"), true),
+            (reads::<Cidr>, json!("1.2.3.4/0"), true),
+            (reads::<Cidr>, json!("1.2.3.4/33"), false),
+            (reads::<Cidr>, json!("::/0"), true),
+            (reads::<Cidr>, json!("foo.com"), false),
+            (reads::<Int<1, 3>>, json!(3), true),
+            (reads::<Int<1, 3>>, json!(4), false),
+            (reads::<Int<1, 3>>, json!(0), false),
+            (reads::<Int<1, 3>>, json!(1.5), false),
+            (reads::<Seconds>, json!(0.001), true),
+            (reads::<Seconds>, json!(0), false),
+            (reads::<Seconds>, json!(-1), false),
+            (reads::<Seconds>, json!(1e10), false),
+            (reads::<Seconds<true>>, json!(0), true),
+            (reads::<Distinct<u8>>, json!([1, 2]), true),
+            (reads::<Distinct<u8>>, json!([1, 1]), false),
+            (reads::<Distinct<u8>>, json!([]), false),
+            (reads::<Distinct<u8, 0>>, json!([]), true),
+            (reads::<Distinct<u8>>, json!((0..100).collect::<Vec<_>>()), true),
+            (reads::<Distinct<u8>>, json!((0..100).chain([50]).collect::<Vec<_>>()), false),
+            (reads::<Status>, json!(1), true),
+            (reads::<Status>, json!(true), false),
+            (reads::<Url>, json!("https://[::1]:8200/v1"), true),
+            (reads::<Url>, json!("ftp://a"), false),
+            (reads::<Url>, json!("http://"), false),
+        ] {
+            assert_eq!(reads(&value), valid, "{value}");
+        }
+    }
+
+    #[test]
+    fn values_are_written_as_people_write_them() {
+        for (value, written) in [(json!(60), "60"), (json!(60.0), "60"), (json!(0.5), "0.5")] {
+            assert_eq!(
+                serde_json::to_string(&Seconds::<false>::deserialize(&value).unwrap()).unwrap(),
+                written
+            );
+        }
+        for text in ["10.0.0.1", "10.1.2.3/8", "::1", "fd00::/8"] {
+            assert_eq!(Cidr::new(text).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn absent_fields_are_small() {
+        assert_eq!(size_of::<Option<Name>>(), 8);
+        assert_eq!(size_of::<Option<Box<Plugins>>>(), 8);
+        assert_eq!(size_of::<Option<Host>>(), 16);
+        assert_eq!(size_of::<Option<Timestamp>>(), 8);
+        assert_eq!(size_of::<OwnId>(), 0);
     }
 }

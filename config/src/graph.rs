@@ -410,3 +410,253 @@ impl Ord for ById {
         self.0.key.id.cmp(&other.0.key.id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap as Model;
+
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::TestCatalog;
+
+    fn key(path: &str) -> ResourceKey {
+        ResourceKey::from_path(path).unwrap()
+    }
+
+    fn put(path: &str, value: Value, index: u64) -> Change {
+        Change::Put { key: key(path), value, created_index: index, modified_index: index }
+    }
+
+    fn route(upstream: &str) -> Value {
+        json!({"uri": "/a", "upstream_id": upstream})
+    }
+
+    fn paths(keys: &[ResourceKey]) -> Vec<String> {
+        let mut paths: Vec<String> = keys.iter().map(ToString::to_string).collect();
+        paths.sort_unstable();
+        paths
+    }
+
+    fn graph(changes: Vec<Change>) -> Graph {
+        let mut graph = Graph::new();
+        for change in changes {
+            graph.apply(change, &TestCatalog);
+        }
+        graph
+    }
+
+    #[test]
+    fn a_change_is_told_only_if_something_is_different() {
+        let mut graph = Graph::new();
+        assert_eq!(paths(&graph.apply(put("routes/1", route("u"), 5), &TestCatalog)), ["routes/1"]);
+        assert!(graph.apply(put("routes/1", route("u"), 6), &TestCatalog).is_empty());
+        let item = graph.get(&key("routes/1")).unwrap();
+        assert_eq!((item.modified_index, graph.revision()), (6, 6));
+        assert_eq!(paths(&graph.apply(put("routes/1", route("v"), 7), &TestCatalog)), ["routes/1"]);
+        let delete = || Change::Delete { key: key("routes/1"), modified_index: 8 };
+        assert_eq!(paths(&graph.apply(delete(), &TestCatalog)), ["routes/1"]);
+        assert!(graph.apply(delete(), &TestCatalog).is_empty());
+        assert!(graph.is_empty());
+        assert_eq!(graph.revision(), 8);
+    }
+
+    #[test]
+    fn what_is_wrong_is_set_aside_and_takes_the_place_of_what_was_right() {
+        let mut graph = graph(vec![put("routes/1", route("u"), 1)]);
+        let wrong = || put("routes/1", json!({"uri": "/a", "upstream_id": "u", "nam": 1}), 2);
+        assert_eq!(paths(&graph.apply(wrong(), &TestCatalog)), ["routes/1"]);
+        assert!(graph.apply(wrong(), &TestCatalog).is_empty());
+        assert!(graph.get(&key("routes/1")).is_none());
+        let rejected = graph.rejected_at(&key("routes/1")).unwrap();
+        assert_eq!((rejected.errors.len(), &rejected.value["uri"]), (1, &json!("/a")));
+        assert!(graph.referrers(&key("upstreams/u")).is_empty());
+        assert_eq!(paths(&graph.apply(put("routes/1", route("u"), 3), &TestCatalog)), ["routes/1"]);
+        assert_eq!(graph.rejected().count(), 0);
+        assert_eq!(paths(&graph.referrers(&key("upstreams/u"))), ["routes/1"]);
+    }
+
+    #[test]
+    fn replacing_everything_keeps_what_is_the_same() {
+        let mut graph = graph(vec![
+            put("routes/1", route("u"), 1),
+            put("routes/2", route("u"), 2),
+            put("services/3", json!({}), 3),
+            put("routes/4", json!({"uri": 1}), 4),
+            put("routes/5", json!({"uri": 1}), 5),
+        ]);
+        let before = Arc::clone(graph.get(&key("routes/1")).unwrap());
+        let changed = graph.replace_all(
+            vec![
+                put("routes/1", route("u"), 10),
+                put("routes/2", route("v"), 11),
+                put("routes/4", json!({"uri": 1}), 12),
+                put("upstreams/u", json!({"nodes": {"a": 1}}), 13),
+            ],
+            &TestCatalog,
+        );
+        assert_eq!(paths(&changed), ["routes/2", "routes/5", "services/3", "upstreams/u"]);
+        assert!(Arc::ptr_eq(&before, graph.get(&key("routes/1")).unwrap()));
+        assert_eq!(graph.revision(), 13);
+        assert_eq!(
+            graph.rejected().map(|rejected| rejected.key.to_string()).collect::<Vec<_>>(),
+            ["routes/4"]
+        );
+        // A store that was emptied and filled anew counts from the beginning.
+        graph.replace_all(vec![put("routes/1", route("u"), 2)], &TestCatalog);
+        assert_eq!(graph.revision(), 2);
+    }
+
+    #[test]
+    fn referrers_are_known_whether_or_not_the_object_exists() {
+        let graph = graph(vec![
+            put("routes/1", route("u"), 1),
+            put("routes/2", json!({"uri": "/a", "service_id": "u"}), 2),
+            put("services/u", json!({"upstream_id": "u"}), 3),
+            put("routes/3", route("u2"), 4),
+            put("consumers/jack", json!({"username": "jack", "group_id": "g"}), 5),
+            put("consumers/jack/credentials/a", json!({"plugins": {"key-auth": {"key": "k"}}}), 6),
+            put("upstreams/u", json!({"nodes": {}, "tls": {"client_cert_id": "c"}}), 7),
+            put("stream_routes/1", json!({"upstream_id": "u"}), 8),
+            put(
+                "global_rules/1",
+                json!({"plugins": {"traffic-split": {
+                    "rules": [{"weighted_upstreams": [{"upstream_id": "u"}]}],
+                }}}),
+                9,
+            ),
+        ]);
+        assert_eq!(graph.rejected().count(), 0);
+        for (target, expected) in [
+            ("upstreams/u", vec!["global_rules/1", "routes/1", "services/u", "stream_routes/1"]),
+            ("upstreams/u2", vec!["routes/3"]),
+            ("services/u", vec!["routes/2"]),
+            ("consumer_groups/g", vec!["consumers/jack"]),
+            ("consumers/jack", vec!["consumers/jack/credentials/a"]),
+            ("ssls/c", vec!["upstreams/u"]),
+            ("routes/1", vec![]),
+        ] {
+            assert_eq!(paths(&graph.referrers(&key(target))), expected, "{target}");
+        }
+    }
+
+    #[test]
+    fn references_are_checked_in_view_of_the_others() {
+        let ssl =
+            |kind: &str| json!({"type": kind, "sni": "a", "cert": "c".repeat(128), "key": "k".repeat(64)});
+        let graph = graph(vec![
+            put("upstreams/u", json!({"nodes": {}}), 1),
+            put("ssls/client", ssl("client"), 2),
+            put("ssls/server", ssl("server"), 3),
+            put("consumers/jack", json!({"username": "jack"}), 4),
+            put("global_rules/1", json!({"plugins": {"limit-count": {"count": 1}}}), 5),
+        ]);
+        let tls = |id: &str| json!({"nodes": {}, "tls": {"client_cert_id": id}});
+        let credential = json!({"plugins": {"key-auth": {"key": "k"}}});
+        let rule = json!({"plugins": {"limit-count": {"count": 1}, "key-auth": {}}});
+        for (path, value, expected) in [
+            ("routes/1", route("u"), None),
+            ("routes/1", route("v"), Some(("/upstream_id", "upstreams/v does not exist"))),
+            (
+                "services/1",
+                json!({"upstream": tls("no")}),
+                Some(("/upstream/tls/client_cert_id", "ssls/no does not")),
+            ),
+            ("upstreams/1", tls("client"), None),
+            ("upstreams/1", tls("server"), Some(("/tls/client_cert_id", "refer to one of `type: client`"))),
+            ("consumers/jack/credentials/a", credential.clone(), None),
+            ("consumers/joe/credentials/a", credential, Some(("", "consumers/joe does not exist"))),
+            ("global_rules/1", rule.clone(), None),
+            ("global_rules/2", rule, Some(("/plugins/limit-count", "in global_rules/1 already"))),
+        ] {
+            let resource = Resource::parse(&key(path), &value, &TestCatalog).unwrap();
+            let errors = graph.check_references(&key(path), &resource);
+            let told: Vec<_> = errors.iter().map(|e| (e.pointer.as_str(), e.kind.to_string())).collect();
+            match expected {
+                None => assert!(told.is_empty(), "{path} {value}: {told:?}"),
+                Some((pointer, says)) => {
+                    assert!(
+                        told.len() == 1 && told[0].0 == pointer && told[0].1.contains(says),
+                        "{path} {value}: {told:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_item_is_answered_with_its_id() {
+        let graph = graph(vec![
+            put("routes/7", json!({"id": 7, "uri": "/a", "upstream_id": 1}), 1),
+            put("consumers/jack", json!({"username": "jack"}), 2),
+            put("consumers/jack/credentials/a", json!({"plugins": {"key-auth": {"key": "k"}}}), 3),
+            put("secrets/vault/1", json!({"uri": "http://a", "prefix": "p", "token": "t"}), 4),
+            put("plugin_metadata/http-logger", json!({"log_format": {}}), 5),
+        ]);
+        for (path, id) in [
+            ("routes/7", Some("7")),
+            ("consumers/jack", None),
+            ("consumers/jack/credentials/a", Some("a")),
+            ("secrets/vault/1", Some("vault/1")),
+            ("plugin_metadata/http-logger", None),
+        ] {
+            let value = graph.get(&key(path)).unwrap().to_value();
+            assert_eq!(value.get("id").and_then(Value::as_str), id, "{path}");
+        }
+    }
+
+    #[test]
+    fn objects_come_by_id() {
+        let graph =
+            graph(["b", "a", "10", "9"].map(|id| put(&format!("services/{id}"), json!({}), 1)).to_vec());
+        let ids: Vec<&str> = graph.iter(Kind::Service).map(|item| &*item.key.id).collect();
+        assert_eq!(ids, ["10", "9", "a", "b"]);
+        assert_eq!((graph.count(Kind::Service), graph.count(Kind::Route), graph.len()), (4, 0, 4));
+    }
+
+    proptest! {
+        /// However changes come, one by one or all at once, the graph is what the last of each key says.
+        #[test]
+        fn the_graph_is_what_the_last_changes_say(
+            steps in proptest::collection::vec((0..6_u8, 0..4_u8, any::<bool>()), 1..40),
+        ) {
+            let mut graph = Graph::new();
+            let mut model: Model<String, Value> = Model::new();
+            for (index, (id, form, whole)) in steps.into_iter().enumerate() {
+                let index = index as u64 + 1;
+                let path = format!("routes/{}", id + 1);
+                let value = match form {
+                    0 => None,
+                    1 => Some(route("u")),
+                    2 => Some(route("v")),
+                    _ => Some(json!({"uri": 1})),
+                };
+                match &value {
+                    Some(value) => model.insert(path.clone(), value.clone()),
+                    None => model.remove(&path),
+                };
+                if whole {
+                    let changes = model.iter().map(|(path, value)| put(path, value.clone(), index)).collect();
+                    graph.replace_all(changes, &TestCatalog);
+                } else {
+                    let change = match value {
+                        Some(value) => put(&path, value, index),
+                        None => Change::Delete { key: key(&path), modified_index: index },
+                    };
+                    graph.apply(change, &TestCatalog);
+                }
+                let is = |value: &Value, wanted: &str| value["upstream_id"] == *wanted;
+                for target in ["u", "v"] {
+                    let expected: Vec<&String> =
+                        model.iter().filter(|(_, value)| is(value, target)).map(|(path, _)| path).collect();
+                    let found = paths(&graph.referrers(&key(&format!("upstreams/{target}"))));
+                    prop_assert_eq!(found.iter().collect::<Vec<_>>(), expected);
+                }
+                let wrong = model.values().filter(|value| value["uri"] == 1).count();
+                prop_assert_eq!(graph.rejected().count(), wrong);
+                prop_assert_eq!(graph.len(), model.len() - wrong);
+            }
+        }
+    }
+}

@@ -34,6 +34,7 @@ pub mod sensitive;
 pub mod service;
 pub mod ssl;
 pub mod stream_route;
+mod strict;
 pub mod template;
 #[cfg(test)]
 mod testing;

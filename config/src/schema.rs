@@ -302,12 +302,11 @@ fn explain(error: &ValidationError<'_>, schema: &Value, found: &mut Vec<ConfigEr
             expected: expected.map_or_else(|| format!("of the format `{format}`"), str::to_owned),
         }),
         ValidationErrorKind::PropertyNames { error } => {
-            let name = quote(error.instance());
-            let names =
-                node.get("propertyNames").and_then(|names| names.get(EXPECTED)).and_then(Value::as_str);
-            let expected = names.unwrap_or("a name that is allowed here").to_owned();
-            let pointer = format!("{place}/{}", escape(&name));
-            found.push(ConfigError::new(pointer, ErrorKind::BadFormat { found: name, expected }));
+            // The path is already that of the rule inside `propertyNames`.
+            let name = error.instance().as_str().unwrap_or_default();
+            let expected = expected.unwrap_or("a name that is allowed here").to_owned();
+            let kind = ErrorKind::BadFormat { found: quote(error.instance()), expected };
+            found.push(ConfigError::new(format!("{place}/{}", escape(name)), kind));
         }
         ValidationErrorKind::AnyOf { context } | ValidationErrorKind::OneOfNotValid { context } => {
             explain_forms(error, context, node, schema, found);
@@ -428,5 +427,96 @@ fn range(node: &Value, min: &str, max: &str, unit: &str) -> String {
         (Some(min), None) => format!("at least {min} {unit}"),
         (None, Some(max)) => format!("up to {max} {unit}"),
         (None, None) => unit.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestCatalog;
+
+    #[test]
+    fn schemas_of_every_kind_are_for_people() {
+        fn walk(schema: &Value, at: &str) {
+            match schema {
+                Value::Object(object) => {
+                    for (key, value) in object {
+                        assert!(!["$ref", "$defs", "x-expected"].contains(&key.as_str()), "{at}/{key}");
+                        assert!(
+                            key != "type" || value.is_string() || value.is_object(),
+                            "{at}/{key}: {value}"
+                        );
+                        walk(value, &format!("{at}/{key}"));
+                    }
+                    if let Some(Value::Object(properties)) = object.get("properties") {
+                        // Conditions name fields too; they are described where the fields are.
+                        let conditions = ["/allOf/", "/not"].iter().any(|part| at.contains(part));
+                        // Settings of plugins are described by the plugins.
+                        let plugins = at.ends_with("/plugins");
+                        for (name, property) in properties {
+                            let described = property.get("description").is_some();
+                            assert!(
+                                described || conditions || plugins,
+                                "{at}/properties/{name} says nothing"
+                            );
+                        }
+                    }
+                }
+                Value::Array(list) => {
+                    list.iter().enumerate().for_each(|(i, item)| walk(item, &format!("{at}/{i}")))
+                }
+                Value::Null => panic!("{at} is null"),
+                _ => {}
+            }
+        }
+        for kind in Kind::ALL {
+            let schema = schema_for(kind, &TestCatalog);
+            assert!(jsonschema::meta::is_valid(&schema), "{kind}");
+            walk(&schema, kind.singular());
+        }
+    }
+
+    #[test]
+    fn limits_defaults_and_choices_are_in_the_schema() {
+        let upstream = schema_for(Kind::Upstream, &TestCatalog);
+        for (pointer, expected) in [
+            ("/properties/type/enum", json!(["roundrobin", "chash", "ewma", "least_conn"])),
+            ("/properties/type/default", json!("roundrobin")),
+            ("/properties/keepalive_pool/properties/size/default", json!(320)),
+            ("/properties/keepalive_pool/properties/size/minimum", json!(1)),
+            ("/properties/keepalive_pool/properties/idle_timeout/default", json!(60)),
+            (
+                "/properties/checks/properties/active/properties/healthy/properties/http_statuses/default",
+                json!([200, 302]),
+            ),
+            ("/properties/timeout/required", json!(["connect", "send", "read"])),
+            ("/properties/timeout/properties/read/exclusiveMinimum", json!(0)),
+            ("/additionalProperties", json!(false)),
+            ("/properties/desc/maxLength", json!(256)),
+        ] {
+            assert_eq!(upstream.pointer(pointer), Some(&expected), "{pointer}");
+        }
+        let route = schema_for(Kind::Route, &TestCatalog);
+        assert_eq!(route.pointer("/allOf/0/oneOf/1/required"), Some(&json!(["uris"])));
+        assert_eq!(route.pointer("/properties/status/enum"), Some(&json!([1, 0])));
+    }
+
+    #[test]
+    fn schemas_hold_those_of_the_plugins_that_belong_there() {
+        for (kind, name, present) in [
+            (Kind::Route, "limit-count", true),
+            (Kind::Consumer, "limit-count", true),
+            (Kind::Credential, "limit-count", false),
+            (Kind::Credential, "key-auth", true),
+        ] {
+            let schema = schema_for(kind, &TestCatalog);
+            let plugin = schema.pointer(&format!("/properties/plugins/properties/{name}"));
+            assert_eq!(plugin.is_some(), present, "{kind} {name}");
+            if let Some(plugin) = plugin {
+                assert!(plugin.pointer("/properties/_meta/properties/disable").is_some());
+            }
+        }
+        assert!(schema_for_plugin("http-logger", PluginSchema::Metadata, &TestCatalog).is_some());
+        assert!(schema_for_plugin("key-auth", PluginSchema::Metadata, &TestCatalog).is_none());
     }
 }

@@ -10,13 +10,14 @@ use serde_json::Value;
 
 use crate::error::{ConfigError, escape};
 use crate::schema;
+use crate::strict::Strict;
 
 /// Reads `value` as a `T`.
 ///
 /// # Errors
 /// Everything that does not fit, by its pointer in `value`.
 pub fn parse<T: DeserializeOwned + JsonSchema + 'static>(value: &Value) -> Result<T, Vec<ConfigError>> {
-    let error = match serde_path_to_error::deserialize(value) {
+    let error = match serde_path_to_error::deserialize(Strict(value)) {
         Ok(typed) => return Ok(typed),
         Err(error) => error,
     };

@@ -316,16 +316,20 @@ impl Node {
             Some(rest) => {
                 let (v6, after) = rest.split_once(']')?;
                 v6.parse::<std::net::Ipv6Addr>().ok()?;
-                (address.get(..v6.len() + 2)?, after.strip_prefix(':').or(after.is_empty().then_some(""))?)
+                let port = if after.is_empty() { None } else { Some(after.strip_prefix(':')?) };
+                (address.get(..v6.len() + 2)?, port)
             }
-            // A second colon would be an IPv6 address without brackets, which has no certain port.
             None => match address.split_once(':') {
-                Some((_, port)) if port.is_empty() || port.contains(':') => return None,
-                Some(parts) => parts,
-                None => (address, ""),
+                Some((host, port)) => (host, Some(port)),
+                None => (address, None),
             },
         };
-        let port = if port.is_empty() { None } else { Some(port.parse().ok()?) };
+        let port = match port {
+            // A further colon would be an IPv6 address without brackets, which has no certain port.
+            Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => Some(port.parse().ok()?),
+            Some(_) => return None,
+            None => None,
+        };
         Some(Node { host: Host::new(host)?, port, weight, priority: 0, metadata: None })
     }
 }
@@ -840,4 +844,81 @@ impl AllUnhealthy {
 pub struct DnsOptions {
     /// An answer is kept at least so long, in seconds, whatever its own time to live.
     pub min_ttl: Int<1, 86_400, 5>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn upstream(value: Value) -> Upstream {
+        Upstream::deserialize(value).unwrap()
+    }
+
+    #[test]
+    fn nodes_are_read_in_both_forms_and_written_as_they_were() {
+        for (written, expected) in [
+            (json!({"a:80": 1}), vec![("a", "a", 80, 1, 0)]),
+            (json!({"a": 2}), vec![("a", "a", 443, 2, 0)]),
+            (
+                json!({"[::1]:8080": 1, "[::2]": 0}),
+                vec![("[::1]", "::1", 8080, 1, 0), ("[::2]", "::2", 443, 0, 0)],
+            ),
+            (
+                json!([{"host": "[::1]", "port": 1, "weight": 1, "priority": -1}]),
+                vec![("[::1]", "::1", 1, 1, -1)],
+            ),
+            (json!([{"host": "::1", "port": 1, "weight": 1, "priority": 0}]), vec![("::1", "::1", 1, 1, 0)]),
+        ] {
+            let upstream = upstream(json!({"nodes": written, "scheme": "https"}));
+            let nodes = upstream.nodes.as_ref().unwrap();
+            let found: Vec<_> = nodes
+                .iter()
+                .map(|n| (&*n.host, n.bare_host(), upstream.port_of(n), n.weight, n.priority))
+                .collect();
+            assert_eq!(found, expected, "{written}");
+            assert_eq!(serde_json::to_value(nodes).unwrap(), written);
+        }
+    }
+
+    #[test]
+    fn addresses_without_a_certain_port_are_refused() {
+        for address in [
+            "", ":80", "a:", "a:0", "a:65536", "a:+1", "::1", "[::1", "[a]:80", "[::1]80", "[::1]:", "a b:1",
+            "*:80x",
+        ] {
+            let read = Nodes::deserialize(json!({address: 1}));
+            assert!(read.is_err(), "{address} {read:?}");
+        }
+    }
+
+    #[test]
+    fn the_usual_port_is_that_of_the_scheme() {
+        for (scheme, port) in [("http", 80), ("grpc", 80), ("https", 443), ("grpcs", 443)] {
+            let upstream = upstream(json!({"nodes": {"a": 1}, "scheme": scheme}));
+            assert_eq!(upstream.port_of(&upstream.nodes.as_ref().unwrap()[0]), port, "{scheme}");
+        }
+    }
+
+    #[test]
+    fn an_address_reads_back_as_the_node() {
+        for address in ["a:80", "a", "[::1]:80", "[::1]", "10.0.0.1:1"] {
+            assert_eq!(Node::parse(address, 1).unwrap().address(), address);
+        }
+        let bare = Node { host: Host::new("::1").unwrap(), ..Node::parse("a:80", 1).unwrap() };
+        assert_eq!(bare.address(), "[::1]:80");
+    }
+
+    #[test]
+    fn what_is_absent_has_its_default() {
+        let upstream = upstream(json!({"nodes": {}}));
+        assert_eq!(upstream.timeout().read.as_f64(), 60.0);
+        assert_eq!(upstream.keepalive_pool().size.get(), 320);
+        assert_eq!(
+            (upstream.retry_budget().percent.get(), upstream.retry_budget().min_per_second.get()),
+            (20, 10)
+        );
+        assert_eq!(upstream.all_unhealthy, AllUnhealthy::UseAll);
+    }
 }
