@@ -733,6 +733,31 @@ mod tests {
         assert!(Expr::parse(&json!([])).unwrap().is_always());
     }
 
+    #[test]
+    fn required_texts_are_those_without_which_nothing_holds() {
+        let cases = [
+            (json!([]), vec![]),
+            (json!([["arg_a", "==", "1"]]), vec!["arg_a: 1"]),
+            (json!([["arg_a", "x"]]), vec!["arg_a: x"]),
+            (
+                json!([["uri", "in", ["x", "y"]], ["AND", ["arg_a", "==", "1"], ["arg_b", ">", 1]]]),
+                vec!["uri: x y", "arg_a: 1"],
+            ),
+            // What may hold otherwise: other forms, negation, numbers (which "1.0" equals) and null.
+            (json!(["OR", ["arg_a", "==", "1"], ["arg_a", "==", "2"]]), vec![]),
+            (json!(["!AND", ["arg_a", "==", "1"], ["arg_b", "==", "2"]]), vec![]),
+            (json!([["arg_a", "!", "==", "1"], ["arg_a", "~=", "1"]]), vec![]),
+            (json!([["arg_a", "==", 1], ["arg_b", "in", ["1", 2]], ["arg_c", "==", null]]), vec![]),
+        ];
+        for (value, expected) in cases {
+            let expr = Expr::parse(&value).unwrap();
+            let required = expr.required();
+            let told: Vec<String> =
+                required.iter().map(|(var, texts)| format!("{var}: {}", texts.join(" "))).collect();
+            assert_eq!(told, expected, "{value}");
+        }
+    }
+
     const NAMES: [&str; 4] = ["arg_a", "uri", "remote_addr", "post_arg.b"];
 
     fn scalar() -> impl Strategy<Value = Value> {
@@ -883,6 +908,15 @@ mod tests {
             let eval = |source: Value| Expr::parse(&source).unwrap().eval(&request);
             prop_assert_ne!(eval(json!(["AND", a, b])), eval(json!(["!AND", a, b])));
             prop_assert_ne!(eval(json!(["OR", a, b])), eval(json!(["!OR", a, b])));
+        }
+
+        #[test]
+        fn nothing_holds_without_what_is_required(source in expression(), request in request()) {
+            let expr = Expr::parse(&source).unwrap();
+            for (var, texts) in expr.required() {
+                let has = request.get(var).is_some_and(|value| texts.contains(&&*value));
+                prop_assert!(has || var.is_typed() || !expr.eval(&request), "{} {}", source, var);
+            }
         }
 
         #[test]

@@ -627,6 +627,12 @@ fn thousands_of_routes_at_one_uri_are_told_apart_without_trying_them() {
     assert!(table.find(&get("/one").var("arg_v", "0").request()).is_none());
 }
 
+#[test]
+fn a_table_may_be_read_by_every_worker() {
+    fn shared<S: Send + Sync>() {}
+    shared::<Table<String>>();
+}
+
 /// A matcher that is slow and written another way: it tries every route and takes the best.
 mod naive {
     use super::*;
