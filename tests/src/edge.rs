@@ -39,6 +39,7 @@ enum Provider {
 #[derive(Debug)]
 pub struct EdgeBuilder {
     provider: Provider,
+    example: Value,
     config: Value,
     resources: Map<String, Value>,
     text: Option<String>,
@@ -282,12 +283,19 @@ impl EdgeBuilder {
     fn new(provider: Provider) -> EdgeBuilder {
         EdgeBuilder {
             provider,
+            example: json!({}),
             config: json!({}),
             resources: Map::new(),
             text: None,
             env: Vec::new(),
             proxy_protocol: false,
         }
+    }
+
+    /// Begins with these settings; provider, ports and data directory of the test are merged into them.
+    pub fn example(mut self, settings: Value) -> Self {
+        self.example = settings;
+        self
     }
 
     /// Merges `patch` into `config.yaml` (RFC 7396: objects are merged, `null` removes).
@@ -349,7 +357,8 @@ impl EdgeBuilder {
         let folder = holder.path().to_owned();
         let ports: Vec<Port> = std::iter::repeat_with(Port::free).take(6).collect();
         let [http, https, admin, control, status, proxied] = &ports[..] else { unreachable!("six ports") };
-        let mut config = self.process_config(http, https, admin, control, status, proxied, &folder);
+        let mut config = self.example.clone();
+        merge(&mut config, self.process_config(http, https, admin, control, status, proxied, &folder));
         merge(&mut config, self.config.clone());
         // JSON is YAML: what is tested of the YAML reader has tests of its own.
         let config = serde_json::to_string_pretty(&config).expect("JSON");
