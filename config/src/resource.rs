@@ -457,10 +457,10 @@ impl Read<'_> {
         self.check_id(object, errors);
         rules::check(T::RULES, object, "", errors);
         match self.key.kind {
-            Kind::Upstream => check_upstream(object, "", errors),
+            Kind::Upstream => upstream::check_fields(object, "", errors),
             Kind::Route | Kind::Service | Kind::StreamRoute => {
                 if let Some(Value::Object(upstream)) = object.get("upstream") {
-                    check_upstream(upstream, "/upstream", errors);
+                    upstream::check_fields(upstream, "/upstream", errors);
                 }
             }
             _ => {}
@@ -594,26 +594,6 @@ impl Read<'_> {
             let kind = ErrorKind::NotOneOf { found: name.to_owned(), allowed, nearest: None };
             vec![ConfigError::new("/id", kind)]
         })
-    }
-}
-
-/// The rules of an upstream wherever it stands, and what of APISIX it cannot have.
-fn check_upstream(upstream: &Map<String, Value>, at: &str, errors: &mut Vec<ConfigError>) {
-    rules::check(upstream::RULES, upstream, at, errors);
-    for (field, rules) in [("tls", upstream::TLS_RULES), ("checks", upstream::CHECKS_RULES)] {
-        if let Some(Value::Object(inner)) = upstream.get(field) {
-            rules::check(rules, inner, &format!("{at}/{field}"), errors);
-        }
-    }
-    for (field, value, instead) in [
-        ("scheme", "kafka", "use a Kafka client that speaks to the brokers"),
-        ("type", "random", "`ewma` and `least_conn` spread load better; `roundrobin` spreads it evenly"),
-    ] {
-        if upstream.get(field).and_then(Value::as_str) == Some(value) {
-            let what = format!("`{field}: {value}`");
-            let kind = ErrorKind::Unsupported { what, instead: instead.to_owned() };
-            errors.push(ConfigError::new(format!("{at}/{field}"), kind));
-        }
     }
 }
 
@@ -1094,7 +1074,6 @@ mod tests {
                 "/type",
                 "write one of `roundrobin`, `chash`, `ewma`",
             ),
-            (Kind::Upstream, upstream(json!({"type": "random"})), "/type", "`type: random` is not supported"),
             (
                 Kind::Upstream,
                 upstream(json!({"scheme": "kafka"})),

@@ -480,7 +480,7 @@ mod tests {
     fn limits_defaults_and_choices_are_in_the_schema() {
         let upstream = schema_for(Kind::Upstream, &TestCatalog);
         for (pointer, expected) in [
-            ("/properties/type/enum", json!(["roundrobin", "chash", "ewma", "least_conn"])),
+            ("/properties/type/enum", json!(["roundrobin", "chash", "ewma", "least_conn", "random"])),
             ("/properties/type/default", json!("roundrobin")),
             ("/properties/keepalive_pool/properties/size/default", json!(320)),
             ("/properties/keepalive_pool/properties/size/minimum", json!(1)),

@@ -139,6 +139,18 @@ impl Upstream {
         self.retry_budget.as_deref().copied().unwrap_or_default()
     }
 
+    /// Everything the type alone does not say that is wrong, for an upstream inside the settings of a plugin.
+    /// Pointers are inside the upstream.
+    #[must_use]
+    pub fn errors(&self) -> Vec<ConfigError> {
+        let mut errors = Vec::new();
+        if let Ok(Value::Object(written)) = serde_json::to_value(self) {
+            check_fields(&written, "", &mut errors);
+        }
+        self.check("", &mut errors);
+        errors
+    }
+
     /// The rules between values of fields.
     pub(crate) fn check(&self, at: &str, errors: &mut Vec<ConfigError>) {
         let mut error = |pointer: &str, kind| errors.push(ConfigError::new(format!("{at}{pointer}"), kind));
@@ -190,7 +202,7 @@ impl Upstream {
     }
 }
 
-pub(crate) const RULES: &[Rule] = &[
+const RULES: &[Rule] = &[
     Rule::AnyOf(&["nodes", "service_name"]),
     Rule::AtMostOne("nodes", "service_name"),
     Rule::Needs { field: "service_name", needs: "discovery_type" },
@@ -198,14 +210,32 @@ pub(crate) const RULES: &[Rule] = &[
     Rule::When { field: "type", is: "chash", needs: "key", unless: Some(("hash_on", "consumer")) },
 ];
 
-pub(crate) const CHECKS_RULES: &[Rule] = &[Rule::AnyOf(&["active", "passive"])];
+const CHECKS_RULES: &[Rule] = &[Rule::AnyOf(&["active", "passive"])];
 
-pub(crate) const TLS_RULES: &[Rule] = &[
+const TLS_RULES: &[Rule] = &[
     Rule::Needs { field: "client_cert", needs: "client_key" },
     Rule::Needs { field: "client_key", needs: "client_cert" },
     Rule::AtMostOne("client_cert_id", "client_cert"),
     Rule::AtMostOne("ca_certs", "ca"),
 ];
+
+/// The rules between fields of the upstream at `at`, as it is written.
+pub(crate) fn check_fields(upstream: &Map<String, Value>, at: &str, errors: &mut Vec<ConfigError>) {
+    rules::check(RULES, upstream, at, errors);
+    for (field, rules) in [("tls", TLS_RULES), ("checks", CHECKS_RULES)] {
+        if let Some(Value::Object(inner)) = upstream.get(field) {
+            rules::check(rules, inner, &format!("{at}/{field}"), errors);
+        }
+    }
+    if upstream.get("scheme").and_then(Value::as_str) == Some("kafka") {
+        let what = "`scheme: kafka`".to_owned();
+        let kind = ErrorKind::Unsupported {
+            what,
+            instead: "use a Kafka client that speaks to the brokers".to_owned(),
+        };
+        errors.push(ConfigError::new(format!("{at}/scheme"), kind));
+    }
+}
 
 /// What `chash` can hash when `hash_on` is `vars`, beside `arg_NAME`.
 const HASH_VARS: [&str; 10] = [
@@ -444,6 +474,8 @@ pub enum Algorithm {
     Ewma,
     /// The node with the fewest requests under way, relative to its weight.
     LeastConn,
+    /// Extension: at random, by weight.
+    Random,
 }
 
 /// What `chash` hashes.
@@ -908,6 +940,23 @@ mod tests {
         }
         let bare = Node { host: Host::new("::1").unwrap(), ..Node::parse("a:80", 1).unwrap() };
         assert_eq!(bare.address(), "[::1]:80");
+    }
+
+    #[test]
+    fn an_upstream_in_a_plugin_obeys_the_same_rules() {
+        for (value, expected) in [
+            (json!({"nodes": {"a:80": 1}}), vec![]),
+            (json!({}), vec![""]),
+            (
+                json!({"nodes": {"a": 1}, "type": "chash", "checks": {}, "scheme": "tcp"}),
+                vec!["", "/checks", "/nodes/a"],
+            ),
+            (json!({"nodes": {}, "type": "chash", "key": "x"}), vec!["/key"]),
+        ] {
+            let errors = upstream(value.clone()).errors();
+            let places: Vec<&str> = errors.iter().map(|error| error.pointer.as_str()).collect();
+            assert_eq!(places, expected, "{value} {errors:?}");
+        }
     }
 
     #[test]
