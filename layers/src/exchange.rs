@@ -92,6 +92,8 @@ pub struct Tls {
     pub asks_client_certificate: bool,
     /// The client's leaf certificate, verified against `client.ca`.
     pub client: Option<Box<ClientCertificate>>,
+    /// The compiled resource that served the handshake.
+    pub entry: Option<Arc<certs::SslEntry>>,
 }
 
 /// The client's certificate, in the words of the `ssl_client_*` variables.
@@ -196,6 +198,8 @@ pub struct State {
     pub answered: Answered,
     /// The failure behind the answer, with words for the log.
     pub error: Option<Error>,
+    /// Set by the connection for a request whose bytes are refused: `sanitize` answers it.
+    pub refused: Option<Error>,
     /// Attempts to reach the upstream, in order.
     pub attempts: SmallVec<[Attempt; 1]>,
     /// Bytes of the response body that were handed to the connection.
@@ -237,6 +241,7 @@ impl Exchange {
             response: Response::new(Body::Empty),
             answered: Answered::No,
             error: None,
+            refused: None,
             attempts: SmallVec::new(),
             bytes_sent: 0,
             complete: false,

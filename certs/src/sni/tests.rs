@@ -1,5 +1,4 @@
 //! Handshakes in memory against the table, with certificates made on the spot.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::sync::Arc;
 

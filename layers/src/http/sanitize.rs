@@ -85,6 +85,9 @@ impl<S: HttpService> Service<Exchange> for Sanitize<S> {
 /// # Errors
 /// Why the request is refused.
 pub fn sanitize(x: &mut State, limits: &Limits, options: normalize::Options) -> Result<(), Error> {
+    if let Some(error) = x.refused.take() {
+        return Err(error);
+    }
     settle_method(x)?;
     settle_fields(x, limits)?;
     settle_host(x)?;

@@ -75,6 +75,8 @@ pub enum Violation {
     ChunkEnd,
     /// Trailers that are malformed or over the limit.
     Trailers,
+    /// The head was not complete in time.
+    Slow,
 }
 
 impl Violation {
@@ -85,6 +87,7 @@ impl Violation {
             Self::LineTooLong => Reason::UriTooLong,
             Self::HeadTooLong | Self::TooManyFields => Reason::HeadersTooLarge,
             Self::Host => Reason::BadHost,
+            Self::Slow => Reason::RequestTimeout,
             _ => Reason::BadRequest,
         }
     }
@@ -109,6 +112,7 @@ impl Violation {
             Self::ChunkExtension => "malformed chunk extension",
             Self::ChunkEnd => "a chunk does not end with CR LF",
             Self::Trailers => "malformed trailers",
+            Self::Slow => "the head was not complete in time",
         }
     }
 }
@@ -586,10 +590,31 @@ impl Guard {
         self.held.is_empty() && self.sent >= self.ready.len()
     }
 
+    /// Whether there is something to pass on without reading.
+    pub fn is_ready(&self) -> bool {
+        self.sent < self.ready.len() || self.broken.is_some()
+    }
+
     /// Takes bytes that somebody else read from the transport.
     pub fn push(&mut self, bytes: &[u8]) {
         self.held.extend_from_slice(bytes);
         self.rescan();
+    }
+
+    /// Takes back bytes that were passed on and not used.
+    pub fn put_back(&mut self, bytes: &[u8]) {
+        let rest = self.ready.get(self.sent..).unwrap_or_default();
+        (self.ready, self.sent) = ([bytes, rest].concat(), 0);
+    }
+
+    /// Gives up on a head that is not complete: it is refused as it stands.
+    pub fn expire(&mut self) {
+        if self.framing.position() == Position::Head && self.refusal.is_none() {
+            let line = self.refused_line(&self.held);
+            self.framing.state = State::Blind;
+            self.held = Vec::new();
+            self.refuse(Violation::Slow, &line);
+        }
     }
 
     /// The answer to a request that asked to switch protocols: from here on a tunnel, or the next request.
@@ -688,19 +713,19 @@ impl Guard {
         }
     }
 
-    /// The request line of a refused head, for the log, as far as it is good.
+    /// Method and target of a refused head, for the log, as far as they are good.
     fn refused_line(&self, head: &[u8]) -> Vec<u8> {
         let (start, end) = self.framing.request_line;
-        match head.get(start..end) {
-            Some(line) if self.framing.lines > 0 && !self.framing.facts.switches => line.to_vec(),
-            _ => b"GET / HTTP/1.1".to_vec(),
-        }
+        let line = head.get(start..end).filter(|_| self.framing.lines > 0 && !self.framing.facts.switches);
+        let words = line.and_then(|line| line.strip_suffix(b" HTTP/1.1").or(line.strip_suffix(b" HTTP/1.0")));
+        words.unwrap_or(b"GET /").to_vec()
     }
 
     fn refuse(&mut self, violation: Violation, line: &[u8]) {
         self.refusal = Some(Refusal { request: self.framing.heads.wrapping_add(1), violation });
         self.ready.extend_from_slice(line);
-        self.ready.extend_from_slice(b"\r\nConnection: close\r\n\r\n");
+        // Without Host: whoever looks no further refuses it for that.
+        self.ready.extend_from_slice(b" HTTP/1.1\r\nConnection: close\r\n\r\n");
     }
 }
 

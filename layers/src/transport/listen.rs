@@ -114,7 +114,6 @@ impl std::error::Error for ListenError {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
     use std::net::TcpStream;
 

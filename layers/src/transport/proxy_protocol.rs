@@ -181,7 +181,6 @@ fn check_extensions(mut bytes: &[u8]) -> Result<(), Malformed> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
     use proptest::prelude::*;
 

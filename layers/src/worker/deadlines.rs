@@ -16,7 +16,7 @@ pub const TICK: Duration = Duration::from_millis(100);
 const BUCKETS: u32 = 1024;
 /// A watch that can change what it waits for without a word is looked at this often.
 const REVISIT: u32 = 50;
-/// An idle connection gives its buffers back after this many ticks.
+/// An idle connection gives its buffers back after this many ticks, up to twice as many.
 const PARK_AFTER: u32 = 10;
 const NONE: u32 = u32::MAX;
 
@@ -94,11 +94,13 @@ pub enum Ended {
     LingerTimeout,
     /// The drain's deadline passed.
     Drain,
+    /// It idled, and its place was needed for a new connection.
+    Evicted,
 }
 
 impl Ended {
     /// All, for metrics.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::HandshakeTimeout,
         Self::HeaderTimeout,
         Self::BodyTimeout,
@@ -106,6 +108,7 @@ impl Ended {
         Self::IdleTimeout,
         Self::LingerTimeout,
         Self::Drain,
+        Self::Evicted,
     ];
 
     /// A short code for logs and metrics.
@@ -118,6 +121,7 @@ impl Ended {
             Self::IdleTimeout => "idle_timeout",
             Self::LingerTimeout => "linger_timeout",
             Self::Drain => "drain",
+            Self::Evicted => "evicted",
         }
     }
 
@@ -208,6 +212,11 @@ impl Watch {
         Phase::from_u8(self.phase.load(Relaxed))
     }
 
+    /// The worker's tick.
+    pub fn now(&self) -> u32 {
+        self.clock.now()
+    }
+
     /// Ticks since it waits for it.
     pub fn waited(&self) -> u32 {
         self.clock.now().saturating_sub(self.since.load(Relaxed))
@@ -250,8 +259,13 @@ impl Watch {
         Ended::from_u8(self.ended.load(Relaxed))
     }
 
-    /// Whether its buffers may be asked back when it idles.
-    pub fn allow_parking(&self, allowed: bool) {
+    /// Gives it one more chance: whoever owns it deals with the cause.
+    pub fn pardon(&self) {
+        self.ended.store(0, Relaxed);
+        self.busy();
+    }
+
+    fn allow_parking(&self, allowed: bool) {
         self.may_park.store(allowed, Relaxed);
         self.park.store(false, Relaxed);
     }
@@ -263,7 +277,12 @@ impl Watch {
 
     /// Remembers the task that owns it. A task keeps its waker for life, so the first call is enough.
     pub fn attach(&self, cx: &Context<'_>) {
-        let _ = self.waker.set(cx.waker().clone());
+        self.waker.get_or_init(|| cx.waker().clone());
+    }
+
+    /// As [`attach`](Self::attach), for a task that is not the one running.
+    pub fn attach_waker(&self, waker: Waker) {
+        let _ = self.waker.set(waker);
     }
 
     /// Lets the owner look.
@@ -454,6 +473,35 @@ impl Deadlines {
         all.iter().for_each(&mut show);
     }
 
+    /// Ends the connection that has idled longest, of those that hold no buffers. False if none was found near.
+    pub fn evict(&self) -> bool {
+        const LOOK_AT: usize = 8192;
+        let wheel = self.wheel.borrow();
+        let now = self.clock.now();
+        let mut looked = 0;
+        // The longest idle is the one whose deadline comes first.
+        for ahead in 1..BUCKETS {
+            let bucket = now.wrapping_add(ahead) % BUCKETS;
+            let mut index = wheel.buckets.get(bucket as usize).copied().unwrap_or(NONE);
+            while let Some(node) = wheel.nodes.get(index as usize) {
+                if let Some(watch) = &node.watch
+                    && watch.parked.load(Relaxed)
+                    && watch.phase() == Phase::Idle
+                    && watch.ended().is_none()
+                {
+                    watch.end(Ended::Evicted);
+                    return true;
+                }
+                looked += 1;
+                if looked >= LOOK_AT {
+                    return false;
+                }
+                index = node.next;
+            }
+        }
+        false
+    }
+
     /// Goes one tick on and ends whose time is over. Call it once a [`TICK`].
     pub fn tick(&self) {
         let now = self.clock.now().saturating_add(1);
@@ -492,7 +540,7 @@ impl Deadlines {
         let deadline = watch.deadline(&self.ticks).map_or(NONE, |(deadline, _)| deadline);
         let far = if watch.parked.load(Relaxed) {
             BUCKETS - 1
-        } else if watch.phase() == Phase::Idle && watch.may_park.load(Relaxed) {
+        } else if watch.may_park.load(Relaxed) {
             PARK_AFTER.min(self.ticks.revisit)
         } else {
             self.ticks.revisit
@@ -514,6 +562,12 @@ impl Watched {
         &self.watch
     }
 
+    /// Whether its buffers may be asked back when it idles.
+    pub fn allow_parking(&self, allowed: bool) {
+        self.watch.allow_parking(allowed);
+        self.reschedule();
+    }
+
     /// It waits in this phase and enters no other without [`unpark`](Self::unpark).
     pub fn park(&self, phase: Phase) {
         self.watch.parked.store(true, Relaxed);
@@ -522,14 +576,14 @@ impl Watched {
         self.reschedule();
     }
 
-    /// It enters a phase and may enter others unseen from now on.
-    pub fn unpark(&self, phase: Phase) {
+    /// It may enter other phases unseen from now on.
+    pub fn unpark(&self) {
         self.watch.parked.store(false, Relaxed);
-        self.watch.enter(phase);
         self.reschedule();
     }
 
-    fn reschedule(&self) {
+    /// It has entered a phase with a nearer deadline while it was parked.
+    pub fn reschedule(&self) {
         let due = self.deadlines.due(&self.watch);
         let mut wheel = self.deadlines.wheel.borrow_mut();
         wheel.unlink(self.index);
@@ -553,7 +607,6 @@ impl Drop for Watched {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
     use super::*;
 
@@ -615,7 +668,8 @@ mod tests {
         let watched = deadlines.watch(Phase::Idle);
         watched.park(Phase::Idle);
         (0..100).for_each(|_| deadlines.tick());
-        watched.unpark(Phase::Head);
+        watched.enter(Phase::Head);
+        watched.unpark();
         assert_eq!(ends_after(&deadlines, &watched, 400), Some((201, Ended::HeaderTimeout)));
     }
 
@@ -659,10 +713,26 @@ mod tests {
             deadlines.tick();
             watched.wants_parking()
         });
-        assert_eq!(asked, Some(REVISIT));
+        assert_eq!(asked, Some(PARK_AFTER));
         watched.park(Phase::Idle);
         (0..100).for_each(|_| deadlines.tick());
         assert!(!watched.wants_parking());
+    }
+
+    #[test]
+    fn the_longest_idle_makes_room() {
+        let deadlines = Deadlines::new(&Timeouts::default());
+        let _busy = deadlines.watch(Phase::Busy);
+        let first = deadlines.watch(Phase::Idle);
+        first.park(Phase::Idle);
+        deadlines.tick();
+        let second = deadlines.watch(Phase::Idle);
+        second.park(Phase::Idle);
+        for expected in [(Some(Ended::Evicted), None), (Some(Ended::Evicted), Some(Ended::Evicted))] {
+            assert!(deadlines.evict());
+            assert_eq!((first.ended(), second.ended()), expected);
+        }
+        assert!(!deadlines.evict());
     }
 
     #[test]

@@ -127,7 +127,6 @@ impl<T: Send + Sync + 'static> Drop for Held<T> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
 
     use std::sync::Mutex;
     use std::thread::ThreadId;
