@@ -121,6 +121,7 @@ impl Feed {
             provider: self.inner.provider,
             revision: pending.revision,
             stale: pending.stale.clone(),
+            problems: Vec::new(),
         }
     }
 

@@ -18,8 +18,10 @@ use tokio::sync::mpsc;
 pub mod embedded;
 pub mod etcd;
 mod feed;
+pub mod file;
 pub mod revision;
 pub mod snapshot_file;
+pub mod standalone;
 
 pub use feed::Feed;
 pub use revision::Revision;
@@ -146,6 +148,8 @@ pub struct StoreStatus {
     pub revision: u64,
     /// Since when what is served may be old, and why. `None`: current.
     pub stale: Option<(SystemTime, String)>,
+    /// What the provider could not read, with file and line; the rest serves.
+    pub problems: Vec<String>,
 }
 
 /// Why a store did not do what was asked.

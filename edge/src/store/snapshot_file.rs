@@ -153,8 +153,8 @@ impl SnapshotFile {
         })
     }
 
-    /// Say that the content is current now, without writing it again.
-    fn confirm(&self) {
+    /// Say that the content is current now, without writing it again. Blocks.
+    pub fn confirm(&self) {
         let now =
             OpenOptions::new().write(true).open(&self.path).and_then(|f| f.set_modified(SystemTime::now()));
         if let Err(error) = now {

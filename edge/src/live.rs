@@ -1,0 +1,103 @@
+//! What the control plane may ask the running gateway: the one trait between `control`, `status` and whoever
+//! compiles and publishes snapshots.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use config::{Item, Kind, Rejected, ResourceKey};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::store::BoxFuture;
+
+/// The gateway as it serves now. Answers come from memory and at once.
+pub trait LiveState: Send + Sync + 'static {
+    /// The objects of a kind that are served, in the order of their ids.
+    fn objects(&self, kind: Kind) -> Vec<Arc<Item>>;
+
+    /// One of them.
+    fn object(&self, key: &ResourceKey) -> Option<Arc<Item>>;
+
+    /// The objects that are set aside, with their errors.
+    fn rejected(&self) -> Vec<Rejected>;
+
+    /// The health of the nodes of every upstream that has checks.
+    fn health(&self) -> Vec<Checker>;
+
+    /// Whether requests should be sent here.
+    fn readiness(&self) -> Readiness;
+
+    /// What was compiled last.
+    fn applied(&self) -> Applied;
+
+    /// What would happen to a request, told in words. `request` is what the caller sent.
+    ///
+    /// # Errors
+    /// What is wrong with `request`.
+    fn explain(&self, request: Value) -> BoxFuture<'_, Result<Value, String>>;
+
+    /// The endpoints one kind of discovery knows; nothing if it is not in use.
+    fn discovery(&self, kind: &str) -> Option<Value>;
+
+    /// Read the list of plugins again.
+    fn reload_plugins(&self);
+}
+
+/// Whether requests should be sent here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// They should.
+    Ready,
+    /// Not yet, or not any more, for this reason.
+    NotReady(String),
+    /// Not any more: the process is about to end.
+    Draining,
+}
+
+/// What was compiled last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The store's revision it belongs to.
+    pub revision: u64,
+    /// When it was published.
+    pub at: SystemTime,
+}
+
+/// The health checks of one object.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Checker {
+    /// The object that has them.
+    #[serde(skip)]
+    pub owner: ResourceKey,
+    /// `http`, `https` or `tcp`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The nodes that are checked.
+    pub nodes: Vec<NodeHealth>,
+}
+
+/// The health of one node.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct NodeHealth {
+    /// The address.
+    pub ip: String,
+    /// The port.
+    pub port: u16,
+    /// The name it was configured with, if it is not the address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// `healthy`, `mostly_healthy`, `mostly_unhealthy` or `unhealthy`.
+    pub status: &'static str,
+    /// What led there.
+    pub counter: HealthCounter,
+}
+
+/// Results in a row that led to the status of a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct HealthCounter {
+    pub success: u32,
+    pub tcp_failure: u32,
+    pub http_failure: u32,
+    pub timeout_failure: u32,
+}

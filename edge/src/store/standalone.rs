@@ -1,0 +1,308 @@
+//! The store in memory that is put as a whole by `PUT /apisix/admin/configs`: for controllers that know
+//! everything and send all of it.
+//!
+//! Each kind has a version. A put with a greater one (or none) replaces the kind, with the same one leaves it,
+//! with a smaller one is refused. An object that comes again with the `modifiedIndex` it had is the object
+//! that is there, whatever it says. What was put last is kept on disk: a restart serves it until the next put.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use config::apisix_yaml::FileItem;
+use config::graph::Change;
+use config::{Kind, ResourceKey};
+use serde_json::{Map, Value, json};
+use tokio::sync::mpsc;
+
+use super::snapshot_file::{Keeper, Saved, SnapshotFile};
+use super::{
+    BoxFuture, DeleteOptions, Feed, Put, PutOptions, Store, StoreError, StoreEvent, StoreStatus, Stored,
+};
+
+/// The kinds a configuration has a list of; credentials are among the consumers.
+pub const KINDS: [Kind; 12] = [
+    Kind::Route,
+    Kind::Service,
+    Kind::Upstream,
+    Kind::Consumer,
+    Kind::ConsumerGroup,
+    Kind::PluginConfig,
+    Kind::GlobalRule,
+    Kind::PluginMetadata,
+    Kind::Ssl,
+    Kind::Proto,
+    Kind::Secret,
+    Kind::StreamRoute,
+];
+
+/// The standalone store.
+pub struct Standalone {
+    shared: Arc<Shared>,
+    keeper: OnceLock<Keeper>,
+}
+
+struct Shared {
+    feed: Feed,
+    snapshot: SnapshotFile,
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Default)]
+struct State {
+    current: Current,
+    items: BTreeMap<ResourceKey, Served>,
+    revision: u64,
+    restored: Option<SystemTime>,
+}
+
+/// An object as it is served, and the index it was sent with.
+#[derive(Clone)]
+struct Served {
+    stored: Stored,
+    sent_index: Option<u64>,
+}
+
+/// The configuration as it was put.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Current {
+    /// The list of each kind, as JSON. A kind that has none is not there.
+    pub lists: BTreeMap<Kind, Bytes>,
+    /// The version of each kind; 0 where it is not there.
+    pub versions: BTreeMap<Kind, u64>,
+    /// What the client calls this configuration.
+    pub digest: Option<String>,
+    /// When it was put: seconds since 1970.
+    pub last_modified: u64,
+}
+
+/// A configuration to take, all of it checked.
+#[derive(Clone, Debug, Default)]
+pub struct NewConfig {
+    /// The kinds to replace, with their new versions. Others stay.
+    pub versions: BTreeMap<Kind, u64>,
+    /// The list of each kind, as JSON.
+    pub lists: BTreeMap<Kind, Bytes>,
+    /// The objects of the kinds to replace.
+    pub items: Vec<FileItem>,
+    /// What the client calls it.
+    pub digest: String,
+    /// Seconds since 1970.
+    pub last_modified: u64,
+}
+
+impl Standalone {
+    /// The store as it was put last, or an empty one. Reads the snapshot in `data_dir`, so it blocks.
+    #[must_use]
+    pub fn open(data_dir: &Path) -> Standalone {
+        let snapshot = SnapshotFile::new(data_dir, "standalone", "");
+        let state =
+            snapshot.load().map_or_else(State::default, |(saved, since)| State::restore(saved, since));
+        let shared = Shared { feed: Feed::new("standalone"), snapshot, state: Mutex::new(state) };
+        Standalone { shared: Arc::new(shared), keeper: OnceLock::new() }
+    }
+
+    /// What was put last.
+    #[must_use]
+    pub fn current(&self) -> Current {
+        self.shared.state().current.clone()
+    }
+
+    /// The version of a kind: 0 before the first put.
+    #[must_use]
+    pub fn version(&self, kind: Kind) -> u64 {
+        self.shared.state().current.versions.get(&kind).copied().unwrap_or(0)
+    }
+
+    /// What the client calls what was put last.
+    #[must_use]
+    pub fn digest(&self) -> Option<String> {
+        self.shared.state().current.digest.clone()
+    }
+
+    /// What is there was put, also if it was put before a restart.
+    pub fn confirm(&self) {
+        self.shared.state().restored = None;
+        self.shared.feed.fresh();
+    }
+
+    /// Take a configuration.
+    pub fn replace(&self, new: NewConfig) {
+        let mut state = self.shared.state();
+        let changes = state.take(new);
+        let revision = state.revision;
+        drop(state);
+        self.shared.feed.changes(changes, revision);
+        self.shared.feed.fresh();
+        if let Some(keeper) = self.keeper.get() {
+            keeper.changed();
+        }
+    }
+
+    fn refuse<T: Send + 'static>() -> BoxFuture<'static, Result<T, StoreError>> {
+        let provider = "PUT /apisix/admin/configs".to_owned();
+        Box::pin(async move { Err(StoreError::ReadOnly { provider }) })
+    }
+}
+
+impl Store for Standalone {
+    fn watch(&self) -> mpsc::Receiver<StoreEvent> {
+        self.keeper.get_or_init(|| {
+            let shared = Arc::downgrade(&self.shared);
+            Keeper::start(
+                self.shared.snapshot.clone(),
+                Arc::new(move || shared.upgrade().map(|shared| shared.state().save())),
+            )
+        });
+        let state = self.shared.state();
+        let changes = state.items.values().map(|served| served.stored.to_change()).collect();
+        self.shared.feed.snapshot(changes, state.revision);
+        if let Some(since) = state.restored {
+            self.shared.feed.stale(since, "restored from disk; nothing was put since the start");
+        }
+        self.shared.feed.subscribe()
+    }
+
+    fn get<'a>(&'a self, key: &'a ResourceKey) -> BoxFuture<'a, Result<Option<Stored>, StoreError>> {
+        let found = self.shared.state().items.get(key).map(|served| served.stored.clone());
+        Box::pin(async move { Ok(found) })
+    }
+
+    fn list(&self, kind: Kind) -> BoxFuture<'_, Result<Vec<Stored>, StoreError>> {
+        let state = self.shared.state();
+        let all = state.items.values().map(|served| &served.stored);
+        let found: Vec<Stored> = all.filter(|item| item.key.kind == kind).cloned().collect();
+        drop(state);
+        Box::pin(async move { Ok(found) })
+    }
+
+    fn put<'a>(
+        &'a self,
+        _: &'a ResourceKey,
+        _: Value,
+        _: PutOptions,
+    ) -> BoxFuture<'a, Result<Put, StoreError>> {
+        Standalone::refuse()
+    }
+
+    fn delete<'a>(&'a self, _: &'a ResourceKey, _: DeleteOptions) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Standalone::refuse()
+    }
+
+    fn generate_id(&self) -> BoxFuture<'_, Result<String, StoreError>> {
+        Standalone::refuse()
+    }
+
+    fn status(&self) -> StoreStatus {
+        self.shared.feed.status()
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The kind whose list an object stands in.
+#[must_use]
+pub fn list_of(kind: Kind) -> Kind {
+    if kind == Kind::Credential { Kind::Consumer } else { kind }
+}
+
+impl State {
+    fn take(&mut self, new: NewConfig) -> Vec<Change> {
+        self.revision += 1;
+        let revision = self.revision;
+        let mut old = std::mem::take(&mut self.items);
+        let mut changes = Vec::new();
+        for item in new.items {
+            if !new.versions.contains_key(&list_of(item.key.kind)) {
+                continue;
+            }
+            let before = old.remove(&item.key);
+            let served = match before {
+                // The same index means the same object.
+                Some(before) if item.modified_index.is_some() && before.sent_index == item.modified_index => {
+                    before
+                }
+                before => {
+                    let modified_index = item.modified_index.unwrap_or(revision);
+                    let created_index = before.map_or(modified_index, |before| before.stored.created_index);
+                    let value = Bytes::from(item.value().to_string());
+                    let stored = Stored { key: item.key.clone(), value, created_index, modified_index };
+                    changes.push(stored.to_change());
+                    Served { stored, sent_index: item.modified_index }
+                }
+            };
+            self.items.insert(item.key, served);
+        }
+        for (key, served) in old {
+            if new.versions.contains_key(&list_of(key.kind)) {
+                changes.push(Change::Delete { key, modified_index: revision });
+            } else {
+                self.items.insert(key, served);
+            }
+        }
+        for (kind, version) in new.versions {
+            self.current.versions.insert(kind, version);
+            self.current.lists.remove(&kind);
+        }
+        self.current.lists.extend(new.lists);
+        self.current.digest = Some(new.digest);
+        self.current.last_modified = new.last_modified;
+        self.restored = None;
+        changes
+    }
+
+    fn save(&self) -> Saved {
+        let by_name = |(kind, number): (&Kind, &u64)| (kind.segment().to_owned(), json!(number));
+        let versions: Map<String, Value> = self.current.versions.iter().map(by_name).collect();
+        let list = |(kind, list): (&Kind, &Bytes)| {
+            (kind.segment().to_owned(), Value::String(String::from_utf8_lossy(list).into_owned()))
+        };
+        let lists: Map<String, Value> = self.current.lists.iter().map(list).collect();
+        let sent = self
+            .items
+            .values()
+            .filter_map(|served| Some((served.stored.key.to_string(), json!(served.sent_index?))));
+        let sent: Map<String, Value> = sent.collect();
+        Saved {
+            revision: self.revision,
+            items: self.items.values().map(|served| served.stored.clone()).collect(),
+            extra: json!({
+                "versions": versions,
+                "lists": lists,
+                "sent": sent,
+                "digest": self.current.digest,
+                "last_modified": self.current.last_modified,
+            }),
+        }
+    }
+
+    fn restore(saved: Saved, since: SystemTime) -> State {
+        let Saved { revision, items, extra } = saved;
+        let member = |name: &str| extra.get(name).and_then(Value::as_object).into_iter().flatten();
+        let mut state = State { revision, restored: Some(since), ..State::default() };
+        for (kind, version) in member("versions") {
+            if let (Some(kind), Some(version)) = (Kind::from_segment(kind), version.as_u64()) {
+                state.current.versions.insert(kind, version);
+            }
+        }
+        for (kind, list) in member("lists") {
+            if let (Some(kind), Some(list)) = (Kind::from_segment(kind), list.as_str()) {
+                state.current.lists.insert(kind, Bytes::from(list.to_owned()));
+            }
+        }
+        state.current.digest = extra.get("digest").and_then(Value::as_str).map(str::to_owned);
+        state.current.last_modified = extra.get("last_modified").and_then(Value::as_u64).unwrap_or(0);
+        let sent = extra.get("sent");
+        for stored in items {
+            let sent_index = sent.and_then(|sent| sent.get(stored.key.to_string())?.as_u64());
+            state.items.insert(stored.key.clone(), Served { stored, sent_index });
+        }
+        state
+    }
+}
