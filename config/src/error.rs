@@ -155,6 +155,9 @@ pub enum ErrorKind {
     /// A `vars` expression that cannot be read.
     #[error(transparent)]
     Expr(#[from] crate::expr::ExprError),
+    /// A regular expression that cannot be used.
+    #[error(transparent)]
+    Pattern(#[from] crate::pattern::PatternError),
     /// Anything else. `problem` says what is wrong and what to write instead.
     #[error("{problem}")]
     Invalid {

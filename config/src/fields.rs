@@ -615,22 +615,25 @@ impl Default for Timeout {
 }
 
 /// A list in which no element is written twice, of at least `MIN` elements.
+pub type Distinct<T, const MIN: usize = 1> = List<T, MIN, true>;
+
+/// A list of at least `MIN` elements, `UNIQUE` if none may be written twice.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize)]
 #[serde(transparent)]
-pub struct Distinct<T, const MIN: usize = 1>(Vec<T>);
+pub struct List<T, const MIN: usize = 1, const UNIQUE: bool = false>(Vec<T>);
 
-impl<T: Eq + Hash, const MIN: usize> Distinct<T, MIN> {
+impl<T: Eq + Hash, const MIN: usize, const UNIQUE: bool> List<T, MIN, UNIQUE> {
     /// The list; nothing if it is too short or has an element twice.
     #[must_use]
     pub fn new(list: Vec<T>) -> Option<Self> {
-        (list.len() >= MIN && is_distinct(&list)).then_some(Distinct(list))
+        (list.len() >= MIN && (!UNIQUE || is_distinct(&list))).then_some(List(list))
     }
 }
 
-impl<T, const MIN: usize> Distinct<T, MIN> {
+impl<T, const MIN: usize, const UNIQUE: bool> List<T, MIN, UNIQUE> {
     /// A list that is written in the code and known to be right.
     pub(crate) fn of_constants(list: Vec<T>) -> Self {
-        Distinct(list)
+        List(list)
     }
 }
 
@@ -643,7 +646,7 @@ fn is_distinct<T: Eq + Hash>(list: &[T]) -> bool {
     list.iter().all(|item| seen.insert(item))
 }
 
-impl<T, const MIN: usize> Deref for Distinct<T, MIN> {
+impl<T, const MIN: usize, const UNIQUE: bool> Deref for List<T, MIN, UNIQUE> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -651,7 +654,7 @@ impl<T, const MIN: usize> Deref for Distinct<T, MIN> {
     }
 }
 
-impl<'a, T, const MIN: usize> IntoIterator for &'a Distinct<T, MIN> {
+impl<'a, T, const MIN: usize, const UNIQUE: bool> IntoIterator for &'a List<T, MIN, UNIQUE> {
     type Item = &'a T;
     type IntoIter = std::slice::Iter<'a, T>;
 
@@ -660,26 +663,29 @@ impl<'a, T, const MIN: usize> IntoIterator for &'a Distinct<T, MIN> {
     }
 }
 
-impl<T: fmt::Debug, const MIN: usize> fmt::Debug for Distinct<T, MIN> {
+impl<T: fmt::Debug, const MIN: usize, const UNIQUE: bool> fmt::Debug for List<T, MIN, UNIQUE> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(&self.0, f)
     }
 }
 
-impl<'de, T: Deserialize<'de> + Eq + Hash, const MIN: usize> Deserialize<'de> for Distinct<T, MIN> {
+impl<'de, T, const MIN: usize, const UNIQUE: bool> Deserialize<'de> for List<T, MIN, UNIQUE>
+where
+    T: Deserialize<'de> + Eq + Hash,
+{
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut list = Vec::<T>::deserialize(deserializer)?;
         list.shrink_to_fit();
         if list.len() < MIN {
             return Err(de::Error::invalid_length(list.len(), &&*format!("at least {MIN}")));
         }
-        Distinct::new(list).ok_or_else(|| de::Error::custom("an element is written twice"))
+        List::new(list).ok_or_else(|| de::Error::custom("an element is written twice"))
     }
 }
 
-impl<T: JsonSchema, const MIN: usize> JsonSchema for Distinct<T, MIN> {
+impl<T: JsonSchema, const MIN: usize, const UNIQUE: bool> JsonSchema for List<T, MIN, UNIQUE> {
     fn schema_name() -> Cow<'static, str> {
-        format!("Distinct_{}", T::schema_name()).into()
+        format!("ListOf{MIN}{}{}", if UNIQUE { "Distinct" } else { "" }, T::schema_name()).into()
     }
 
     fn inline_schema() -> bool {
@@ -687,11 +693,14 @@ impl<T: JsonSchema, const MIN: usize> JsonSchema for Distinct<T, MIN> {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let items = generator.subschema_for::<T>();
-        if MIN == 0 {
-            return json_schema!({"type": "array", "items": items, "uniqueItems": true});
+        let mut schema = json_schema!({"type": "array", "items": generator.subschema_for::<T>()});
+        if MIN > 0 {
+            schema.insert("minItems".to_owned(), MIN.into());
         }
-        json_schema!({"type": "array", "items": items, "minItems": MIN, "uniqueItems": true})
+        if UNIQUE {
+            schema.insert("uniqueItems".to_owned(), true.into());
+        }
+        schema
     }
 }
 
@@ -966,6 +975,8 @@ mod tests {
             (reads::<Distinct<u8>>, json!([1, 1]), false),
             (reads::<Distinct<u8>>, json!([]), false),
             (reads::<Distinct<u8, 0>>, json!([]), true),
+            (reads::<List<u8>>, json!([1, 1]), true),
+            (reads::<List<u8>>, json!([]), false),
             (reads::<Distinct<u8>>, json!((0..100).collect::<Vec<_>>()), true),
             (reads::<Distinct<u8>>, json!((0..100).chain([50]).collect::<Vec<_>>()), false),
             (reads::<Status>, json!(1), true),

@@ -1184,7 +1184,7 @@ mod tests {
                 Kind::Ssl,
                 ssl(json!({"client": {"ca": "c".repeat(128), "skip_mtls_uri_regex": ["("]}})),
                 "/client/skip_mtls_uri_regex/0",
-                "is not a regular expression",
+                "unclosed group",
             ),
             // The rest.
             (Kind::GlobalRule, json!({}), "", "`plugins` is missing"),

@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ConfigError, ErrorKind};
-use crate::fields::{Desc, Distinct, Host, Int, Labels, OwnId, Status, Text, Timestamp};
+use crate::fields::{Desc, Distinct, Host, Int, Labels, List, OwnId, Status, Text, Timestamp};
+use crate::pattern;
 use crate::rules::{Rule, Rules};
 use crate::secret_ref::Literals;
 use crate::sensitive::PrivateKey;
@@ -53,7 +54,7 @@ pub struct Ssl {
     pub sni: Option<Host>,
     /// Several server names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub snis: Option<Distinct<Host>>,
+    pub snis: Option<List<Host>>,
     /// Clients must show a certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<ClientAuth>,
@@ -93,7 +94,7 @@ pub struct ClientAuth {
     pub ca: Certificate,
     /// The longest chain between a client certificate and an authority.
     #[serde(default)]
-    pub depth: Int<0, 100, 1>,
+    pub depth: Int<0, { u32::MAX }, 1>,
     /// Regular expressions over the path: where one matches, no client certificate is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_mtls_uri_regex: Option<Distinct<Box<str>>>,
@@ -146,11 +147,10 @@ impl Ssl {
             error("/ssl_protocols", kind);
         }
         let patterns = self.client.iter().flat_map(|client| client.skip_mtls_uri_regex.iter().flatten());
-        for (index, pattern) in patterns.enumerate() {
-            if let Err(problem) = regex::Regex::new(pattern) {
+        for (index, text) in patterns.enumerate() {
+            if let Err(problem) = pattern::compile(text, false) {
                 let pointer = format!("/client/skip_mtls_uri_regex/{index}");
-                let expected = format!("a regular expression: {problem}");
-                error(&pointer, ErrorKind::BadFormat { found: pattern.to_string(), expected });
+                error(&pointer, ErrorKind::Pattern(problem));
             }
         }
     }

@@ -16,7 +16,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{ConfigError, ErrorKind};
 use crate::fields::{
-    Desc, Distinct, Host, HttpStatus, Int, Labels, Method, Name, OwnId, Seconds, Text, Timeout, Timestamp,
+    Desc, Distinct, Host, HttpStatus, Int, Labels, List, Method, Name, OwnId, Seconds, Text, Timeout,
+    Timestamp,
 };
 use crate::id::Id;
 use crate::rules::{self, Rule, Rules};
@@ -56,7 +57,7 @@ pub struct Upstream {
     pub service_name: Option<Text<1, 256>>,
     /// Which service discovery is asked: `dns`, `consul`, `kubernetes`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub discovery_type: Option<Text<1, 64>>,
+    pub discovery_type: Option<Text<1, 256>>,
     /// Details for service discovery.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discovery_args: Option<Box<DiscoveryArgs>>,
@@ -601,7 +602,7 @@ pub struct UpstreamTls {
     /// The authorities that certificates of the nodes are verified against, in PEM; those of the system if it
     /// is absent. May also be written `ca`.
     #[serde(default, alias = "ca", skip_serializing_if = "Option::is_none")]
-    pub ca_certs: Option<Distinct<Text<128, 65536>>>,
+    pub ca_certs: Option<List<Text<128, 65536>>>,
 }
 
 /// The other name of `ca_certs`, and the rules.
@@ -652,7 +653,7 @@ pub struct ActiveCheck {
     pub timeout: Seconds,
     /// How many nodes are probed at the same time.
     #[serde(default)]
-    pub concurrency: Int<1, 10_000, 10>,
+    pub concurrency: Int<1, { u32::MAX }, 10>,
     /// The `Host` of the probe. That of the node if it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
@@ -673,7 +674,7 @@ pub struct ActiveCheck {
     pub https_verify_certificate: bool,
     /// Headers of the probe, as `Name: value`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub req_headers: Option<Distinct<Box<str>>>,
+    pub req_headers: Option<List<Box<str>>>,
     /// When a node is healthy again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub healthy: Option<ActiveHealthy>,
@@ -717,7 +718,7 @@ fn yes() -> bool {
 #[serde(default, deny_unknown_fields)]
 pub struct ActiveHealthy {
     /// Time between two probes of a healthy node, in seconds.
-    pub interval: Int<1, 86_400, 1>,
+    pub interval: Int<1, { u32::MAX }, 1>,
     /// The statuses of a healthy node.
     pub http_statuses: Distinct<HttpStatus>,
     /// How many probes in a row must succeed.
@@ -739,7 +740,7 @@ impl Default for ActiveHealthy {
 #[serde(default, deny_unknown_fields)]
 pub struct ActiveUnhealthy {
     /// Time between two probes of an unhealthy node, in seconds.
-    pub interval: Int<1, 86_400, 1>,
+    pub interval: Int<1, { u32::MAX }, 1>,
     /// The statuses of an unhealthy node.
     pub http_statuses: Distinct<HttpStatus>,
     /// How many such statuses in a row it takes.
