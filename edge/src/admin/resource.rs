@@ -455,7 +455,13 @@ fn refuse_times(body: &Value) -> Result<(), Reply> {
 
 /// As it is stored: with defaults and the id.
 fn value_of(key: &ResourceKey, resource: Resource) -> Value {
-    Item { key: key.clone(), resource, created_index: 0, modified_index: 0 }.to_value()
+    let mut value = Item { key: key.clone(), resource, created_index: 0, modified_index: 0 }.to_value();
+    if key.kind == Kind::PluginMetadata
+        && let Some(object) = value.as_object_mut()
+    {
+        object.insert("id".to_owned(), json!(&*key.id));
+    }
+    value
 }
 
 fn set_times(value: &mut Value, created: Option<u64>, updated: Option<u64>) {

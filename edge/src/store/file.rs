@@ -308,3 +308,156 @@ fn watch_directory(shared: &Arc<Shared>) -> Option<RecommendedWatcher> {
         .ok()?;
     Some(watcher)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+    use std::os::unix::fs::symlink;
+
+    use config::graph::Change;
+
+    use super::*;
+
+    struct Seen {
+        events: mpsc::Receiver<StoreEvent>,
+        uris: BTreeMap<String, String>,
+        stale: Option<(SystemTime, String)>,
+        snapshots: usize,
+    }
+
+    impl Seen {
+        fn by(store: &FileStore) -> Seen {
+            Seen { events: store.watch(), uris: BTreeMap::new(), stale: None, snapshots: 0 }
+        }
+
+        async fn until(&mut self, what: &str, done: impl Fn(&Seen) -> bool) {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !done(self) {
+                let event = tokio::time::timeout_at(deadline, self.events.recv()).await;
+                match event.unwrap_or_else(|_| panic!("{what}: {:?} {:?}", self.uris, self.stale)).unwrap() {
+                    StoreEvent::Snapshot { changes, .. } => {
+                        self.snapshots += 1;
+                        let put = |change| match change {
+                            Change::Put { key, value, .. } => {
+                                (key.to_string(), value.get("uri").unwrap().as_str().unwrap().to_owned())
+                            }
+                            Change::Delete { key, .. } => panic!("{key} in a snapshot"),
+                        };
+                        self.uris = changes.into_iter().map(put).collect();
+                    }
+                    StoreEvent::Changes { .. } => panic!("a file is told whole"),
+                    StoreEvent::Stale { since, why } => self.stale = Some((since, why)),
+                    StoreEvent::Fresh => self.stale = None,
+                }
+            }
+        }
+
+        async fn until_uri(&mut self, uri: &str) {
+            self.until(uri, |seen| seen.uris.get("routes/1").is_some_and(|is| is == uri)).await;
+        }
+    }
+
+    fn yaml(uri: &str) -> String {
+        format!("routes:\n  - id: 1\n    uri: {uri}\n    plugins: {{}}\n#END\n")
+    }
+
+    fn directories() -> (tempfile::TempDir, tempfile::TempDir) {
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_change_is_seen_however_it_is_made() {
+        let (conf, data) = directories();
+        let path = conf.path().join("apisix.yaml");
+        fs::write(&path, yaml("/a")).unwrap();
+        let store = FileStore::new(&path, data.path());
+        let mut seen = Seen::by(&store);
+        seen.until_uri("/a").await;
+        // In place.
+        fs::write(&path, yaml("/b")).unwrap();
+        seen.until_uri("/b").await;
+        // Replaced, as editors do.
+        fs::write(conf.path().join("new"), yaml("/c")).unwrap();
+        fs::rename(conf.path().join("new"), &path).unwrap();
+        seen.until_uri("/c").await;
+        // Swapped behind a symbolic link, as Kubernetes does.
+        for (version, uri) in [("v1", "/d"), ("v2", "/e")] {
+            fs::create_dir(conf.path().join(version)).unwrap();
+            fs::write(conf.path().join(version).join("apisix.yaml"), yaml(uri)).unwrap();
+            symlink(version, conf.path().join("..data_tmp")).unwrap();
+            fs::rename(conf.path().join("..data_tmp"), conf.path().join("..data")).unwrap();
+            if version == "v1" {
+                symlink("..data/apisix.yaml", conf.path().join("link")).unwrap();
+                fs::rename(conf.path().join("link"), &path).unwrap();
+            }
+            seen.until_uri(uri).await;
+        }
+        assert_eq!(seen.stale, None);
+        assert!(matches!(
+            store.put(&ResourceKey::new(Kind::Route, "2"), Value::Null, PutOptions::default()).await,
+            Err(StoreError::ReadOnly { .. })
+        ));
+        assert_eq!(store.list(Kind::Route).await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_broken_file_changes_nothing_and_its_place_is_told() {
+        let (conf, data) = directories();
+        let path = conf.path().join("apisix.yaml");
+        fs::write(&path, yaml("/a")).unwrap();
+        let store = FileStore::new(&path, data.path());
+        let mut seen = Seen::by(&store);
+        seen.until_uri("/a").await;
+        for (text, place) in [
+            ("routes:\n  - id: 1\n    uri: [\n#END\n", "apisix.yaml:"),
+            ("routes:\n  - id: 1\n    uri: /unfinished\n", "#END"),
+            ("routes: [{id: 1, uri: \"${{POSTERN_TEST_NOT_SET}}\"}]\n#END\n", "POSTERN_TEST_NOT_SET"),
+        ] {
+            fs::write(&path, text).unwrap();
+            seen.until(place, |seen| seen.stale.as_ref().is_some_and(|(_, why)| why.contains(place))).await;
+            assert_eq!(seen.uris.get("routes/1").unwrap(), "/a");
+        }
+        fs::remove_file(&path).unwrap();
+        let gone = |seen: &Seen| seen.stale.as_ref().is_some_and(|(_, why)| why.contains("cannot be read"));
+        seen.until("the file is gone", gone).await;
+        fs::write(&path, yaml("/b")).unwrap();
+        seen.until("it is back", |seen| seen.stale.is_none()).await;
+        seen.until_uri("/b").await;
+        assert_eq!(seen.snapshots, 2);
+    }
+
+    #[tokio::test]
+    async fn a_start_with_a_broken_file_serves_what_was_good() {
+        let (conf, data) = directories();
+        let path = conf.path().join("apisix.json");
+        fs::write(&path, r#"{"routes": [{"id": 1, "uri": "/a", "plugins": {}}]}"#).unwrap();
+        let before = FileStore::new(&path, data.path());
+        Seen::by(&before).until_uri("/a").await;
+        drop(before);
+        fs::write(&path, "{").unwrap();
+        let store = FileStore::new(&path, data.path());
+        let mut seen = Seen::by(&store);
+        seen.until("the good one, and stale", |seen| seen.snapshots == 1 && seen.stale.is_some()).await;
+        assert_eq!(seen.uris.get("routes/1").unwrap(), "/a");
+        assert!(seen.stale.as_ref().unwrap().0.elapsed().unwrap() < Duration::from_secs(60));
+        // Another file is another store.
+        let other = FileStore::new(&conf.path().join("other.json"), data.path());
+        let mut seen = Seen::by(&other);
+        seen.until("nothing", |seen| seen.stale.is_some()).await;
+        assert_eq!(seen.snapshots, 0);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_left_out_and_told() {
+        let (conf, data) = directories();
+        let path = conf.path().join("apisix.yaml");
+        fs::write(&path, "routes:\n  - {id: 1, uri: /a}\n  - {id: 'a b', uri: /b}\nnonsense: 1\n#END\n")
+            .unwrap();
+        let store = FileStore::new(&path, data.path());
+        Seen::by(&store).until_uri("/a").await;
+        let problems = store.status().problems;
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems.iter().any(|problem| problem.contains("apisix.yaml:3:")), "{problems:?}");
+    }
+}

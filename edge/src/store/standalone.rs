@@ -306,3 +306,101 @@ impl State {
         state
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+    use config::{ApisixYaml, Document};
+
+    use super::*;
+
+    /// A configuration as the Admin API would hand it on.
+    fn new(digest: &str, version: u64, json: &str) -> NewConfig {
+        let document = Document::json("body", json).unwrap();
+        let mut new = NewConfig { digest: digest.to_owned(), last_modified: 7, ..NewConfig::default() };
+        for kind in KINDS {
+            if let Some(list) = document.value().get(kind.segment()) {
+                new.versions.insert(kind, version);
+                new.lists.insert(kind, Bytes::from(list.to_string()));
+            }
+        }
+        new.items = ApisixYaml::read(document).unwrap().items().to_vec();
+        new
+    }
+
+    async fn next(events: &mut mpsc::Receiver<StoreEvent>) -> Vec<String> {
+        let changes = match events.recv().await.unwrap() {
+            StoreEvent::Snapshot { changes, .. } | StoreEvent::Changes { changes, .. } => changes,
+            other => panic!("{other:?}"),
+        };
+        let told = |change: Change| match change {
+            Change::Put { key, value, modified_index, .. } => {
+                format!("{key} {} at {modified_index}", value.get("uri").unwrap_or(&Value::Null))
+            }
+            Change::Delete { key, .. } => format!("{key} gone"),
+        };
+        changes.into_iter().map(told).collect()
+    }
+
+    #[tokio::test]
+    async fn an_object_with_the_same_index_is_the_same_object() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Standalone::open(data.path());
+        let mut events = store.watch();
+        assert_eq!(next(&mut events).await, Vec::<String>::new());
+        store.replace(new(
+            "1",
+            1,
+            r#"{"routes": [{"id": "a", "uri": "/1", "modifiedIndex": 5}, {"id": "b", "uri": "/1"}]}"#,
+        ));
+        assert_eq!(next(&mut events).await, [r#"routes/a "/1" at 5"#, r#"routes/b "/1" at 1"#]);
+        store.replace(new(
+            "2",
+            2,
+            r#"{"routes": [{"id": "a", "uri": "/2", "modifiedIndex": 5}, {"id": "b", "uri": "/2"}]}"#,
+        ));
+        assert_eq!(next(&mut events).await, [r#"routes/b "/2" at 2"#]);
+        store.replace(new("3", 3, r#"{"routes": [{"id": "a", "uri": "/3", "modifiedIndex": 6}]}"#));
+        assert_eq!(next(&mut events).await, [r#"routes/a "/3" at 6"#, "routes/b gone"]);
+        // A kind that is not replaced stays.
+        store.replace(new("4", 1, r#"{"services": [{"id": "s"}]}"#));
+        assert_eq!(next(&mut events).await, ["services/s null at 4"]);
+        assert_eq!(store.version(Kind::Route), 3);
+        assert_eq!(store.list(Kind::Route).await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_restart_serves_what_was_put_last_and_says_so() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Standalone::open(data.path());
+        let _events = store.watch();
+        store.replace(new(
+            "one",
+            3,
+            r#"{"routes": [{"id": "a", "uri": "/1", "modifiedIndex": 5}], "consumers": []}"#,
+        ));
+        let saved = store.shared.state().save();
+        store.shared.snapshot.write(&saved).unwrap();
+        let current = store.current();
+        drop(store);
+        let store = Standalone::open(data.path());
+        assert_eq!(store.current(), current);
+        let mut events = store.watch();
+        assert_eq!(next(&mut events).await, [r#"routes/a "/1" at 5"#]);
+        assert!(matches!(events.recv().await, Some(StoreEvent::Stale { .. })));
+        store.confirm();
+        assert!(matches!(events.recv().await, Some(StoreEvent::Fresh)));
+        // The index is remembered too.
+        store.replace(new("two", 4, r#"{"routes": [{"id": "a", "uri": "/2", "modifiedIndex": 5}]}"#));
+        assert!(
+            store
+                .get(&ResourceKey::new(Kind::Route, "a"))
+                .await
+                .unwrap()
+                .unwrap()
+                .value
+                .ends_with(b"\"/1\"}")
+        );
+    }
+}
