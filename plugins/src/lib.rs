@@ -21,8 +21,12 @@ macro_rules! plugins {
 }
 
 plugins! {
+    cors::Cors,
     ip_restriction::IpRestriction,
     key_auth::KeyAuth,
+    limit_count::LimitCount,
+    proxy_rewrite::ProxyRewrite,
+    redirect::Redirect,
     request_id::RequestId,
 }
 

@@ -119,7 +119,7 @@ impl WindowTable {
     }
 
     /// The counter of `owner` for `key`.
-    pub fn key(&self, owner: Owner, key: &str) -> Key {
+    pub fn key(&self, owner: Owner, key: impl Hash) -> Key {
         // 64 bits of a seeded hash stand for the key: a million keys meet by chance once in 30 million tables.
         Key(self.hasher.hash_one((owner.0, key)))
     }

@@ -4,43 +4,46 @@
 
 use config::error::ConfigError;
 use config::pattern;
-use config::template::Template;
-use config::var::Vars;
+use config::template::{Piece, Template};
+use config::var::{Var, Vars};
 use regex::bytes::{Captures, Regex};
 
 /// A text that takes captures and, if it was read so, variables.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Replacement {
-    parts: Box<[Part]>,
+    parts: Vec<Part>,
 }
 
 #[derive(Clone, Debug)]
 enum Part {
     Literal(Box<str>),
     Capture(usize),
-    Variables(Template),
+    /// A variable, and what stands for it when it has no value.
+    Variable(Var, Option<Box<str>>),
 }
 
 impl Replacement {
     /// Reads captures (`$0`, `$1`, `${1}`; `$$` is a dollar sign) and takes everything else as it is.
     pub fn captures(source: &str) -> Self {
-        Self::read(source, |text| (!text.is_empty()).then(|| Part::Literal(text.replace("$$", "$").into())))
-    }
-
-    /// Reads captures and variables (`$host`, `${arg_name}`).
-    pub fn with_variables(source: &str) -> Self {
-        Self::read(source, |text| {
-            let template = Template::parse(text);
-            match template.as_literal() {
-                Some("") => None,
-                Some(literal) => Some(Part::Literal(literal.into())),
-                None => Some(Part::Variables(template)),
+        Self::read(source, |text, parts| {
+            if !text.is_empty() {
+                parts.push(Part::Literal(text.replace("$$", "$").into()));
             }
         })
     }
 
+    /// Reads captures and variables (`$host`, `${arg_name}`).
+    pub fn with_variables(source: &str) -> Self {
+        Self::read(source, |text, parts| {
+            parts.extend(Template::parse(text).pieces().iter().map(|piece| match piece {
+                Piece::Text(text) => Part::Literal(text.clone()),
+                Piece::Var(var, default) => Part::Variable(var.clone(), default.clone()),
+            }));
+        })
+    }
+
     /// Cuts `source` at its captures.
-    fn read(source: &str, mut between: impl FnMut(&str) -> Option<Part>) -> Self {
+    fn read(source: &str, mut between: impl FnMut(&str, &mut Vec<Part>)) -> Self {
         let mut parts = Vec::new();
         let (mut start, mut at) = (0, 0);
         while let Some(dollar) = source.get(at..).and_then(|rest| rest.find('$')).map(|found| at + found) {
@@ -48,7 +51,7 @@ impl Replacement {
             let escaped = source.get(..dollar).is_some_and(|before| before.ends_with('\\'));
             match number(rest).filter(|_| !escaped) {
                 Some((capture, length)) => {
-                    parts.extend(source.get(start..dollar).and_then(&mut between));
+                    between(source.get(start..dollar).unwrap_or_default(), &mut parts);
                     parts.push(Part::Capture(capture));
                     start = dollar + 1 + length;
                     at = start;
@@ -57,8 +60,34 @@ impl Replacement {
                 None => at = dollar + if rest.starts_with('$') { 2 } else { 1 },
             }
         }
-        parts.extend(source.get(start..).and_then(between));
-        Self { parts: parts.into() }
+        between(source.get(start..).unwrap_or_default(), &mut parts);
+        Self { parts }
+    }
+
+    /// Cuts at the first question mark that was written, not one that a variable or capture brings.
+    pub fn split_query(self) -> (Self, Option<Self>) {
+        let mut path = Vec::new();
+        let mut parts = self.parts.into_iter();
+        while let Some(part) = parts.next() {
+            let Part::Literal(text) = &part else {
+                path.push(part);
+                continue;
+            };
+            let Some((before, after)) = text.split_once('?') else {
+                path.push(part);
+                continue;
+            };
+            if !before.is_empty() {
+                path.push(Part::Literal(before.into()));
+            }
+            let mut query = Vec::new();
+            if !after.is_empty() {
+                query.push(Part::Literal(after.into()));
+            }
+            query.extend(parts);
+            return (Self { parts: path }, Some(Self { parts: query }));
+        }
+        (Self { parts: path }, None)
     }
 
     /// The text, if it takes nothing.
@@ -70,19 +99,8 @@ impl Replacement {
         }
     }
 
-    /// Appends the text. A capture that does not exist adds nothing.
+    /// Appends the text. A capture that does not exist adds nothing, nor does a variable without a value.
     pub fn render<V: Vars + ?Sized>(&self, vars: &V, captures: Option<&Captures<'_>>, out: &mut Vec<u8>) {
-        self.render_with(vars, captures, out, |out, value| out.extend_from_slice(value.as_bytes()));
-    }
-
-    /// As [`render`](Self::render), with `write` putting down what variables say.
-    pub fn render_with<V: Vars + ?Sized>(
-        &self,
-        vars: &V,
-        captures: Option<&Captures<'_>>,
-        out: &mut Vec<u8>,
-        mut write: impl FnMut(&mut Vec<u8>, &str),
-    ) {
         for part in &self.parts {
             match part {
                 Part::Literal(text) => out.extend_from_slice(text.as_bytes()),
@@ -91,16 +109,9 @@ impl Replacement {
                         out.extend_from_slice(found.as_bytes());
                     }
                 }
-                Part::Variables(template) => {
-                    for piece in template.pieces() {
-                        match piece {
-                            config::template::Piece::Text(text) => out.extend_from_slice(text.as_bytes()),
-                            config::template::Piece::Var(var, default) => {
-                                if let Some(value) = vars.get(var).as_deref().or(default.as_deref()) {
-                                    write(out, value);
-                                }
-                            }
-                        }
+                Part::Variable(var, default) => {
+                    if let Some(value) = vars.get(var).as_deref().or(default.as_deref()) {
+                        out.extend_from_slice(value.as_bytes());
                     }
                 }
             }
@@ -123,22 +134,24 @@ fn number(rest: &str) -> Option<(usize, usize)> {
     Some((digits.parse().ok()?, digits.len() + around))
 }
 
-/// A pattern and what stands for its first match.
+/// A pattern and what stands for its first match in a path.
 #[derive(Clone, Debug)]
 pub struct RegexUri {
     pattern: Regex,
-    replacement: Replacement,
+    path: Replacement,
+    query: Option<Replacement>,
 }
 
 impl RegexUri {
-    /// Compiles `pattern`, which stands at `pointer`.
+    /// Compiles `pattern`, which stands at `pointer`. A question mark in `replacement` begins a query.
     ///
     /// # Errors
     /// It is not a pattern.
     pub fn new(pattern: &str, replacement: Replacement, pointer: &str) -> Result<Self, ConfigError> {
         let pattern = pattern::compile(pattern, false)
             .map_err(|error| ConfigError::invalid(pointer, error.to_string()))?;
-        Ok(Self { pattern, replacement })
+        let (path, query) = replacement.split_query();
+        Ok(Self { pattern, path, query })
     }
 
     /// What the pattern captures in `subject`; nothing if it does not match.
@@ -146,20 +159,26 @@ impl RegexUri {
         self.pattern.captures(subject)
     }
 
-    /// `subject` with its match replaced. `write` puts down what variables say.
+    /// `subject` with its match replaced: path and query.
     pub fn replace<V: Vars + ?Sized>(
         &self,
         subject: &[u8],
         captures: &Captures<'_>,
         vars: &V,
-        write: impl FnMut(&mut Vec<u8>, &str),
-    ) -> Vec<u8> {
-        let mut out = Vec::with_capacity(subject.len() + 32);
+    ) -> (Vec<u8>, Option<Vec<u8>>) {
         let (start, end) = captures.get(0).map_or((0, 0), |found| (found.start(), found.end()));
-        out.extend_from_slice(subject.get(..start).unwrap_or_default());
-        self.replacement.render_with(vars, Some(captures), &mut out, write);
-        out.extend_from_slice(subject.get(end..).unwrap_or_default());
-        out
+        let mut path = Vec::with_capacity(subject.len() + 32);
+        path.extend_from_slice(subject.get(..start).unwrap_or_default());
+        self.path.render(vars, Some(captures), &mut path);
+        let rest = subject.get(end..).unwrap_or_default();
+        let Some(query) = &self.query else {
+            path.extend_from_slice(rest);
+            return (path, None);
+        };
+        let mut out = Vec::new();
+        query.render(vars, Some(captures), &mut out);
+        out.extend_from_slice(rest);
+        (path, Some(out))
     }
 }
 
@@ -173,7 +192,10 @@ mod tests {
         let x = exchange("GET", "http://a.com/x?q=1").build();
         let rule = RegexUri::new(pattern, replacement, "").unwrap();
         let captures = rule.captures(subject.as_bytes())?;
-        let out = rule.replace(subject.as_bytes(), &captures, &*x, |out, v| out.extend(v.bytes()));
+        let (mut out, query) = rule.replace(subject.as_bytes(), &captures, &*x);
+        if let Some(query) = query {
+            out.extend([b" query ", &query[..]].concat());
+        }
         Some(String::from_utf8(out).unwrap())
     }
 
@@ -183,7 +205,9 @@ mod tests {
             ("^/a/(.*)", "/b/$1", "/a/c", "/b/c"),
             ("^/a/(.*)/(.*)", "/${2}x/$1", "/a/c/d", "/dx/c"),
             ("/a/", "/b/", "/x/a/y/a/", "/x/b/y/a/"),
-            ("^/(.*)$", "/$host/$1?q=${arg_q}", "/c", "/a.com/c?q=1"),
+            ("^/(.*)$", "/$host/$1?q=${arg_q}", "/c", "/a.com/c query q=1"),
+            ("^/a/([^/]*)", "/b?x=$1&y=", "/a/?/z", "/b query x=?&y=/z"),
+            ("^/a", "/b${nothing ?? ?}", "/a", "/b?"),
             ("^/(.)", "/$1abc", "/xyz", "/xabcyz"),
             ("^/(.)", "/$9", "/x", "/"),
             ("(.+)", "$0$0", "/x", "/x/x"),

@@ -41,16 +41,6 @@ pub fn escape_controls(out: &mut String, text: &[u8]) {
     }
 }
 
-/// A variable inside a path: its question mark must not begin a query.
-pub fn push_variable(out: &mut Vec<u8>, value: &str) {
-    for byte in value.bytes() {
-        match byte {
-            b'?' => out.extend_from_slice(b"%3F"),
-            byte => out.push(byte),
-        }
-    }
-}
-
 /// Splits at the first question mark.
 pub fn split_query(uri: &[u8]) -> (&[u8], Option<&[u8]>) {
     match uri.iter().position(|byte| *byte == b'?') {
