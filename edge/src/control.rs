@@ -339,3 +339,157 @@ fn escape_html(text: &str) -> String {
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use config::graph::Rejected;
+    use config::plugin_catalog::NoPlugins;
+    use config::{ConfigError, Resource};
+    use http_body_util::{BodyExt, Full};
+
+    use super::*;
+    use crate::live::{Applied, HealthCounter, NodeHealth, Readiness};
+    use crate::store::PutOptions;
+    use crate::store::embedded::Embedded;
+
+    /// A gateway with one route, one upstream that is checked, and one object set aside.
+    struct Fake;
+
+    fn item(key: ResourceKey, value: Value) -> Arc<Item> {
+        let resource = Resource::parse(&key, &value, &NoPlugins).unwrap();
+        Arc::new(Item { key, resource, created_index: 1, modified_index: 2 })
+    }
+
+    impl LiveState for Fake {
+        fn objects(&self, kind: Kind) -> Vec<Arc<Item>> {
+            let key = ResourceKey::new(kind, "1");
+            match kind {
+                Kind::Route => vec![item(key, json!({"uri": "/a", "upstream_id": "1"}))],
+                Kind::Upstream => {
+                    vec![item(key, json!({"nodes": {"127.0.0.1:80": 1}, "type": "roundrobin"}))]
+                }
+                Kind::PluginMetadata => {
+                    let metadata = serde_json::from_value(json!({"log_format": {}})).unwrap();
+                    vec![Arc::new(Item {
+                        key: ResourceKey::new(kind, "http-logger"),
+                        resource: Resource::PluginMetadata(metadata),
+                        created_index: 1,
+                        modified_index: 1,
+                    })]
+                }
+                _ => Vec::new(),
+            }
+        }
+
+        fn object(&self, key: &ResourceKey) -> Option<Arc<Item>> {
+            self.objects(key.kind).into_iter().find(|item| item.key == *key)
+        }
+
+        fn rejected(&self) -> Vec<Rejected> {
+            vec![Rejected {
+                key: ResourceKey::new(Kind::Route, "bad"),
+                errors: vec![ConfigError::invalid("/uri", "write a path")],
+                value: json!({"uri": "top secret"}),
+                modified_index: 9,
+            }]
+        }
+
+        fn health(&self) -> Vec<Checker> {
+            let node = NodeHealth {
+                ip: "127.0.0.1".to_owned(),
+                port: 80,
+                hostname: Some("<b>".to_owned()),
+                status: "unhealthy",
+                counter: HealthCounter { http_failure: 5, ..HealthCounter::default() },
+            };
+            vec![Checker { owner: ResourceKey::new(Kind::Upstream, "1"), kind: "http", nodes: vec![node] }]
+        }
+
+        fn readiness(&self) -> Readiness {
+            Readiness::Ready
+        }
+
+        fn applied(&self) -> Applied {
+            Applied { revision: 7, at: UNIX_EPOCH }
+        }
+
+        fn explain(&self, request: Value) -> BoxFuture<'_, Result<Value, String>> {
+            Box::pin(async move {
+                request.get("path").cloned().ok_or_else(|| "`path` is missing: add it".to_owned())
+            })
+        }
+
+        fn discovery(&self, kind: &str) -> Option<Value> {
+            (kind == "dns").then(|| json!({"services": {}}))
+        }
+
+        fn reload_plugins(&self) {}
+    }
+
+    #[tokio::test]
+    async fn every_path() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Arc::new(Embedded::open(data.path()).unwrap());
+        let jack = ResourceKey::new(Kind::Consumer, "jack");
+        let secret = json!({"username": "jack", "plugins": {"key-auth": {"key": "hush"}}});
+        store.put(&jack, secret, PutOptions { author: "ann".into(), ..PutOptions::default() }).await.unwrap();
+        let control = Control::new(Arc::new(Fake), store, Arc::new(NoPlugins), "/apisix");
+        for (method, path, body, status, contains) in [
+            ("GET", "/v1/routes", "", 200, r#"[{"key":"/apisix/routes/1","value":{"uri":"/a""#),
+            ("GET", "/v1/route/1", "", 200, r#""createdIndex":1,"modifiedIndex":2"#),
+            ("GET", "/v1/route/9", "", 404, r#"{"error_msg":"route[9] not found"}"#),
+            ("GET", "/v1/services", "", 200, "[]"),
+            ("GET", "/v1/service/9", "", 404, "service[9] not found"),
+            ("GET", "/v1/upstreams", "", 200, "127.0.0.1:80"),
+            ("GET", "/v1/upstream/1", "", 200, "/apisix/upstreams/1"),
+            ("GET", "/v1/plugin_metadatas", "", 200, r#""id":"http-logger""#),
+            ("GET", "/v1/plugin_metadata/http-logger", "", 200, r#""log_format""#),
+            ("GET", "/v1/plugin_metadata/x", "", 404, "plugin metadata[x] not found"),
+            ("GET", "/v1/schema", "", 200, r#"{"main":{"route":"#),
+            ("PUT", "/v1/plugins/reload", "", 200, "done"),
+            ("POST", "/v1/gc", "", 200, ""),
+            ("GET", "/v1/discovery/dns/dump", "", 200, r#"{"services":{}}"#),
+            ("GET", "/v1/discovery/nacos/dump", "", 404, "discovery nacos is not in use"),
+            ("GET", "/v1/healthcheck", "", 200, r#""name":"/apisix/upstreams/1""#),
+            ("GET", "/v1/healthcheck/upstreams/1", "", 200, r#""http_failure":5"#),
+            ("GET", "/v1/healthcheck/routes/1", "", 404, "no checker for routes[1]"),
+            ("GET", "/v1/healthcheck/routes/9", "", 404, "routes[9] not found"),
+            ("GET", "/v1/healthcheck/routes", "", 404, "missing src id for src type routes"),
+            ("GET", "/v1/healthcheck/ssls/1", "", 400, "invalid src type ssls"),
+            ("GET", "/v1/rejected", "", 200, r#"{"pointer":"/uri","error":"write a path"}"#),
+            ("GET", "/v1/config", "", 200, r#""revision":1,"applied_revision":7"#),
+            ("GET", "/v1/revisions", "", 200, r#""author":"ann","key":"consumers/jack""#),
+            ("POST", "/v1/explain", r#"{"path": "/x"}"#, 200, r#""/x""#),
+            ("POST", "/v1/explain", "{}", 400, "`path` is missing"),
+            ("POST", "/v1/explain", "{", 400, "invalid request body"),
+            ("GET", "/v1/nothing", "", 404, "404 Route Not Found"),
+            ("DELETE", "/v1/routes", "", 404, "404 Route Not Found"),
+            ("GET", "/", "", 404, "404 Route Not Found"),
+        ] {
+            let request =
+                Request::builder().method(method).uri(path).body(Full::new(Bytes::from(body))).unwrap();
+            let response = control.answer(request).await.into_response();
+            assert_eq!(response.status().as_u16(), status, "{method} {path}");
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            let body = String::from_utf8_lossy(&body);
+            assert!(body.contains(contains), "{method} {path}: {body}");
+            assert!(!body.contains("top secret") && !body.contains("hush"), "{method} {path}: {body}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_browser_gets_a_page() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Arc::new(Embedded::open(data.path()).unwrap());
+        let control = Control::new(Arc::new(Fake), store, Arc::new(NoPlugins), "/apisix");
+        let request = Request::builder().uri("/v1/healthcheck").header(ACCEPT, "text/html,*/*");
+        let response = control.answer(request.body(Full::new(Bytes::new())).unwrap()).await.into_response();
+        let kind = response.headers().get("content-type").unwrap().to_str().unwrap().to_owned();
+        assert!(kind.starts_with("text/html"), "{kind}");
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body = String::from_utf8_lossy(&body);
+        assert!(body.contains("<td>127.0.0.1:80</td><td>unhealthy</td>"), "{body}");
+    }
+}

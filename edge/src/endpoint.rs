@@ -211,3 +211,148 @@ pub fn admin_tls(files: &AdminTls) -> io::Result<Arc<ServerConfig>> {
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::path::PathBuf;
+
+    use bytes::Bytes;
+    use http_body_util::{BodyExt, Empty};
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConfig, RootCertStore};
+    use tokio::io::AsyncReadExt;
+    use tokio::sync::oneshot;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+
+    struct Echo;
+
+    impl Handler for Echo {
+        fn handle(&self, peer: SocketAddr, request: Request<Incoming>) -> BoxFuture<'_, Response<ReplyBody>> {
+            let text = format!("{} {}", peer.ip(), request.uri().path());
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                Reply::with(StatusCode::OK, "text/plain", text).into_response()
+            })
+        }
+    }
+
+    async fn serve(
+        tls: Option<Arc<ServerConfig>>,
+    ) -> (SocketAddr, oneshot::Sender<()>, tokio::task::JoinHandle<()>) {
+        let endpoint = Endpoint::bind(SocketAddr::from(([127, 0, 0, 1], 0)), tls).await.unwrap();
+        let address = endpoint.address().unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(endpoint.serve(Arc::new(Echo), async { drop(stopped.await) }));
+        (address, stop, task)
+    }
+
+    async fn get<S>(stream: S) -> Result<String, Box<dyn std::error::Error>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let request = Request::builder().uri("/x").header("host", "h").body(Empty::<Bytes>::new())?;
+        let body = sender.send_request(request).await?.into_body().collect().await?.to_bytes();
+        drop(sender);
+        connection.await??;
+        Ok(String::from_utf8(body.to_vec())?)
+    }
+
+    #[tokio::test]
+    async fn a_request_under_way_is_answered_before_the_end() {
+        let (address, stop, task) = serve(None).await;
+        let request =
+            tokio::spawn(async move { get(TcpStream::connect(address).await.unwrap()).await.unwrap() });
+        // Connected and idle: must not hold up the end.
+        let mut idle = TcpStream::connect(address).await.unwrap();
+        assert_eq!(get(TcpStream::connect(address).await.unwrap()).await.unwrap(), "127.0.0.1 /x");
+        stop.send(()).unwrap();
+        assert_eq!(request.await.unwrap(), "127.0.0.1 /x");
+        timeout(Duration::from_secs(4), task).await.unwrap().unwrap();
+        assert_eq!(idle.read(&mut [0]).await.unwrap(), 0);
+        assert!(TcpStream::connect(address).await.is_err());
+    }
+
+    struct Files {
+        directory: tempfile::TempDir,
+    }
+
+    impl Files {
+        /// `ca`, and `server` and `client` signed by it; `stranger` signed by nobody.
+        fn new() -> Files {
+            let files = Files { directory: tempfile::tempdir().unwrap() };
+            let key = rcgen::KeyPair::generate().unwrap();
+            let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            std::fs::write(files.path("ca.pem"), ca.self_signed(&key).unwrap().pem()).unwrap();
+            let issuer = rcgen::Issuer::new(ca, key);
+            for name in ["server", "client", "stranger"] {
+                let key = rcgen::KeyPair::generate().unwrap();
+                let params = rcgen::CertificateParams::new(vec![format!("{name}.test")]).unwrap();
+                let certificate = match name {
+                    "stranger" => params.self_signed(&key).unwrap(),
+                    _ => params.signed_by(&key, &issuer).unwrap(),
+                };
+                std::fs::write(files.path(&format!("{name}.pem")), certificate.pem()).unwrap();
+                std::fs::write(files.path(&format!("{name}.key")), key.serialize_pem()).unwrap();
+            }
+            files
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn tls(&self, client_ca: Option<&str>) -> AdminTls {
+            let client_ca = client_ca.map(|name| self.path(name));
+            AdminTls { cert: self.path("server.pem"), key: self.path("server.key"), client_ca }
+        }
+
+        async fn connect(
+            &self,
+            address: SocketAddr,
+            identity: Option<&str>,
+        ) -> Result<String, Box<dyn std::error::Error>> {
+            let mut roots = RootCertStore::empty();
+            roots.add(CertificateDer::from_pem_file(self.path("ca.pem"))?)?;
+            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+            let builder = ClientConfig::builder_with_provider(provider)
+                .with_safe_default_protocol_versions()?
+                .with_root_certificates(roots);
+            let config = match identity {
+                None => builder.with_no_client_auth(),
+                Some(name) => builder.with_client_auth_cert(
+                    vec![CertificateDer::from_pem_file(self.path(&format!("{name}.pem")))?],
+                    PrivateKeyDer::from_pem_file(self.path(&format!("{name}.key")))?,
+                )?,
+            };
+            let stream = TcpStream::connect(address).await?;
+            let name = ServerName::try_from("server.test")?;
+            get(TlsConnector::from(Arc::new(config)).connect(name, stream).await?).await
+        }
+    }
+
+    #[tokio::test]
+    async fn https_and_certificates_of_clients() {
+        let files = Files::new();
+        let (address, _stop, _task) = serve(Some(admin_tls(&files.tls(None)).unwrap())).await;
+        assert_eq!(files.connect(address, None).await.unwrap(), "127.0.0.1 /x");
+        let (address, _stop, _task) = serve(Some(admin_tls(&files.tls(Some("ca.pem"))).unwrap())).await;
+        assert_eq!(files.connect(address, Some("client")).await.unwrap(), "127.0.0.1 /x");
+        assert!(files.connect(address, None).await.is_err());
+        assert!(files.connect(address, Some("stranger")).await.is_err());
+        for (what, tls) in [
+            ("a missing file", AdminTls { cert: files.path("gone.pem"), ..files.tls(None) }),
+            ("a key that is none", AdminTls { key: files.path("server.pem"), ..files.tls(None) }),
+            ("another key", AdminTls { key: files.path("client.key"), ..files.tls(None) }),
+            ("no certificate", AdminTls { client_ca: Some(files.path("server.key")), ..files.tls(None) }),
+        ] {
+            assert!(admin_tls(&tls).is_err(), "{what}");
+        }
+    }
+}

@@ -55,3 +55,85 @@ impl Handler for Status {
         Box::pin(async move { reply.into_response() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::sync::Mutex;
+    use std::time::SystemTime;
+
+    use config::{Item, Kind, Rejected, ResourceKey};
+    use http_body_util::BodyExt;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::live::{Applied, Checker};
+
+    struct Fake(Mutex<Readiness>);
+
+    impl LiveState for Fake {
+        fn objects(&self, _: Kind) -> Vec<Arc<Item>> {
+            Vec::new()
+        }
+
+        fn object(&self, _: &ResourceKey) -> Option<Arc<Item>> {
+            None
+        }
+
+        fn rejected(&self) -> Vec<Rejected> {
+            Vec::new()
+        }
+
+        fn health(&self) -> Vec<Checker> {
+            Vec::new()
+        }
+
+        fn readiness(&self) -> Readiness {
+            self.0.lock().unwrap().clone()
+        }
+
+        fn applied(&self) -> Applied {
+            Applied { revision: 0, at: SystemTime::UNIX_EPOCH }
+        }
+
+        fn explain(&self, request: Value) -> BoxFuture<'_, Result<Value, String>> {
+            Box::pin(async move { Ok(request) })
+        }
+
+        fn discovery(&self, _: &str) -> Option<Value> {
+            None
+        }
+
+        fn reload_plugins(&self) {}
+    }
+
+    #[tokio::test]
+    async fn it_lives_and_is_ready_only_when_it_is() {
+        let waiting = Readiness::NotReady("no configuration yet: etcd: connection refused".to_owned());
+        let live = Arc::new(Fake(Mutex::new(waiting.clone())));
+        let status = Status::new(Arc::clone(&live) as Arc<dyn LiveState>);
+        for (readiness, method, path, code, contains) in [
+            (waiting.clone(), Method::GET, "/status", 200, r#"{"status":"ok"}"#),
+            (
+                waiting,
+                Method::GET,
+                "/status/ready",
+                503,
+                r#"{"status":"error","error":"no configuration yet: etcd"#,
+            ),
+            (Readiness::Ready, Method::GET, "/status/ready", 200, r#"{"status":"ok"}"#),
+            (Readiness::Draining, Method::GET, "/status/ready", 503, "draining"),
+            (Readiness::Draining, Method::GET, "/status", 200, "ok"),
+            (Readiness::Ready, Method::POST, "/status", 405, "GET"),
+            (Readiness::Ready, Method::GET, "/", 404, "404"),
+        ] {
+            *live.0.lock().unwrap() = readiness;
+            let response = status.answer(&method, path).into_response();
+            assert_eq!(response.status().as_u16(), code, "{method} {path}");
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            let body = String::from_utf8_lossy(&body);
+            assert!(body.contains(contains), "{method} {path}: {body}");
+        }
+    }
+}
