@@ -1,1 +1,64 @@
-fn main() {}
+//! `postern`: a gateway, and the commands that look after it.
+
+mod client;
+mod cmd;
+mod logging;
+mod output;
+mod role;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Threads come and go with requests' memory; the system allocator keeps what a burst took.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// An API gateway that runs an Apache APISIX configuration unchanged, in one binary.
+#[derive(Parser)]
+#[command(
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    after_help = "Try it:\n  postern up                        a gateway with sample routes and upstreams\n  \
+                  postern edge -c /etc/apisix       the files that APISIX runs with\n  \
+                  postern check /etc/apisix         find every error in them first\n  \
+                  postern explain http://host/path  which route, which plugins, which node, and why\n\n\
+                  Exit codes: 0 fine, 1 something was found wrong, 2 wrong usage, 3 the command could not do its work."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the edge gateway.
+    Edge(role::edge::Edge),
+    /// Run the edge gateway with sample upstreams, to try it.
+    Up(role::up::Up),
+    /// Find every error in a configuration directory, without starting anything.
+    Check(cmd::check::Check),
+    /// Tell what the gateway would do with a request, and why.
+    Explain(cmd::explain::Explain),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Edge(role) => role.run(),
+        Command::Up(role) => role.run(),
+        Command::Check(command) => command.run(),
+        Command::Explain(command) => command.run(),
+    };
+    result.unwrap_or_else(|error| output::failure(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -100,6 +100,9 @@ pub struct Upstream {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checks: Option<Box<Checks>>,
 
+    /// Extension: HTTP/2 is spoken to the nodes of an `http` or `https` upstream, without asking first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub http2: bool,
     /// Extension: how much of the load may be retries.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_budget: Option<Box<RetryBudget>>,

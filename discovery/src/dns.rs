@@ -99,6 +99,13 @@ impl Answer {
     }
 }
 
+/// A name and the floor of its time to live. Upstreams that want different floors do not share questions.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct NameKey {
+    name: Arc<str>,
+    min_ttl: Duration,
+}
+
 #[derive(Debug)]
 struct Entry {
     answer: watch::Sender<Answer>,
@@ -110,7 +117,7 @@ struct Inner {
     runtime: Handle,
     settings: Settings,
     resolver: Mutex<Option<(SystemFiles, TokioResolver)>>,
-    names: Mutex<HashMap<Arc<str>, Arc<Entry>>>,
+    names: Mutex<HashMap<NameKey, Arc<Entry>>>,
     gate: Semaphore,
 }
 
@@ -131,25 +138,19 @@ impl Names {
 
     pub(crate) fn refresh(&self, name: Option<&str>) -> bool {
         let names = lock(&self.0.names);
-        match name {
-            Some(name) => {
-                names.get(&*name.to_ascii_lowercase()).map(|entry| entry.refresh.notify_one()).is_some()
-            }
-            None => {
-                names.values().for_each(|entry| entry.refresh.notify_one());
-                true
-            }
-        }
+        let wanted = |key: &NameKey| name.is_none_or(|name| name.eq_ignore_ascii_case(&key.name));
+        let matching = names.iter().filter(|(key, _)| wanted(key));
+        matching.map(|(_, entry)| entry.refresh.notify_one()).count() > 0
     }
 
     pub(crate) fn views(&self) -> Vec<NameView> {
         let now = Instant::now();
         let mut views: Vec<NameView> = lock(&self.0.names)
             .iter()
-            .map(|(name, entry)| {
+            .map(|(key, entry)| {
                 let answer = entry.answer.borrow();
                 NameView {
-                    name: Arc::clone(name),
+                    name: Arc::clone(&key.name),
                     addresses: answer.addrs.to_vec(),
                     age: answer.answered.map(|at| now.saturating_duration_since(at)),
                     next: answer.next.map_or(Duration::ZERO, |at| at.saturating_duration_since(now)),
@@ -165,40 +166,41 @@ impl Names {
     }
 
     /// The answers of `name`; the first subscriber starts its task, the last one to leave ends it.
-    fn subscribe(&self, name: &str) -> watch::Receiver<Answer> {
-        let name: Arc<str> = name.to_ascii_lowercase().into();
+    fn subscribe(&self, name: &str, min_ttl: Option<Duration>) -> watch::Receiver<Answer> {
+        let min_ttl = min_ttl.unwrap_or(self.0.settings.min_ttl);
+        let key = NameKey { name: name.to_ascii_lowercase().into(), min_ttl };
         let mut names = lock(&self.0.names);
-        if let Some(entry) = names.get(&name) {
+        if let Some(entry) = names.get(&key) {
             return entry.answer.subscribe();
         }
         let (answer, receiver) = watch::channel(Answer::default());
         let entry = Arc::new(Entry { answer, refresh: Notify::new() });
-        names.insert(Arc::clone(&name), Arc::clone(&entry));
-        self.0.runtime.spawn(self.clone().follow(name, entry));
+        names.insert(key.clone(), Arc::clone(&entry));
+        self.0.runtime.spawn(self.clone().follow(key, entry));
         receiver
     }
 
     /// True when nobody listens any more; then the name is gone from the table.
-    fn release(&self, name: &str, entry: &Entry) -> bool {
+    fn release(&self, key: &NameKey, entry: &Entry) -> bool {
         // Subscriptions happen under this lock, so none can slip in between the look and the removal.
         let mut names = lock(&self.0.names);
         let unused = entry.answer.receiver_count() == 0;
         if unused {
-            names.remove(name);
+            names.remove(key);
         }
         unused
     }
 
-    async fn follow(self, name: Arc<str>, entry: Arc<Entry>) {
+    async fn follow(self, key: NameKey, entry: Arc<Entry>) {
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
         loop {
             let outcome = tokio::select! {
                 biased;
                 () = entry.answer.closed() => {
-                    if self.release(&name, &entry) { return }
+                    if self.release(&key, &entry) { return }
                     continue;
                 }
-                outcome = self.resolve(&name) => outcome,
+                outcome = self.resolve(&key) => outcome,
             };
             let pause = match &outcome {
                 Ok((_, ttl)) => {
@@ -208,10 +210,10 @@ impl Names {
                 }
                 Err(_) => backoff.pause(),
             };
-            self.publish(&name, &entry, outcome, pause);
+            self.publish(&key.name, &entry, outcome, pause);
             tokio::select! {
                 biased;
-                () = entry.answer.closed() => if self.release(&name, &entry) { return },
+                () = entry.answer.closed() => if self.release(&key, &entry) { return },
                 () = sleep(pause) => {}
                 () = entry.refresh.notified() => {}
             }
@@ -261,14 +263,14 @@ impl Names {
     }
 
     /// One attempt: sorted addresses and how long they hold, or the reason there are none.
-    async fn resolve(&self, name: &str) -> Result<(Arc<[IpAddr]>, Duration), Arc<str>> {
+    async fn resolve(&self, key: &NameKey) -> Result<(Arc<[IpAddr]>, Duration), Arc<str>> {
         let settings = &self.0.settings;
         let _permit = self.0.gate.acquire().await.map_err(|closed| closed.to_string())?;
         let resolver = self.resolver()?;
         // The resolver has its own time-outs; this one is for a resolver that forgets them.
         let attempts = u32::try_from(settings.attempts.max(1)).unwrap_or(1);
         let limit = settings.timeout.saturating_mul(attempts).saturating_mul(4);
-        let lookup = timeout(limit, resolver.lookup_ip(name))
+        let lookup = timeout(limit, resolver.lookup_ip(&*key.name))
             .await
             .map_err(|_| "no answer in time")?
             .map_err(|error| error.to_string())?;
@@ -283,7 +285,7 @@ impl Names {
         }
         let ttl = lookup.as_lookup().answers().iter().map(|record| record.ttl).min().unwrap_or(0);
         let ttl = settings.valid.unwrap_or(Duration::from_secs(ttl.into()));
-        let ttl = ttl.min(settings.max_ttl).max(settings.min_ttl);
+        let ttl = ttl.min(settings.max_ttl).max(key.min_ttl);
         Ok((addrs.into(), ttl))
     }
 
@@ -348,12 +350,12 @@ enum Part {
 }
 
 /// Follow nodes of which at least one is a name.
-pub(crate) fn watch(names: &Names, runtime: &Handle, nodes: &[Node]) -> Watch {
+pub(crate) fn watch(names: &Names, runtime: &Handle, nodes: &[Node], min_ttl: Option<Duration>) -> Watch {
     let mut parts: Vec<Part> = nodes
         .iter()
         .map(|node| match fixed::endpoint(node) {
             Some(endpoint) => Part::Fixed(endpoint),
-            None => Part::Name { node: node.clone(), answer: names.subscribe(&node.host) },
+            None => Part::Name { node: node.clone(), answer: names.subscribe(&node.host, min_ttl) },
         })
         .collect();
     let (sender, receiver) = watch::channel(Arc::new(merge(&mut parts)));

@@ -12,6 +12,7 @@ pub mod fixed;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -38,11 +39,12 @@ impl Discovery {
 
     /// Follow `nodes`. The receiver holds a value at once: complete when every host is an address,
     /// otherwise with `pending` names until each has been answered or has failed for the first time.
-    pub fn watch(&self, nodes: &[Node]) -> Watch {
+    /// `min_ttl` is a floor for these names in place of the one in the settings.
+    pub fn watch(&self, nodes: &[Node], min_ttl: Option<Duration>) -> Watch {
         if nodes.iter().all(|node| literal(&node.host).is_some()) {
             return fixed::watch(nodes);
         }
-        dns::watch(&self.names, &self.runtime, nodes)
+        dns::watch(&self.names, &self.runtime, nodes, min_ttl)
     }
 
     /// Resolve `name` (or every name) now rather than at the end of its time to live.

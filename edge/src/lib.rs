@@ -1,6 +1,24 @@
+//! The edge gateway: configuration in, a data plane out, and the interfaces that look after it.
+//!
+//! A store tells what there is, `compile` turns it into a snapshot change by change, workers serve from the snapshot.
+//! The Admin, Control and status APIs run beside it on the control runtime and never touch a worker.
+
 pub mod admin;
+pub mod app;
+mod certificates;
+mod compile;
 pub mod control;
 pub mod endpoint;
+pub mod explain;
+mod interfaces;
 pub mod live;
+mod lookup;
+pub mod merge;
+pub mod offline;
+mod running;
+pub mod seed;
+pub mod settings;
+pub mod snapshot;
+mod stack;
 pub mod status;
 pub mod store;

@@ -182,6 +182,8 @@ pub struct State {
     pub matched_uri: Option<Arc<str>>,
     /// The host pattern of the route that matched.
     pub matched_host: Option<Arc<str>>,
+    /// The endpoint that was chosen last.
+    pub balancer: Option<SocketAddr>,
     /// The upstream that a plugin chose in place of the route's.
     pub chosen: Option<Arc<Cluster>>,
     /// Where in [`State::path`] the parameters of the route's URI pattern stand (`uri_param_*`).
@@ -234,6 +236,7 @@ impl Exchange {
             matched_uri: None,
             matched_host: None,
             chosen: None,
+            balancer: None,
             uri_params: Params::default(),
             consumer: None,
             forward: Forward::default(),

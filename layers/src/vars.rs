@@ -182,7 +182,6 @@ impl State {
 
     fn upstream_or_route(&self, var: &Var) -> Option<Cow<'_, str>> {
         let owned = |text: String| Some(Cow::Owned(text));
-        let last = self.attempts.last();
         let target = self.target.as_deref();
         match var {
             Var::UpstreamAddr => per_attempt(self, |attempt| attempt.address.to_string()),
@@ -204,8 +203,8 @@ impl State {
                 Some(uri) => uri.as_str(),
                 None => self.request.uri.path_and_query().map_or("/", |target| target.as_str()),
             })),
-            Var::BalancerIp => last.and_then(|attempt| owned(attempt.address.ip().to_string())),
-            Var::BalancerPort => last.and_then(|attempt| owned(attempt.address.port().to_string())),
+            Var::BalancerIp => self.balancer.and_then(|address| owned(address.ip().to_string())),
+            Var::BalancerPort => self.balancer.and_then(|address| owned(address.port().to_string())),
             Var::ConsumerName => self.consumer.as_ref().map(|consumer| Cow::Borrowed(&*consumer.name)),
             Var::ConsumerGroupId => self.consumer.as_ref()?.group_id.as_deref().map(Cow::Borrowed),
             Var::RouteId => target.map(|target| Cow::Borrowed(&*target.route_id)),

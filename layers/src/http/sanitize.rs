@@ -19,6 +19,7 @@ use crate::error::{Error, Fault, Reason};
 use crate::exchange::{Exchange, State};
 use crate::http::normalize::{self, normalize, normalize_query};
 use crate::stack::HttpService;
+use crate::upstream::fields;
 
 /// Limits on one request. `postern.limits` and nginx's client limits.
 #[derive(Clone, Copy, Debug)]
@@ -90,6 +91,8 @@ pub fn sanitize(x: &mut State, limits: &Limits, options: normalize::Options) -> 
     }
     settle_method(x)?;
     settle_fields(x, limits)?;
+    // Before our own fields are added, so that a client cannot have them taken off again.
+    fields::drop_named(&mut x.request.headers);
     settle_host(x)?;
     settle_target(x, limits, options)?;
     settle_body(x, limits)

@@ -1,15 +1,25 @@
 //! How many retries an upstream may cause, so that a failing upstream is not hit harder than a healthy one.
 //!
-//! Over any second, retries may be a share of the requests (20 %) plus a few (10), counted over all workers.
+//! Over any second, retries may be a share of the requests (20 % by default) plus a few (10), over all workers.
 //! The window slides: the previous second counts by the part of it that is still inside.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Retries allowed per request, in per cent.
-pub const SHARE: u64 = 20;
-/// Retries allowed in any second besides.
-pub const FLOOR: u64 = 10;
+/// What an upstream allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// Retries for every hundred requests.
+    pub percent: u64,
+    /// Retries in any second besides.
+    pub floor: u64,
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self { percent: 20, floor: 10 }
+    }
+}
 
 /// The counters of one upstream.
 #[derive(Debug)]
@@ -30,9 +40,9 @@ impl Budget {
     }
 
     /// Take one retry if there is one left.
-    pub fn retry(&self, now: Instant) -> bool {
+    pub fn retry(&self, now: Instant, allowance: Allowance) -> bool {
         let now = self.since(now);
-        let allowed = self.requests.sum(now) * SHARE / 100 + FLOOR;
+        let allowed = self.requests.sum(now) * allowance.percent / 100 + allowance.floor;
         if self.retries.sum(now) >= allowed {
             return false;
         }
@@ -92,7 +102,7 @@ mod tests {
     use super::*;
 
     fn retries(budget: &Budget, at: Instant, wanted: usize) -> usize {
-        (0..wanted).filter(|_| budget.retry(at)).count()
+        (0..wanted).filter(|_| budget.retry(at, Allowance::default())).count()
     }
 
     #[test]

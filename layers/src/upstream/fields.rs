@@ -45,6 +45,23 @@ fn is_named(headers: &HeaderMap, name: &HeaderName) -> bool {
         && !is_protected(name.as_str())
 }
 
+/// Take off the fields that a client's `Connection` names, and the names themselves. Done before anything is
+/// added to a request, so that a client cannot name what the gateway adds later.
+pub(crate) fn drop_named(headers: &mut HeaderMap) {
+    if !headers.contains_key(header::CONNECTION) {
+        return;
+    }
+    let named: Vec<HeaderName> = headers.keys().filter(|name| is_named(headers, name)).cloned().collect();
+    let upgrade = connection_tokens(headers).any(|token| token.eq_ignore_ascii_case("upgrade"));
+    for name in named.iter().filter(|name| **name != header::UPGRADE) {
+        headers.remove(name);
+    }
+    match upgrade {
+        true => headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade")),
+        false => headers.remove(header::CONNECTION),
+    };
+}
+
 /// The protocol that a request asks to switch to, if its `Connection` says so. `h2c` is not offered: the
 /// bytes behind such a switch would pass every check unseen.
 pub(crate) fn wanted_upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
@@ -137,6 +154,21 @@ mod tests {
         ];
         for (given, wanted, case) in cases {
             assert_eq!(text(&forwarded(&fields(given))), wanted, "{case}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_names_is_gone_before_anything_is_added() {
+        let cases = [
+            ("connection: x-api-key, keep-alive|x-api-key: 1|a: 1", "a: 1"),
+            ("connection: Upgrade, a|upgrade: websocket|a: 1", "connection: upgrade|upgrade: websocket"),
+            ("connection: host, content-length|host: a|content-length: 1", "host: a|content-length: 1"),
+            ("a: 1", "a: 1"),
+        ];
+        for (given, wanted) in cases {
+            let mut headers = fields(given);
+            drop_named(&mut headers);
+            assert_eq!(text(&headers), wanted, "{given}");
         }
     }
 

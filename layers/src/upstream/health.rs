@@ -200,6 +200,22 @@ impl Health {
         }
     }
 
+    /// Give an unhealthy endpoint another chance: usable, but one more failure of a kind that counts ends it.
+    /// For endpoints that nothing probes and that get no traffic, so that nothing else could bring them back.
+    pub fn parole(&self, limits: &Limits) -> Option<Flip> {
+        let from = self.state();
+        if from.usable() {
+            return None;
+        }
+        let last = |limit: u8, shift: u32| u64::from(limit.saturating_sub(1)) << shift;
+        let counters = last(limits.http_failures, HTTP)
+            | last(limits.tcp_failures, TCP)
+            | last(limits.timeouts, TIMEOUT);
+        let reason = self.0.load(Ordering::Relaxed) & !COUNTERS & !3;
+        self.0.store(reason | counters | State::MostlyHealthy as u64, Ordering::Relaxed);
+        Some(Flip { from, to: State::MostlyHealthy })
+    }
+
     /// Forget everything: checks were switched off.
     pub fn reset(&self) {
         self.0.store(0, Ordering::Relaxed);
@@ -283,6 +299,21 @@ mod tests {
         assert_eq!(reason.to_string(), "live traffic: status 503");
         health.report(Source::Active, Report::Timeout, &LIMITS);
         assert_eq!(health.reason().unwrap().to_string(), "active check: timed out");
+    }
+
+    #[test]
+    fn an_endpoint_on_parole_falls_at_the_next_failure() {
+        let health = Health::default();
+        (0..3).for_each(|_| {
+            let _ = health.report(Source::Passive, Report::HttpFailure(500), &LIMITS);
+        });
+        assert_eq!(health.parole(&LIMITS), Some(Flip { from: State::Unhealthy, to: State::MostlyHealthy }));
+        assert_eq!(health.parole(&LIMITS), None, "it is usable now");
+        assert!(health.report(Source::Passive, Report::HttpFailure(500), &LIMITS).is_some());
+        health.parole(&LIMITS);
+        health.report(Source::Passive, Report::Success(200), &LIMITS);
+        health.report(Source::Passive, Report::Success(200), &LIMITS);
+        assert_eq!(health.state(), State::Healthy);
     }
 
     #[test]

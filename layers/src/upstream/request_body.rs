@@ -15,7 +15,8 @@ use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use smallvec::SmallVec;
 
-use crate::body::{Body, BodyError};
+use crate::body::{Body, BodyError, TooLarge};
+use crate::error::Reason;
 
 /// Bytes of a streamed body that are kept for another attempt.
 pub(crate) const REPLAY_LIMIT: usize = 64 * 1024;
@@ -60,7 +61,7 @@ struct State {
     lost: bool,
     ended: bool,
     /// The client's side failed.
-    failed: bool,
+    failed: Option<Reason>,
 }
 
 impl Outgoing {
@@ -80,7 +81,7 @@ impl Outgoing {
                     keep: true,
                     lost: false,
                     ended: false,
-                    failed: false,
+                    failed: None,
                 }),
                 attempt: Cell::new(0),
                 progress: Cell::new(Progress::Upstream(Instant::now())),
@@ -112,7 +113,7 @@ impl Outgoing {
             Self::Empty | Self::Full(_) => true,
             Self::Streamed(stream) => {
                 let state = stream.state.borrow();
-                !state.lost && !state.failed
+                !state.lost && state.failed.is_none()
             }
         }
     }
@@ -132,10 +133,10 @@ impl Outgoing {
         }
     }
 
-    /// The client failed to deliver the body.
-    pub(crate) fn client_failed(&self) -> bool {
+    /// Why the client failed to deliver the body, if it did.
+    pub(crate) fn client_failed(&self) -> Option<Reason> {
         match self {
-            Self::Empty | Self::Full(_) => false,
+            Self::Empty | Self::Full(_) => None,
             Self::Streamed(stream) => stream.state.borrow().failed,
         }
     }
@@ -215,7 +216,8 @@ impl HttpBody for RequestBody {
                         Poll::Ready(None)
                     }
                     Some(Err(error)) => {
-                        state.failed = true;
+                        let large = error.is::<TooLarge>();
+                        state.failed = Some(if large { Reason::BodyTooLarge } else { Reason::RequestBody });
                         Poll::Ready(Some(Err(error)))
                     }
                     Some(Ok(frame)) => Poll::Ready(Some(Ok(state.pass(frame, place, trailers_sent)))),
@@ -350,7 +352,8 @@ mod tests {
         let reset: Result<Frame<Bytes>, BodyError> = Err("reset".into());
         let outgoing = Outgoing::new(Body::boxed(StreamBody::new(stream::iter([reset]))));
         assert!(outgoing.attempt(Instant::now()).frame().await.unwrap().is_err());
-        assert!(outgoing.client_failed() && !outgoing.replayable());
+        assert_eq!(outgoing.client_failed(), Some(Reason::RequestBody));
+        assert!(!outgoing.replayable());
     }
 
     #[tokio::test]

@@ -1,0 +1,4 @@
+//! Commands that do one thing and end.
+
+pub mod check;
+pub mod explain;

@@ -1,0 +1,5 @@
+//! Commands that run until they are told to stop.
+
+pub mod edge;
+mod sample;
+pub mod up;

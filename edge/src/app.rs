@@ -1,0 +1,450 @@
+//! The edge as a process: control runtime, store, workers, interfaces, and an orderly end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use certs::sni::{Protocol, TableSettings};
+use config::Graph;
+use config::plugin_catalog::PluginCatalog;
+use config::process::{Limits, Listener, Process, Provider, TlsVersion};
+use layers::http::access_log::AccessLog;
+use layers::http::in_flight::InFlightCount;
+use layers::telemetry::log_file::{LogFile, Sink};
+use layers::telemetry::metrics::Metrics;
+use layers::transport::framing::HeadLimits;
+use layers::transport::listen::{Listen, ListenError};
+use layers::transport::tls_server::TlsListen;
+use layers::upstream::forward::UpstreamService;
+use layers::worker::accept::{ListenOptions, Listening, ProxyProtocol};
+use layers::worker::deadlines::Timeouts;
+use layers::worker::runtime::{WorkerSettings, Workers};
+use layers::worker::serve::{Http2, ServeSettings};
+use layers::worker::view::{Published, View};
+use tokio::runtime::Builder;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::certificates::Certificates;
+use crate::compile::{Compiler, Env};
+use crate::interfaces::Interfaces;
+use crate::running::{Configuration, Running};
+use crate::snapshot::Snapshot;
+use crate::store::embedded::Embedded;
+use crate::store::etcd::{Etcd, EtcdSettings, EtcdTls};
+use crate::store::file::FileStore;
+use crate::store::standalone::Standalone;
+use crate::store::{Store, StoreError};
+use crate::{settings, stack};
+
+/// How long the start waits for the first resolution of upstream names. A name that does not resolve by then does not
+/// keep the others from being served.
+const FIRST_RESOLUTION: Duration = Duration::from_secs(3);
+
+/// Threads of the control runtime: enough for the interfaces, probes and stores to get on beside each other.
+const CONTROL_THREADS: usize = 2;
+
+/// What cut connections get after the drain's deadline, before the process ends all the same.
+const AFTER_DRAIN: Duration = Duration::from_secs(2);
+
+/// The gateway cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Operating system resources.
+    #[error("{what}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A setting of `config.yaml` cannot work.
+    #[error("{setting}: {problem}")]
+    Setting {
+        /// The key.
+        setting: String,
+        /// What is wrong and what to write instead.
+        problem: String,
+    },
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The store cannot be opened.
+    #[error("the configuration store cannot be opened")]
+    Store(#[from] StoreError),
+    /// A worker ended by itself; the process does not go on with less than it was started with.
+    #[error("{0}")]
+    Worker(String),
+}
+
+impl StartError {
+    pub(crate) fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::System { what, source }
+    }
+
+    pub(crate) fn setting(setting: impl Into<String>, problem: impl ToString) -> Self {
+        Self::Setting { setting: setting.into(), problem: problem.to_string() }
+    }
+}
+
+/// Where a running gateway is reached.
+#[derive(Clone, Debug, Default)]
+pub struct Addresses {
+    /// For clients.
+    pub http: Vec<SocketAddr>,
+    /// For clients, with TLS.
+    pub https: Vec<SocketAddr>,
+    /// Admin API.
+    pub admin: Option<SocketAddr>,
+    /// Control API.
+    pub control: Option<SocketAddr>,
+    /// Status API.
+    pub status: Option<SocketAddr>,
+    /// Metrics for Prometheus.
+    pub metrics: Option<SocketAddr>,
+    /// The file with the generated admin key.
+    pub admin_key: Option<PathBuf>,
+}
+
+impl Addresses {
+    /// Names and addresses, as they are told at start.
+    pub fn told(&self) -> Vec<(&'static str, String)> {
+        let many =
+            |what, list: &[SocketAddr]| list.iter().map(move |at| (what, at.to_string())).collect::<Vec<_>>();
+        let one = |what, at: Option<SocketAddr>| at.map(|at| (what, at.to_string()));
+        let key = self.admin_key.as_ref().map(|path| ("key", format!("admin key in {}", path.display())));
+        let mut told = many("http", &self.http);
+        told.extend(many("https", &self.https));
+        told.extend(one("admin", self.admin));
+        told.extend(key);
+        told.extend(one("control", self.control));
+        told.extend(one("status", self.status));
+        told.extend(one("metrics", self.metrics));
+        told
+    }
+}
+
+/// Runs the gateway until it is told to stop, and has stopped in order. `ready` is told when it serves.
+///
+/// # Errors
+/// It could not be started, or a worker failed.
+pub fn run(process: Process, ready: impl FnOnce(&Addresses)) -> Result<(), StartError> {
+    harden();
+    let control = Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .map_err(StartError::system("the control runtime cannot be started"))?;
+    let result = control.block_on(serve(&process, ready));
+    // Tasks that wait for a store or a probe are not waited for.
+    control.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+/// No core dump holds keys, and the soft limit of open files is no limit.
+fn harden() {
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        tracing::debug!(%error, "core dumps cannot be switched off");
+    }
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, soft, hard, "the limit of open files cannot be raised");
+    }
+}
+
+async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), StartError> {
+    let Signals { mut stop, mut reopen } = Signals::listen()?;
+    let metrics = Arc::new(Metrics::default());
+    let catalog: Arc<dyn PluginCatalog> = Arc::new(plugins::Catalog::new(process.plugins.as_deref()));
+    let opened = open_store(process)?;
+    let running = running(process, catalog, &metrics)?;
+    let in_flight = InFlightCount::default();
+    let interfaces = Interfaces::start(process, &running, &opened, &metrics).await?;
+
+    let events = opened.store.watch();
+    let follower = running.clone();
+    let context = tokio::runtime::Handle::current();
+    std::thread::Builder::new()
+        .name("compile".to_owned())
+        .spawn(move || {
+            let _context = context.enter();
+            follower.follow(events);
+        })
+        .map_err(StartError::system("the thread that compiles cannot be started"))?;
+
+    let mut addresses = interfaces.addresses();
+    if !process.serves_traffic() {
+        ready(&addresses);
+        interfaces.ready();
+        stop.told().await;
+        return Ok(());
+    }
+    // Sockets are bound early, so that a taken port is told at once, and accept when there is something to serve.
+    let listeners = listen(process, &running, &mut addresses)?;
+    tokio::select! {
+        () = configured(&running) => {}
+        () = stop.told() => return Ok(()),
+    }
+    let access_log = open_access_log(process)?;
+    let mut workers = start_workers(process, &running, listeners, access_log.as_ref(), &in_flight, &metrics)?;
+    interfaces.ready();
+    ready(&addresses);
+    loop {
+        tokio::select! {
+            () = stop.told() => break,
+            _ = reopen.recv() => {
+                if let Some(log) = &access_log {
+                    log.reopen();
+                }
+            }
+            failure = workers.failed() => return Err(StartError::Worker(failure.to_string())),
+        }
+    }
+    interfaces.draining();
+    let within = process.limits.drain_timeout;
+    tracing::info!(seconds = within.as_secs(), "stopping: what is in flight may finish");
+    workers.drain().start(within);
+    let report = tokio::select! {
+        report = workers.ended(within + AFTER_DRAIN) => report,
+        () = stop.told() => {
+            tracing::warn!("told twice to stop: ended at once");
+            // Nothing in flight is waited for, and no destructor may hold this up.
+            std::process::exit(1);
+        }
+    };
+    for casualty in &report.casualties {
+        tracing::warn!(peer = %casualty.peer, in_flight = casualty.in_flight, "cut at the end of the drain");
+    }
+    tracing::info!(took = ?report.took, cut = report.casualties.len(), "stopped");
+    Ok(())
+}
+
+/// A store, and what of it the Admin API needs.
+pub(crate) struct Opened {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) standalone: Option<Arc<Standalone>>,
+}
+
+fn open_store(process: &Process) -> Result<Opened, StartError> {
+    let data = &process.data_dir;
+    let store: Arc<dyn Store> = match &process.provider {
+        Provider::Embedded => Arc::new(Embedded::open(data)?),
+        Provider::File { path } => Arc::new(FileStore::new(path, data)),
+        Provider::Etcd(etcd) => Arc::new(Etcd::new(etcd_settings(process, etcd), data)?),
+        Provider::Standalone => {
+            let standalone = Arc::new(Standalone::open(data));
+            return Ok(Opened { store: standalone.clone(), standalone: Some(standalone) });
+        }
+    };
+    Ok(Opened { store, standalone: None })
+}
+
+fn etcd_settings(process: &Process, etcd: &config::process::Etcd) -> EtcdSettings {
+    EtcdSettings {
+        endpoints: etcd.hosts.clone(),
+        prefix: etcd.prefix.clone(),
+        user: etcd.user.as_ref().map(|(name, password)| (name.clone(), password.reveal().to_owned())),
+        timeout: etcd.timeout,
+        tls: EtcdTls {
+            ca: etcd.tls.ca.clone().or_else(|| process.tls.trusted_certificate.clone()),
+            identity: etcd.tls.identity.clone(),
+            sni: etcd.tls.sni.clone(),
+        },
+    }
+}
+
+fn running(
+    process: &Process,
+    catalog: Arc<dyn PluginCatalog>,
+    metrics: &Arc<Metrics>,
+) -> Result<Running, StartError> {
+    let env = Env::new(process, metrics.clone(), tokio::runtime::Handle::current())
+        .map_err(|problem| StartError::setting("apisix.ssl.ssl_trusted_certificate", problem))?;
+    let mut compiler = Compiler::new(env);
+    let graph = Graph::new();
+    let empty = compiler.compile(&graph, []);
+    let (published, retired) = Published::new(Arc::new(empty));
+    tokio::spawn(retired.run());
+    let certificates = Certificates::new(tls_settings(process)?);
+    Ok(Running::new(Configuration { graph, compiler, certificates }, catalog, published))
+}
+
+fn tls_settings(process: &Process) -> Result<TableSettings, StartError> {
+    let tls = &process.tls;
+    let protocols: Vec<_> = tls
+        .protocols
+        .iter()
+        .map(|version| match version {
+            TlsVersion::Tls12 => Protocol::Tls12,
+            TlsVersion::Tls13 => Protocol::Tls13,
+        })
+        .collect();
+    let ciphers = (!tls.ciphers.is_empty()).then(|| tls.ciphers.join(":"));
+    TableSettings::build(&protocols, ciphers.as_deref(), tls.session_tickets, tls.fallback_sni.as_deref())
+        .map_err(|problem| StartError::setting("apisix.ssl.ssl_ciphers", problem))
+}
+
+fn listen(
+    process: &Process,
+    running: &Running,
+    addresses: &mut Addresses,
+) -> Result<Vec<Listening>, StartError> {
+    let workers = settings::workers(process);
+    let table = running.configuration().certificates.table().clone();
+    let trusted = process.real_ip.from.clone();
+    let mut listening = Vec::new();
+    for listener in &process.listeners {
+        let Listener { address, tls, http2, proxy_protocol, optional } = *listener;
+        let key = if tls { "apisix.ssl.listen" } else { "apisix.node_listen" };
+        let sockets = match (Listen { address, key: key.to_owned() }).bind(workers) {
+            Ok(sockets) => sockets,
+            Err(error) if optional => {
+                tracing::info!(%address, %error, "not listening");
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let bound = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(address);
+        if tls { &mut addresses.https } else { &mut addresses.http }.push(bound);
+        listening.push(Listening {
+            sockets,
+            options: ListenOptions {
+                tls: tls.then(|| TlsListen { table: table.clone(), http2 }),
+                http2: http2 && !tls,
+                proxy_protocol: proxy_protocol.then(|| ProxyProtocol { trusted: trusted.clone() }),
+            },
+        });
+    }
+    Ok(listening)
+}
+
+/// Waits for the first configuration, and a while for the first addresses of its upstreams.
+async fn configured(running: &Running) {
+    let mut progress = running.progress();
+    // The sender lives as long as `running`.
+    let _ = progress.wait_for(|progress| progress.configured).await;
+    let clusters = running.configuration().compiler.clusters();
+    let resolved = async {
+        for (_, cluster) in &clusters {
+            cluster.resolved().await;
+        }
+    };
+    if tokio::time::timeout(FIRST_RESOLUTION, resolved).await.is_err() {
+        tracing::warn!("some upstream names do not resolve yet; the others are served");
+    }
+}
+
+fn open_access_log(process: &Process) -> Result<Option<LogFile>, StartError> {
+    let Some(log) = &process.access_log else { return Ok(None) };
+    let sink = log.path.as_deref().map_or(Sink::Stdout, Sink::at);
+    if sink == Sink::File("/dev/null".into()) {
+        return Ok(None);
+    }
+    let what = format!("nginx_config.http.access_log {sink:?} cannot be opened");
+    LogFile::start(sink).map(Some).map_err(StartError::system(what))
+}
+
+fn start_workers(
+    process: &Process,
+    running: &Running,
+    listeners: Vec<Listening>,
+    access_log: Option<&LogFile>,
+    in_flight: &InFlightCount,
+    metrics: &Arc<Metrics>,
+) -> Result<Workers, StartError> {
+    let limits = &process.limits;
+    let stack_settings = stack::Settings {
+        server: Some(settings::server(process)),
+        access_log: access_log
+            .zip(process.access_log.as_ref())
+            .map(|(file, log)| AccessLog::new(log.format.clone(), log.escape, file.handle())),
+        in_flight: in_flight.clone(),
+        in_flight_limit: settings::in_flight_limit(process),
+        rules: settings::rules(process),
+        readable_body: settings::readable_body(process),
+        certificates: running.configuration().certificates.table().clone(),
+    };
+    let published = running.published().clone();
+    let show_status = process.show_upstream_status;
+    let metrics = metrics.clone();
+    let workers = Workers::start(&worker_settings(process, limits), listeners, move |context| {
+        let view = Rc::new(View::<Snapshot>::new(published.clone()));
+        // A worker without requests lets go of former snapshots all the same.
+        let idle = view.clone();
+        context.on_tick(move || idle.refresh());
+        let upstream = UpstreamService::new(context, show_status, &metrics);
+        stack::build(&stack_settings, view, upstream)
+    });
+    workers.map_err(StartError::system("the workers cannot be started"))
+}
+
+fn worker_settings(process: &Process, limits: &Limits) -> WorkerSettings {
+    let workers = settings::workers(process);
+    let share = limits.connections.map(|all| (all as usize).div_ceil(workers));
+    WorkerSettings {
+        workers,
+        connections: share.unwrap_or(limits.connections_per_worker as usize),
+        timeouts: Timeouts {
+            handshake: limits.handshake_timeout,
+            header: limits.header_timeout,
+            body: limits.body_timeout,
+            send: limits.send_timeout,
+            idle: limits.idle_timeout,
+            ..Timeouts::default()
+        },
+        serve: ServeSettings {
+            head: HeadLimits {
+                line: limits.uri_length as usize,
+                head: limits.header_bytes as usize,
+                fields: limits.header_count as usize,
+            },
+            http2: Http2 { streams: limits.concurrent_streams, ..Http2::default() },
+            ..ServeSettings::default()
+        },
+    }
+}
+
+/// What the process is told from outside.
+struct Signals {
+    stop: Stop,
+    reopen: Signal,
+}
+
+/// SIGTERM, SIGINT and SIGQUIT.
+struct Stop {
+    term: Signal,
+    int: Signal,
+    quit: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, StartError> {
+        let on = |kind| signal(kind).map_err(StartError::system("signals cannot be listened to"));
+        Ok(Self {
+            stop: Stop {
+                term: on(SignalKind::terminate())?,
+                int: on(SignalKind::interrupt())?,
+                quit: on(SignalKind::quit())?,
+            },
+            reopen: on(SignalKind::user_defined1())?,
+        })
+    }
+}
+
+impl Stop {
+    async fn told(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+            _ = self.quit.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Server certificates: `ssl` resources on their way into the table that handshakes ask.
+//!
+//! A change counts from the next handshake on. A resource that cannot be used leaves its former self in service.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use certs::sni::{CertPem, Change, Protocol, SniTable, SslObject, TableSettings};
+use certs::verify::ClientAuth;
+use config::ssl::{Ssl, SslType, TlsVersion};
+use config::{ConfigError, ResourceKey};
+
+/// The published table, and what could not be used.
+pub struct Certificates {
+    table: Arc<ArcSwap<SniTable>>,
+    refused: BTreeMap<ResourceKey, Vec<ConfigError>>,
+}
+
+impl Certificates {
+    /// No certificates yet.
+    pub fn new(settings: TableSettings) -> Self {
+        Self { table: Arc::new(ArcSwap::from_pointee(SniTable::new(settings))), refused: BTreeMap::new() }
+    }
+
+    /// The table that handshakes ask.
+    pub fn table(&self) -> &Arc<ArcSwap<SniTable>> {
+        &self.table
+    }
+
+    /// Resources that cannot be used, and why.
+    pub fn refused(&self) -> &BTreeMap<ResourceKey, Vec<ConfigError>> {
+        &self.refused
+    }
+
+    /// Takes in resources that are new or different (with their creation index) or gone.
+    pub fn update<'a>(
+        &mut self,
+        changed: impl IntoIterator<Item = (&'a ResourceKey, Option<(&'a Ssl, u64)>)>,
+    ) {
+        let mut changes = Vec::new();
+        for (key, ssl) in changed {
+            self.refused.remove(key);
+            changes.push(match ssl.filter(|(ssl, _)| ssl.status.is_on() && ssl.kind == SslType::Server) {
+                Some((ssl, order)) => {
+                    let object = object(key, ssl, order);
+                    // No version left of those that are named must not become every version.
+                    if object.protocols.is_empty()
+                        && ssl.ssl_protocols.as_ref().is_some_and(|named| !named.is_empty())
+                    {
+                        let why = "none of these versions is spoken: write TLSv1.2 or TLSv1.3";
+                        tracing::error!(object = %key, why, "the certificate cannot be used");
+                        self.refused.insert(key.clone(), vec![ConfigError::invalid("/ssl_protocols", why)]);
+                        Change::Remove(key.id.clone())
+                    } else {
+                        Change::Put(object)
+                    }
+                }
+                None => Change::Remove(key.id.clone()),
+            });
+        }
+        if changes.is_empty() {
+            return;
+        }
+        let (table, errors) = self.table.load().apply(changes);
+        for error in errors {
+            tracing::error!(object = %format_args!("ssls/{}", error.id), %error, "the certificate cannot be used");
+            let key = ResourceKey::new(config::Kind::Ssl, error.id.clone());
+            let refused = ConfigError::invalid(format!("/{}", error.field), error.problem.to_string());
+            self.refused.entry(key).or_default().push(refused);
+        }
+        self.table.store(Arc::new(table));
+    }
+}
+
+fn object(key: &ResourceKey, ssl: &Ssl, order: u64) -> SslObject {
+    SslObject {
+        id: key.id.clone(),
+        order,
+        names: ssl.snis().map(|name| name.as_str().to_owned()).collect(),
+        pairs: ssl
+            .pairs()
+            .map(|(cert, key)| CertPem { cert: cert.as_str().to_owned(), key: key.reveal().to_owned() })
+            .collect(),
+        client: ssl.client.as_ref().map(|client| ClientAuth {
+            ca: client.ca.as_str().to_owned(),
+            depth: client.depth.get(),
+            skip_uri_regex: client
+                .skip_mtls_uri_regex
+                .iter()
+                .flat_map(|patterns| patterns.iter())
+                .map(|pattern| pattern.to_string())
+                .collect(),
+        }),
+        protocols: ssl
+            .ssl_protocols
+            .iter()
+            .flat_map(|versions| versions.iter())
+            .filter_map(protocol)
+            .collect(),
+    }
+}
+
+/// TLS 1.1 and older are not spoken; a resource that names them serves what else it names.
+fn protocol(version: &TlsVersion) -> Option<Protocol> {
+    match version {
+        TlsVersion::V1_1 => None,
+        TlsVersion::V1_2 => Some(Protocol::Tls12),
+        TlsVersion::V1_3 => Some(Protocol::Tls13),
+    }
+}

@@ -1,0 +1,763 @@
+//! From resources to the objects of the data path, change by change.
+//!
+//! Everything that can fail or cost is done here, on the control thread. What did not change keeps its object: a route
+//! among a hundred thousand is replaced alone, an upstream changes inside its [`Cluster`] without touching the routes
+//! that use it, and a plugin keeps its state over edits elsewhere.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use config::fields::Plugins;
+use config::graph::{Graph, Item, Rejected};
+use config::meta::{META, Meta};
+use config::process::Process;
+use config::{ConfigError, Kind, Resource, ResourceKey};
+use hashbrown::{HashMap, HashSet};
+use layers::carry::Carry;
+use layers::chain::{ErrorResponse, Instance, Plan, Source};
+use layers::consumer::{Consumer, ConsumerTable, Consumers};
+use layers::error::Reason;
+use layers::plugin::{BuildEnv, Hooks, Registration, Upstreams};
+use layers::route::{AddrSet, Entry, HostPattern, MethodSet, Mode, Table};
+use layers::target::{Destination, Target, Timeouts};
+use layers::telemetry::metrics::Metrics;
+use layers::upstream::cluster::{Cluster, ClusterEnv};
+use layers::upstream::tls_client::ClientPem;
+use serde_json::Value;
+
+use crate::snapshot::Snapshot;
+use crate::{merge, settings};
+
+/// What compiling needs beside the resources.
+pub struct Env {
+    /// The plugins on offer, by name.
+    pub plugins: HashMap<&'static str, &'static Registration>,
+    /// `plugin_attr` of `config.yaml`.
+    pub attrs: HashMap<String, Value>,
+    /// Which part of a request is looked at first.
+    pub mode: Mode,
+    /// The published consumers.
+    pub consumers: Consumers,
+    /// Shared metrics.
+    pub metrics: Arc<Metrics>,
+    /// What upstreams are made with.
+    pub clusters: ClusterEnv,
+    /// The control runtime.
+    pub control: tokio::runtime::Handle,
+}
+
+impl Env {
+    /// What `config.yaml` says, and the plugins of this binary.
+    ///
+    /// # Errors
+    /// The trusted certificates for upstreams cannot be read.
+    pub fn new(
+        process: &Process,
+        metrics: Arc<Metrics>,
+        control: tokio::runtime::Handle,
+    ) -> Result<Self, String> {
+        Ok(Self {
+            plugins: plugins::registrations().iter().map(|plugin| (plugin.name, plugin)).collect(),
+            attrs: process.plugin_attr.iter().map(|(name, attr)| (name.clone(), attr.clone())).collect(),
+            mode: settings::mode(process),
+            consumers: Consumers::default(),
+            clusters: settings::clusters(process, &control)?,
+            metrics,
+            control,
+        })
+    }
+}
+
+/// Keeps the compiled form of all resources and brings it up to date.
+pub struct Compiler {
+    env: Env,
+    carry: Carry,
+    clusters: Clusters,
+    /// The plugins of every object that has some.
+    plugins: HashMap<ResourceKey, Result<Arc<[Arc<Instance>]>, Vec<ConfigError>>>,
+    consumers: BTreeMap<ResourceKey, Vec<Recognised>>,
+    routes: Table<Target>,
+    body_readers: HashSet<Arc<str>>,
+    global: Option<Arc<Plan>>,
+    refused: BTreeMap<ResourceKey, Vec<ConfigError>>,
+    version: u64,
+}
+
+/// A consumer under one authentication plugin and key.
+struct Recognised {
+    plugin: &'static str,
+    key: Option<String>,
+    consumer: Arc<Consumer>,
+}
+
+/// The clusters that exist, by the key of the object that owns them.
+#[derive(Default)]
+struct Clusters {
+    by_key: RefCell<HashMap<Box<str>, Arc<Cluster>>>,
+}
+
+impl Clusters {
+    fn of(&self, key: &str) -> Option<Arc<Cluster>> {
+        self.by_key.borrow().get(key).cloned()
+    }
+
+    /// The cluster of `key` as `upstream` says; the one that is there is changed in place.
+    fn settle(
+        &self,
+        key: &str,
+        upstream: &config::upstream::Upstream,
+        graph: &Graph,
+        env: &ClusterEnv,
+    ) -> Result<Arc<Cluster>, ConfigError> {
+        let certificate = client_certificate(upstream, graph)?;
+        if let Some(cluster) = self.of(key) {
+            cluster.update(upstream, certificate, env)?;
+            return Ok(cluster);
+        }
+        let cluster = Cluster::build(key, upstream, certificate, env)?;
+        self.by_key.borrow_mut().insert(key.into(), cluster.clone());
+        Ok(cluster)
+    }
+
+    fn remove(&self, key: &str) -> bool {
+        self.by_key.borrow_mut().remove(key).is_some()
+    }
+}
+
+/// The certificate that `tls.client_cert_id` names.
+fn client_certificate(
+    upstream: &config::upstream::Upstream,
+    graph: &Graph,
+) -> Result<Option<ClientPem>, ConfigError> {
+    let Some(id) = upstream.tls.as_ref().and_then(|tls| tls.client_cert_id.as_ref()) else { return Ok(None) };
+    let key = id.key(Kind::Ssl);
+    match graph.get(&key).map(|item| &item.resource) {
+        Some(Resource::Ssl(ssl)) => {
+            Ok(Some(ClientPem { certificate: ssl.cert.as_str().into(), key: ssl.key.reveal().into() }))
+        }
+        _ => Err(missing_reference("/tls/client_cert_id", &key)),
+    }
+}
+
+/// Where the plugins of one object find upstreams of their own.
+struct UpstreamsOf<'a> {
+    owner: &'a ResourceKey,
+    clusters: &'a Clusters,
+    graph: &'a Graph,
+    env: &'a ClusterEnv,
+    /// The keys of the inline upstreams that were asked for.
+    used: RefCell<Vec<String>>,
+}
+
+impl Upstreams for UpstreamsOf<'_> {
+    fn by_id(&self, id: &str) -> Result<Arc<Cluster>, ConfigError> {
+        let key = ResourceKey::new(Kind::Upstream, id);
+        self.clusters
+            .of(&key.to_string())
+            .ok_or_else(|| ConfigError::new("", config::ErrorKind::MissingReference { target: key }))
+    }
+
+    fn inline(&self, name: &str, upstream: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError> {
+        let key = format!("{}/{name}", self.owner);
+        let cluster = self.clusters.settle(&key, upstream, self.graph, self.env)?;
+        self.used.borrow_mut().push(key);
+        Ok(cluster)
+    }
+}
+
+/// The order in which kinds are compiled: what is referred to comes first.
+const ORDER: [Kind; 10] = [
+    Kind::Ssl,
+    Kind::Upstream,
+    Kind::PluginMetadata,
+    Kind::Service,
+    Kind::PluginConfig,
+    Kind::ConsumerGroup,
+    Kind::Consumer,
+    Kind::Credential,
+    Kind::GlobalRule,
+    Kind::Route,
+];
+
+impl Compiler {
+    /// With nothing compiled yet.
+    pub fn new(env: Env) -> Self {
+        Self {
+            carry: Carry::default(),
+            clusters: Clusters::default(),
+            plugins: HashMap::new(),
+            consumers: BTreeMap::new(),
+            routes: Table::new(env.mode),
+            body_readers: HashSet::new(),
+            global: None,
+            refused: BTreeMap::new(),
+            version: 0,
+            env,
+        }
+    }
+
+    /// Objects that passed every check of their own and still cannot work, and why.
+    pub fn refused(&self) -> &BTreeMap<ResourceKey, Vec<ConfigError>> {
+        &self.refused
+    }
+
+    /// The clusters that exist, by the key of their owner.
+    pub fn clusters(&self) -> Vec<(Box<str>, Arc<Cluster>)> {
+        self.clusters.by_key.borrow().iter().map(|(key, cluster)| (key.clone(), cluster.clone())).collect()
+    }
+
+    /// Brings the data plane up to date with `graph`, in which the objects `changed` are new, different or gone.
+    pub fn compile(&mut self, graph: &Graph, changed: impl IntoIterator<Item = ResourceKey>) -> Snapshot {
+        let affected = self.affected(graph, changed);
+        let mut consumers = false;
+        let mut globals = false;
+        for kind in ORDER {
+            for key in affected.iter().filter(|key| key.kind == kind) {
+                self.refused.remove(key);
+                let item = graph.get(key).cloned();
+                match kind {
+                    Kind::Upstream => self.upstream(graph, key, item.as_deref()),
+                    Kind::Service => self.service(graph, key, item.as_deref()),
+                    Kind::PluginConfig | Kind::ConsumerGroup => self.plugins_of(graph, key, item.as_deref()),
+                    Kind::Consumer | Kind::Credential => {
+                        self.consumer(graph, key, item.as_deref());
+                        consumers = true;
+                    }
+                    Kind::GlobalRule => {
+                        self.plugins_of(graph, key, item.as_deref());
+                        globals = true;
+                    }
+                    Kind::Route => self.route(graph, key, item.as_deref()),
+                    _ => {}
+                }
+            }
+        }
+        if consumers {
+            self.publish_consumers();
+        }
+        if globals {
+            self.merge_globals(graph);
+        }
+        self.carry.sweep();
+        self.version += 1;
+        Snapshot {
+            version: self.version,
+            routes: self.routes.clone(),
+            global: self.global.clone(),
+            reads_body: !self.body_readers.is_empty(),
+        }
+    }
+
+    /// The changed objects, and those that are built from them.
+    fn affected(
+        &self,
+        graph: &Graph,
+        changed: impl IntoIterator<Item = ResourceKey>,
+    ) -> HashSet<ResourceKey> {
+        let mut affected = HashSet::new();
+        let mut waiting: Vec<ResourceKey> = changed.into_iter().collect();
+        while let Some(key) = waiting.pop() {
+            let spreads = match key.kind {
+                // An upstream changes inside its cluster; only its coming and going concerns others.
+                Kind::Upstream => self.clusters.of(&key.to_string()).is_some() != graph.get(&key).is_some(),
+                Kind::PluginMetadata => {
+                    waiting.extend(self.holders(graph, &key.id));
+                    false
+                }
+                _ => true,
+            };
+            if !affected.insert(key.clone()) {
+                continue;
+            }
+            if spreads {
+                waiting.extend(graph.referrers(&key));
+            }
+        }
+        affected
+    }
+
+    /// The objects that hold a plugin.
+    fn holders(&self, graph: &Graph, plugin: &str) -> Vec<ResourceKey> {
+        let kinds = [
+            Kind::Route,
+            Kind::Service,
+            Kind::PluginConfig,
+            Kind::ConsumerGroup,
+            Kind::Consumer,
+            Kind::Credential,
+            Kind::GlobalRule,
+        ];
+        kinds
+            .into_iter()
+            .flat_map(|kind| graph.iter(kind))
+            .filter(|item| item.resource.plugins().is_some_and(|plugins| plugins.contains_key(plugin)))
+            .map(|item| item.key.clone())
+            .collect()
+    }
+
+    fn refuse(&mut self, key: &ResourceKey, errors: Vec<ConfigError>) {
+        for error in &errors {
+            tracing::error!(object = %key, %error, "set aside");
+        }
+        self.refused.insert(key.clone(), errors);
+    }
+
+    fn upstream(&mut self, graph: &Graph, key: &ResourceKey, item: Option<&Item>) {
+        let name = key.to_string();
+        match item.map(|item| &item.resource) {
+            Some(Resource::Upstream(upstream)) => {
+                if let Err(error) = self.clusters.settle(&name, upstream, graph, &self.env.clusters) {
+                    self.refuse(key, vec![error]);
+                }
+            }
+            _ => {
+                self.clusters.remove(&name);
+            }
+        }
+    }
+
+    fn service(&mut self, graph: &Graph, key: &ResourceKey, item: Option<&Item>) {
+        self.plugins_of(graph, key, item);
+        let name = key.to_string();
+        let Some(Resource::Service(service)) = item.map(|item| &item.resource) else {
+            self.clusters.remove(&name);
+            return;
+        };
+        match &service.upstream {
+            Some(upstream) => {
+                if let Err(error) = self.clusters.settle(&name, upstream, graph, &self.env.clusters) {
+                    self.refuse(key, vec![error.under("/upstream")]);
+                }
+            }
+            None => {
+                self.clusters.remove(&name);
+            }
+        }
+    }
+
+    /// Builds the plugins of an object that has some, and forgets those of one that has none.
+    fn plugins_of(&mut self, graph: &Graph, key: &ResourceKey, item: Option<&Item>) {
+        match item.and_then(|item| item.resource.plugins()) {
+            Some(plugins) if !plugins.is_empty() => {
+                let built = self.build(graph, key, plugins);
+                if let Err(errors) = &built {
+                    self.refuse(key, errors.clone());
+                }
+                self.plugins.insert(key.clone(), built);
+            }
+            _ => {
+                self.plugins.remove(key);
+            }
+        }
+    }
+
+    /// Builds plugins in the order of their names. All errors, with pointers into the object.
+    fn build(
+        &self,
+        graph: &Graph,
+        owner: &ResourceKey,
+        plugins: &Plugins,
+    ) -> Result<Arc<[Arc<Instance>]>, Vec<ConfigError>> {
+        let upstreams = UpstreamsOf {
+            owner,
+            clusters: &self.clusters,
+            graph,
+            env: &self.env.clusters,
+            used: RefCell::default(),
+        };
+        let source = Source(owner.to_string().into());
+        let mut built = Vec::with_capacity(plugins.len());
+        let mut errors = Vec::new();
+        for (name, settings) in plugins.iter() {
+            let under = format!("/plugins/{}", config::error::escape(name));
+            let meta = Meta::of(settings);
+            if meta.is_disabled() {
+                continue;
+            }
+            // Names that are harmless to leave out have passed the check of the object and have no registration.
+            let Some(registration) = self.env.plugins.get(name.as_str()) else { continue };
+            let mut settings = settings.clone();
+            if let Some(fields) = settings.as_object_mut() {
+                fields.remove(META);
+            }
+            let metadata = graph.get(&ResourceKey::new(Kind::PluginMetadata, name.as_str()));
+            let metadata = metadata.and_then(|item| match &item.resource {
+                Resource::PluginMetadata(metadata) => Some(Value::Object(metadata.settings.clone())),
+                _ => None,
+            });
+            let env = BuildEnv {
+                owner,
+                metadata: metadata.as_ref(),
+                attr: self.env.attrs.get(name.as_str()),
+                carry: &self.carry,
+                consumers: &self.env.consumers,
+                upstreams: &upstreams,
+                metrics: &self.env.metrics,
+                control: &self.env.control,
+            };
+            let mut hooks = Hooks::default();
+            if let Err(found) = (registration.build)(&settings, &env, &mut hooks) {
+                errors.extend(found.into_iter().map(|error| error.under(&under)));
+                continue;
+            }
+            let filter = match meta.filter.as_ref().map(config::Expr::parse).transpose() {
+                Ok(filter) => filter,
+                Err(error) => {
+                    errors.push(error.under(&format!("{under}/{META}/filter")));
+                    continue;
+                }
+            };
+            built.push(Arc::new(Instance {
+                name: registration.name,
+                priority: meta.priority.unwrap_or(registration.priority),
+                source: source.clone(),
+                filter,
+                error_response: meta.error_response.as_ref().map(|own| ErrorResponse::from(own)),
+                hooks,
+            }));
+        }
+        if errors.is_empty() { Ok(built.into()) } else { Err(errors) }
+    }
+
+    fn route(&mut self, graph: &Graph, key: &ResourceKey, item: Option<&Item>) {
+        self.body_readers.remove(&key.id);
+        let entry = match item.map(|item| (item, &item.resource)) {
+            Some((item, Resource::Route(route))) => {
+                self.plugins_of(graph, key, Some(item));
+                if !route.status.is_on() {
+                    None
+                } else {
+                    match self.target(graph, key, route) {
+                        Ok(target) => entry(graph, key, item, route, target),
+                        Err(errors) => {
+                            self.refuse(key, errors);
+                            refused_entry(graph, key, item, route, self.refused.get(key))
+                        }
+                    }
+                }
+            }
+            _ => {
+                self.plugins.remove(key);
+                self.clusters.remove(&key.to_string());
+                graph.rejected_at(key).and_then(|rejected| rejected_entry(graph, rejected))
+            }
+        };
+        match entry {
+            Some(entry) => {
+                if entry.vars.as_ref().is_some_and(config::Expr::needs_body) {
+                    self.body_readers.insert(key.id.clone());
+                }
+                self.routes.insert(entry);
+            }
+            None => {
+                self.routes.remove(&key.id);
+            }
+        }
+    }
+
+    /// What a route does with a request.
+    fn target(
+        &self,
+        graph: &Graph,
+        key: &ResourceKey,
+        route: &config::route::Route,
+    ) -> Result<Target, Vec<ConfigError>> {
+        let service_key = route.service_id.as_ref().map(|id| id.key(Kind::Service));
+        let service = service_key.as_ref().and_then(|key| match &graph.get(key)?.resource {
+            Resource::Service(service) => Some(&**service),
+            _ => None,
+        });
+        let config_key = route.plugin_config_id.as_ref().map(|id| id.key(Kind::PluginConfig));
+        let mut owners: Vec<&[Arc<Instance>]> = Vec::with_capacity(3);
+        for owner in [Some(key), config_key.as_ref(), service_key.as_ref()].into_iter().flatten() {
+            match self.plugins.get(owner) {
+                Some(Ok(instances)) => owners.push(instances),
+                // Without one of its plugins the route could let in what the plugin keeps out.
+                Some(Err(errors)) if owner == key => return Err(errors.clone()),
+                Some(Err(_)) => return Err(vec![unusable(owner)]),
+                None => {}
+            }
+        }
+        if let Some(missing) = config_key.as_ref().filter(|key| graph.get(key).is_none()) {
+            return Err(vec![missing_reference("/plugin_config_id", missing)]);
+        }
+        let destination = self.destination(graph, key, route, service_key.as_ref(), service)?;
+        let plan = if owners.is_empty() { Arc::default() } else { Arc::new(merge::merge(owners)) };
+        Ok(Target {
+            route_id: key.id.clone(),
+            route_name: route.name.as_ref().map(|name| name.as_str().into()),
+            service_id: service_key.as_ref().map(|key| key.id.clone()),
+            service_name: service.and_then(|service| service.name.as_ref()).map(|name| name.as_str().into()),
+            plan,
+            destination,
+            timeout: route.timeout.as_ref().map(|timeout| Timeouts {
+                connect: timeout.connect.duration(),
+                send: timeout.send.duration(),
+                read: timeout.read.duration(),
+            }),
+            websocket: route
+                .enable_websocket
+                .or_else(|| service.and_then(|service| service.enable_websocket))
+                .unwrap_or(false),
+            refused: None,
+        })
+    }
+
+    /// The upstream of a route: its own, else its service's. APISIX 2.4, steps 4 and 10.
+    fn destination(
+        &self,
+        graph: &Graph,
+        key: &ResourceKey,
+        route: &config::route::Route,
+        service_key: Option<&ResourceKey>,
+        service: Option<&config::service::Service>,
+    ) -> Result<Destination, Vec<ConfigError>> {
+        let named = |id: &config::Id| match self.clusters.of(&id.key(Kind::Upstream).to_string()) {
+            Some(cluster) => Destination::Cluster(cluster),
+            None => Destination::Nothing(Reason::UpstreamMissing),
+        };
+        let own = key.to_string();
+        if let Some(upstream) = &route.upstream {
+            let cluster = self.clusters.settle(&own, upstream, graph, &self.env.clusters);
+            return cluster.map(Destination::Cluster).map_err(|error| vec![error.under("/upstream")]);
+        }
+        self.clusters.remove(&own);
+        if let Some(id) = &route.upstream_id {
+            return Ok(named(id));
+        }
+        match (service_key, service) {
+            (Some(_), None) => Ok(Destination::Nothing(Reason::ServiceNotFound)),
+            (Some(key), Some(service)) if service.upstream.is_some() => {
+                match self.clusters.of(&key.to_string()) {
+                    Some(cluster) => Ok(Destination::Cluster(cluster)),
+                    None => Err(vec![unusable(key)]),
+                }
+            }
+            (Some(_), Some(service)) => {
+                Ok(service.upstream_id.as_ref().map_or(Destination::Nothing(Reason::NoUpstream), named))
+            }
+            (None, _) => Ok(Destination::Nothing(Reason::NoUpstream)),
+        }
+    }
+
+    fn consumer(&mut self, graph: &Graph, key: &ResourceKey, item: Option<&Item>) {
+        self.consumers.remove(key);
+        let Some(item) = item else { return };
+        let owner = match key.kind {
+            Kind::Credential => key.consumer(),
+            _ => Some(key.clone()),
+        };
+        let Some(consumer_item) = owner.as_ref().and_then(|owner| graph.get(owner)) else {
+            return;
+        };
+        let Resource::Consumer(consumer) = &consumer_item.resource else { return };
+        // The consumer's own plugins are merged with its group's; those that authenticate only say who it is.
+        let group = consumer.group_id.as_ref().map(|id| id.key(Kind::ConsumerGroup));
+        if let Some(missing) = group.as_ref().filter(|key| graph.get(key).is_none()) {
+            self.refuse(key, vec![missing_reference("/group_id", missing)]);
+            return;
+        }
+        let is_auth = |name: &str| {
+            self.env.plugins.get(name).is_some_and(|registration| (registration.extras)().authenticates())
+        };
+        let mut acting = Plugins::default();
+        for (name, settings) in consumer.plugins.iter().flat_map(|plugins| plugins.iter()) {
+            if !is_auth(name) {
+                acting.insert(name.clone(), settings.clone());
+            }
+        }
+        let own = match self.build(graph, &consumer_item.key, &acting) {
+            Ok(own) => own,
+            Err(errors) => {
+                self.refuse(key, errors);
+                return;
+            }
+        };
+        let of_group: &[Arc<Instance>] = match group.as_ref().and_then(|key| self.plugins.get(key)) {
+            None => &[],
+            Some(Ok(instances)) => instances,
+            Some(Err(_)) => {
+                let error = unusable(&group.unwrap_or_else(|| key.clone()));
+                self.refuse(key, vec![error]);
+                return;
+            }
+        };
+        let plugins: Arc<[Arc<Instance>]> = merge::instances([&own[..], of_group]).into();
+        let labels: Arc<[(Box<str>, Box<str>)]> = consumer
+            .labels
+            .iter()
+            .flat_map(|labels| labels.iter())
+            .map(|(name, value)| (Box::from(name.as_ref()), Box::from(value.as_ref())))
+            .collect();
+        let custom_id =
+            labels.iter().find(|(name, _)| &**name == "custom_id").map(|(_, value)| Arc::from(&**value));
+        let credential_id = (key.kind == Kind::Credential).then(|| Arc::from(key.own_id()));
+        let recognised = |plugin: &'static str, settings_key: Option<String>, settings: Value| Recognised {
+            plugin,
+            key: settings_key,
+            consumer: Arc::new(Consumer {
+                name: consumer.username.as_str().into(),
+                group_id: consumer.group_id.as_ref().map(|id| id.as_str().into()),
+                labels: labels.clone(),
+                custom_id: custom_id.clone(),
+                plugins: plugins.clone(),
+                credential_id: credential_id.clone(),
+                auth: Arc::new(settings),
+            }),
+        };
+        let mut found = Vec::new();
+        if key.kind == Kind::Consumer {
+            // Under no plugin: `anonymous_consumer` finds it by name.
+            found.push(recognised("", None, Value::Null));
+        }
+        for (name, settings) in item.resource.plugins().into_iter().flat_map(|plugins| plugins.iter()) {
+            let Some(registration) = self.env.plugins.get(name.as_str()) else { continue };
+            if let Some(settings_key) = (registration.extras)().consumer_key(settings) {
+                found.push(recognised(registration.name, Some(settings_key), settings.clone()));
+            }
+        }
+        self.consumers.insert(key.clone(), found);
+    }
+
+    fn publish_consumers(&self) {
+        let mut table = ConsumerTable::default();
+        for (owner, found) in &self.consumers {
+            for recognised in found {
+                match &recognised.key {
+                    None => table.insert_named(recognised.consumer.clone()),
+                    Some(key) => {
+                        if !table.insert(recognised.plugin, key, recognised.consumer.clone()) {
+                            tracing::error!(
+                                object = %owner,
+                                plugin = recognised.plugin,
+                                "another consumer has the same key; this one is not recognised by it"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        self.env.consumers.publish(table);
+    }
+
+    /// One plan of all global rules, in the order of their ids; the first of two equal plugins wins.
+    fn merge_globals(&mut self, graph: &Graph) {
+        let mut keys: Vec<_> = graph.iter(Kind::GlobalRule).map(|item| item.key.clone()).collect();
+        keys.sort();
+        let owners: Vec<&[Arc<Instance>]> = keys
+            .iter()
+            .filter_map(|key| self.plugins.get(key)?.as_ref().ok())
+            .map(|instances| &**instances)
+            .collect();
+        let merged = merge::instances(owners);
+        self.global = (!merged.is_empty()).then(|| Arc::new(Plan::new(merged)));
+    }
+}
+
+fn missing_reference(pointer: &str, target: &ResourceKey) -> ConfigError {
+    ConfigError::new(pointer, config::ErrorKind::MissingReference { target: target.clone() })
+}
+
+/// An object that this one is built from was set aside.
+fn unusable(key: &ResourceKey) -> ConfigError {
+    ConfigError::invalid("", format!("{key}, which this object uses, is set aside: mend that one first"))
+}
+
+/// The table entry of a route that serves.
+fn entry(
+    graph: &Graph,
+    key: &ResourceKey,
+    item: &Item,
+    route: &config::route::Route,
+    target: Target,
+) -> Option<Entry<Target>> {
+    let of_service = || {
+        let service = route.service_id.as_ref()?.key(Kind::Service);
+        match &graph.get(&service)?.resource {
+            Resource::Service(service) => service.hosts.as_deref(),
+            _ => None,
+        }
+    };
+    let mut hosts: Vec<_> = route.hosts().map(|host| HostPattern::new(host)).collect();
+    if hosts.is_empty() {
+        hosts = of_service()
+            .into_iter()
+            .flat_map(|hosts| hosts.iter())
+            .map(|host| HostPattern::new(host))
+            .collect();
+    }
+    let methods = route.methods();
+    let methods = (!methods.is_empty()).then(|| {
+        methods.iter().fold(MethodSet::default(), |set, method| set.union(MethodSet::named(method.as_str())))
+    });
+    let nets: Vec<_> = route.remote_addrs().map(|net| net.net()).collect();
+    let vars = match route.vars.as_deref().map(config::Expr::parse).transpose() {
+        Ok(vars) => vars,
+        // The object's own check has parsed them before.
+        Err(error) => {
+            tracing::error!(object = %key, %error, "vars");
+            return None;
+        }
+    };
+    Some(Entry {
+        id: key.id.clone(),
+        hosts,
+        uris: route.uris().map(str::to_owned).collect(),
+        methods,
+        remote_addrs: (!nets.is_empty()).then(|| nets.into_iter().collect::<AddrSet>()),
+        vars,
+        priority: i64::from(route.priority),
+        order: item.created_index,
+        value: Arc::new(target),
+    })
+}
+
+/// The entry of a route that may not serve: it keeps its place in the table and answers 503, so that its requests do
+/// not fall through to another route.
+fn refused_entry(
+    graph: &Graph,
+    key: &ResourceKey,
+    item: &Item,
+    route: &config::route::Route,
+    errors: Option<&Vec<ConfigError>>,
+) -> Option<Entry<Target>> {
+    let why: Vec<_> = errors.into_iter().flatten().map(ConfigError::to_string).collect();
+    let target = Target {
+        route_id: key.id.clone(),
+        route_name: None,
+        service_id: None,
+        service_name: None,
+        plan: Arc::default(),
+        destination: Destination::Nothing(Reason::RouteRefused),
+        timeout: None,
+        websocket: false,
+        refused: Some(why.join("; ").into()),
+    };
+    entry(graph, key, item, route, target)
+}
+
+/// The entry of a route whose object did not pass its check, from those of its fields that say which requests it means.
+fn rejected_entry(graph: &Graph, rejected: &Rejected) -> Option<Entry<Target>> {
+    const MEANING: [&str; 9] =
+        ["uri", "uris", "host", "hosts", "remote_addr", "remote_addrs", "methods", "vars", "priority"];
+    let fields = rejected.value.as_object()?;
+    if fields.get("status").is_some_and(|status| status == 0) {
+        return None;
+    }
+    let mut meaning: serde_json::Map<_, _> =
+        MEANING.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(*name)?.clone()))).collect();
+    // A route has to go somewhere to be one.
+    meaning
+        .insert("service_id".to_owned(), fields.get("service_id").cloned().unwrap_or_else(|| "none".into()));
+    let resource =
+        Resource::parse(&rejected.key, &Value::Object(meaning), &config::plugin_catalog::NoPlugins);
+    let Ok(Resource::Route(route)) = resource else { return None };
+    let item = Item {
+        key: rejected.key.clone(),
+        resource: Resource::Route(route.clone()),
+        created_index: rejected.modified_index,
+        modified_index: rejected.modified_index,
+    };
+    refused_entry(graph, &rejected.key, &item, &route, Some(&rejected.errors))
+}

@@ -1,0 +1,291 @@
+//! The interfaces beside the data path: Admin, Control and status API, and the metrics page.
+//!
+//! They start before the first configuration is in, so that an operator can ask why the gateway does not serve yet.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use config::process::{Process, Provider};
+use config::{Item, Kind, Rejected, ResourceKey};
+use http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
+use layers::telemetry::metrics::Metrics;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::admin::auth::Access;
+use crate::admin::reply::{Reply, ReplyBody};
+use crate::admin::{Admin, AdminParts};
+use crate::app::{Addresses, Opened, StartError};
+use crate::control::Control;
+use crate::endpoint::{Endpoint, Handler, admin_tls};
+use crate::explain::{self, Question, Rules};
+use crate::live::{Applied, Checker, HealthCounter, LiveState, NodeHealth, Readiness};
+use crate::running::Running;
+use crate::settings;
+use crate::status::Status;
+use crate::store::BoxFuture;
+
+/// The stages of the process, in this order.
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+const DRAINING: u8 = 2;
+
+/// The running interfaces.
+pub(crate) struct Interfaces {
+    state: Arc<State>,
+    addresses: Addresses,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Interfaces {
+    /// Binds and serves all interfaces that are switched on.
+    ///
+    /// # Errors
+    /// An address is taken, the admin key cannot be kept, or a certificate cannot be used.
+    pub(crate) async fn start(
+        process: &Process,
+        running: &Running,
+        opened: &Opened,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, StartError> {
+        let state = Arc::new(State {
+            stage: AtomicU8::new(STARTING),
+            running: running.clone(),
+            rules: settings::rules(process),
+            provider: provider(process),
+        });
+        let live: Arc<dyn LiveState> = state.clone();
+        let prefix = match &process.provider {
+            Provider::Etcd(etcd) => etcd.prefix.clone(),
+            _ => "/apisix".to_owned(),
+        };
+        let mut started = Self { state, addresses: Addresses::default(), tasks: Vec::new() };
+        if let Some(settings) = &process.admin {
+            let access = Access::new(settings, &process.data_dir).map_err(StartError::system(
+                "the generated admin key cannot be kept in the data directory",
+            ))?;
+            started.addresses.admin_key = access.generated_key_file().map(PathBuf::from);
+            let tls = settings
+                .tls
+                .as_ref()
+                .map(admin_tls)
+                .transpose()
+                .map_err(StartError::system("deployment.admin.admin_api_mtls"))?;
+            let reload = live.clone();
+            let admin = Admin::new(AdminParts {
+                store: opened.store.clone(),
+                catalog: running.catalog().clone(),
+                access,
+                prefix: prefix.clone(),
+                cors: settings.cors,
+                stream: !process.stream.tcp.is_empty() || !process.stream.udp.is_empty(),
+                standalone: opened.standalone.clone(),
+                reload_plugins: Arc::new(move || reload.reload_plugins()),
+            });
+            let endpoint = bind("deployment.admin.admin_listen", settings.address, tls).await?;
+            started.addresses.admin = endpoint.address().ok();
+            started.spawn(endpoint, Arc::new(admin));
+        }
+        if let Some(address) = process.control {
+            let control =
+                Control::new(live.clone(), opened.store.clone(), running.catalog().clone(), &prefix);
+            let endpoint = bind("apisix.control", address, None).await?;
+            started.addresses.control = endpoint.address().ok();
+            started.spawn(endpoint, Arc::new(control));
+        }
+        let endpoint = bind("apisix.status", process.status, None).await?;
+        started.addresses.status = endpoint.address().ok();
+        started.spawn(endpoint, Arc::new(Status::new(live)));
+        if let Some((address, path)) = None::<(SocketAddr, String)> {
+            let endpoint = bind("plugin_attr.prometheus.export_addr", address, None).await?;
+            started.addresses.metrics = endpoint.address().ok();
+            started.spawn(endpoint, Arc::new(MetricsPage { metrics: metrics.clone(), path }));
+        }
+        Ok(started)
+    }
+
+    fn spawn(&mut self, endpoint: Endpoint, handler: Arc<dyn Handler>) {
+        // They answer until the process ends, also while it drains.
+        self.tasks.push(tokio::spawn(endpoint.serve(handler, std::future::pending())));
+    }
+
+    /// Where they are reached.
+    pub(crate) fn addresses(&self) -> Addresses {
+        self.addresses.clone()
+    }
+
+    /// The data path serves.
+    pub(crate) fn ready(&self) {
+        self.state.stage.store(READY, Ordering::Release);
+    }
+
+    /// The process is about to end.
+    pub(crate) fn draining(&self) {
+        self.state.stage.store(DRAINING, Ordering::Release);
+    }
+}
+
+impl Drop for Interfaces {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+async fn bind(
+    setting: &'static str,
+    address: SocketAddr,
+    tls: Option<Arc<rustls::ServerConfig>>,
+) -> Result<Endpoint, StartError> {
+    let what = format!("{setting}: cannot listen on {address}; stop what does, or write another address");
+    Endpoint::bind(address, tls).await.map_err(StartError::system(what))
+}
+
+fn provider(process: &Process) -> &'static str {
+    match &process.provider {
+        Provider::Embedded => "embedded",
+        Provider::File { .. } => "file",
+        Provider::Standalone => "standalone",
+        Provider::Etcd(_) => "etcd",
+    }
+}
+
+/// The page that Prometheus scrapes.
+struct MetricsPage {
+    metrics: Arc<Metrics>,
+    path: String,
+}
+
+impl Handler for MetricsPage {
+    fn handle(&self, _: SocketAddr, request: Request<Incoming>) -> BoxFuture<'_, Response<ReplyBody>> {
+        let reply = if request.uri().path() == self.path {
+            Reply::with(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render())
+        } else {
+            Reply::error(StatusCode::NOT_FOUND, format!("the metrics are at {}", self.path))
+        };
+        Box::pin(async move { reply.into_response() })
+    }
+}
+
+/// What the interfaces tell of the running gateway.
+struct State {
+    stage: AtomicU8,
+    running: Running,
+    rules: Rules,
+    provider: &'static str,
+}
+
+impl LiveState for State {
+    fn objects(&self, kind: Kind) -> Vec<Arc<Item>> {
+        let configuration = self.running.configuration();
+        let mut items: Vec<_> = configuration.graph.iter(kind).cloned().collect();
+        items.sort_by(|a, b| a.key.cmp(&b.key));
+        items
+    }
+
+    fn object(&self, key: &ResourceKey) -> Option<Arc<Item>> {
+        self.running.configuration().graph.get(key).cloned()
+    }
+
+    fn rejected(&self) -> Vec<Rejected> {
+        let configuration = self.running.configuration();
+        let graph = &configuration.graph;
+        // What did not pass its own check, and what passed it and still cannot work.
+        let late = configuration.compiler.refused().iter().chain(configuration.certificates.refused());
+        let late = late.filter_map(|(key, errors)| {
+            let item = graph.get(key)?;
+            Some(Rejected {
+                key: key.clone(),
+                errors: errors.clone(),
+                value: item.to_value(),
+                modified_index: item.modified_index,
+            })
+        });
+        graph.rejected().cloned().chain(late).collect()
+    }
+
+    fn health(&self) -> Vec<Checker> {
+        let clusters = self.running.configuration().compiler.clusters();
+        let mut checkers: Vec<_> = clusters
+            .iter()
+            .filter_map(|(owner, cluster)| {
+                let kind = cluster.check_kind()?;
+                let owner = ResourceKey::from_path(owner)?;
+                let nodes = cluster
+                    .endpoints()
+                    .into_iter()
+                    .map(|node| NodeHealth {
+                        ip: node.address.ip().to_string(),
+                        port: node.address.port(),
+                        hostname: (node.host.parse::<std::net::IpAddr>().is_err())
+                            .then(|| node.host.to_string()),
+                        status: node.status,
+                        counter: HealthCounter {
+                            success: node.counts.success.into(),
+                            tcp_failure: node.counts.tcp_failure.into(),
+                            http_failure: node.counts.http_failure.into(),
+                            timeout_failure: node.counts.timeout_failure.into(),
+                        },
+                    })
+                    .collect();
+                Some(Checker { owner, kind, nodes })
+            })
+            .collect();
+        checkers.sort_by(|a, b| a.owner.cmp(&b.owner));
+        checkers
+    }
+
+    fn readiness(&self) -> Readiness {
+        match self.stage.load(Ordering::Acquire) {
+            READY => Readiness::Ready,
+            DRAINING => Readiness::Draining,
+            _ => {
+                let progress = self.running.progress().borrow().clone();
+                let reason = match (progress.configured, progress.stale) {
+                    (true, _) => "the first addresses of upstreams are looked up".to_owned(),
+                    (false, Some((_, why))) => format!("no configuration yet from {}: {why}", self.provider),
+                    (false, None) => format!("no configuration yet from {}", self.provider),
+                };
+                Readiness::NotReady(reason)
+            }
+        }
+    }
+
+    fn applied(&self) -> Applied {
+        let progress = self.running.progress().borrow().clone();
+        Applied { revision: progress.revision, at: progress.at }
+    }
+
+    fn explain(&self, request: Value) -> BoxFuture<'_, Result<Value, String>> {
+        let answer = serde_json::from_value::<Question>(request)
+            .map_err(|error| format!("the question: {error}; write {}", json!({"url": "http://host/path"})))
+            .and_then(|question| explain::explain(&question, &self.rules, &self.running.published().load()))
+            .and_then(|explanation| serde_json::to_value(explanation).map_err(|error| error.to_string()));
+        Box::pin(async move { answer })
+    }
+
+    fn discovery(&self, kind: &str) -> Option<Value> {
+        if kind != "dns" {
+            return None;
+        }
+        let clusters = self.running.configuration().compiler.clusters();
+        let services: serde_json::Map<_, _> = clusters
+            .iter()
+            .map(|(owner, cluster)| {
+                let unresolved: serde_json::Map<_, _> =
+                    cluster.unresolved().into_iter().map(|(name, why)| (name, why.into())).collect();
+                (owner.to_string(), json!({ "nodes": cluster.endpoints(), "unresolved": unresolved }))
+            })
+            .collect();
+        Some(json!({ "services": services }))
+    }
+
+    fn reload_plugins(&self) {
+        // The list of plugins belongs to config.yaml, which is read at start.
+        tracing::info!("plugins are part of the binary; their list is read at start");
+    }
+}

@@ -1,0 +1,177 @@
+//! The running configuration: what the store told, what it was compiled to, and whether it is good enough to serve.
+//!
+//! One thread of its own takes events from the store, so that compiling a hundred thousand routes delays neither
+//! workers nor the control runtime. Readers of the Control API look into the same state between two compilations.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use config::graph::Graph;
+use config::plugin_catalog::PluginCatalog;
+use config::{Kind, Resource, ResourceKey};
+use layers::worker::view::Published;
+use tokio::sync::{mpsc, watch};
+
+use crate::certificates::Certificates;
+use crate::compile::Compiler;
+use crate::snapshot::Snapshot;
+use crate::store::StoreEvent;
+
+/// Changes that arrive within this time are compiled together.
+const DEBOUNCE: Duration = Duration::from_millis(5);
+
+/// Events taken together at the most, so that a flood of writes is published now and then.
+const BATCH: usize = 256;
+
+/// How far the configuration has come.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    /// A first configuration is compiled and published.
+    pub configured: bool,
+    /// The store's revision that is served.
+    pub revision: u64,
+    /// When it was published.
+    pub at: SystemTime,
+    /// Since when what is served may be old, and why.
+    pub stale: Option<(SystemTime, String)>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { configured: false, revision: 0, at: SystemTime::UNIX_EPOCH, stale: None }
+    }
+}
+
+/// The graph and its compiled form. Locked for a compilation, or by a reader of the Control API.
+pub struct Configuration {
+    /// All resources.
+    pub graph: Graph,
+    /// Their compiled form.
+    pub compiler: Compiler,
+    /// Server certificates.
+    pub certificates: Certificates,
+}
+
+/// The running configuration.
+#[derive(Clone)]
+pub struct Running {
+    configuration: Arc<Mutex<Configuration>>,
+    catalog: Arc<dyn PluginCatalog>,
+    published: Arc<Published<Snapshot>>,
+    progress: Arc<watch::Sender<Progress>>,
+}
+
+impl Running {
+    /// With an empty configuration.
+    pub fn new(
+        configuration: Configuration,
+        catalog: Arc<dyn PluginCatalog>,
+        published: Arc<Published<Snapshot>>,
+    ) -> Self {
+        Self {
+            configuration: Arc::new(Mutex::new(configuration)),
+            catalog,
+            published,
+            progress: Arc::new(watch::Sender::new(Progress::default())),
+        }
+    }
+
+    /// The configuration, to look into.
+    pub fn configuration(&self) -> MutexGuard<'_, Configuration> {
+        self.configuration.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How far it has come.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// What workers serve from.
+    pub fn published(&self) -> &Arc<Published<Snapshot>> {
+        &self.published
+    }
+
+    /// The plugins on offer.
+    pub fn catalog(&self) -> &Arc<dyn PluginCatalog> {
+        &self.catalog
+    }
+
+    /// Takes events until the store ends. Blocks: to be called on a thread of its own, inside the control runtime's
+    /// context.
+    pub fn follow(&self, mut events: mpsc::Receiver<StoreEvent>) {
+        while let Some(first) = events.blocking_recv() {
+            let mut changed = Vec::new();
+            let mut revision = None;
+            let mut next = Some(first);
+            let mut taken = 0;
+            // A single change is not delayed for company: only what is already on its way is taken along.
+            let mut waited = false;
+            while let Some(event) = next.take() {
+                taken += 1;
+                self.take(event, &mut changed, &mut revision);
+                if taken < BATCH {
+                    next = events.try_recv().ok();
+                    if next.is_none() && taken > 1 && !waited {
+                        waited = true;
+                        std::thread::sleep(DEBOUNCE);
+                        next = events.try_recv().ok();
+                    }
+                }
+            }
+            if let Some(revision) = revision {
+                self.compile(changed, revision);
+            }
+        }
+    }
+
+    fn take(&self, event: StoreEvent, changed: &mut Vec<ResourceKey>, revision: &mut Option<u64>) {
+        let catalog = &*self.catalog;
+        match event {
+            StoreEvent::Snapshot { changes, revision: now } => {
+                changed.extend(self.configuration().graph.replace_all(changes, catalog));
+                *revision = Some(now);
+            }
+            StoreEvent::Changes { changes, revision: now } => {
+                let mut configuration = self.configuration();
+                for change in changes {
+                    changed.extend(configuration.graph.apply(change, catalog));
+                }
+                *revision = Some(now);
+            }
+            StoreEvent::Stale { since, why } => {
+                tracing::warn!(why, "the configuration may be old; the last good one is served");
+                self.progress.send_modify(|progress| progress.stale = Some((since, why)));
+            }
+            StoreEvent::Fresh => {
+                tracing::info!("the configuration is current");
+                self.progress.send_modify(|progress| progress.stale = None);
+            }
+        }
+    }
+
+    fn compile(&self, changed: Vec<ResourceKey>, revision: u64) {
+        let mut guard = self.configuration();
+        let configuration = &mut *guard;
+        for rejected in changed.iter().filter_map(|key| configuration.graph.rejected_at(key)) {
+            for error in &rejected.errors {
+                tracing::error!(object = %rejected.key, %error, "set aside");
+            }
+        }
+        let ssls = changed.iter().filter(|key| key.kind == Kind::Ssl);
+        configuration.certificates.update(ssls.map(|key| {
+            let ssl = configuration.graph.get(key).and_then(|item| match &item.resource {
+                Resource::Ssl(ssl) => Some((&**ssl, item.created_index)),
+                _ => None,
+            });
+            (key, ssl)
+        }));
+        let snapshot = configuration.compiler.compile(&configuration.graph, changed);
+        drop(guard);
+        self.published.publish(Arc::new(snapshot));
+        self.progress.send_modify(|progress| {
+            progress.configured = true;
+            progress.revision = revision;
+            progress.at = SystemTime::now();
+        });
+    }
+}

@@ -1,0 +1,111 @@
+//! What start-up settings mean for the parts of the data plane.
+
+use std::sync::Arc;
+
+use config::process::{HttpRouter, Process, Workers};
+use discovery::Discovery;
+use http::{HeaderName, HeaderValue};
+use layers::http::forwarded::{Forwarding, RealIp};
+use layers::http::normalize;
+use layers::http::sanitize::Limits;
+use layers::route::Mode;
+use layers::upstream::cluster::ClusterEnv;
+use layers::upstream::tls_client::TlsClients;
+use tokio::runtime::Handle;
+
+use crate::explain::Rules;
+
+/// The most of a body that routes look into when nothing is configured: APISIX `max_post_args_readable_size`, 64 MiB.
+const READABLE_BODY: u64 = 64 << 20;
+
+/// Which part of a request is looked at first.
+pub fn mode(process: &Process) -> Mode {
+    match process.routing.router {
+        HttpRouter::HostUri => Mode::HostUri,
+        HttpRouter::Uri => Mode::Uri,
+        HttpRouter::UriWithParameter => Mode::UriWithParameter,
+    }
+}
+
+/// The rules that a request passes before routes are tried.
+pub fn rules(process: &Process) -> Rules {
+    let limits = &process.limits;
+    let real_ip = &process.real_ip;
+    Rules {
+        limits: Limits {
+            uri: limits.uri_length as usize,
+            header_count: limits.header_count as usize,
+            header_bytes: limits.header_bytes as usize,
+            body: limits.body_bytes,
+        },
+        paths: normalize::Options {
+            keep_encoded_slash: process.routing.match_uri_encoded_slash,
+            servlet: process.routing.normalize_uri_like_servlet,
+            delete_tail_slash: process.routing.delete_uri_tail_slash,
+        },
+        forwarding: Forwarding {
+            trusted: process.trusted_addresses.clone(),
+            // The PROXY protocol header is taken in when the connection begins.
+            real_ip: (!real_ip.from.is_empty() && real_ip.header != "proxy_protocol")
+                .then(|| HeaderName::try_from(real_ip.header.as_str()).ok())
+                .flatten()
+                .map(|header| RealIp { header, from: real_ip.from.clone(), recursive: real_ip.recursive }),
+            underscores: process.underscores_in_headers,
+        },
+    }
+}
+
+/// The `Server` field of every answer.
+pub fn server(process: &Process) -> HeaderValue {
+    if process.server_tokens {
+        HeaderValue::from_static(concat!("postern/", env!("CARGO_PKG_VERSION")))
+    } else {
+        HeaderValue::from_static("postern")
+    }
+}
+
+/// The most of a body that routes look into, in bytes.
+pub fn readable_body(process: &Process) -> usize {
+    usize::try_from(process.routing.max_post_args_size.unwrap_or(READABLE_BODY)).unwrap_or(usize::MAX)
+}
+
+/// How many workers run.
+pub fn workers(process: &Process) -> usize {
+    match process.workers {
+        Workers::Count(count) => count.max(1) as usize,
+        Workers::Auto => std::thread::available_parallelism().map_or(1, usize::from),
+    }
+}
+
+/// Requests at work in all workers together: as many as there may be connections, for each of HTTP/2's streams is one.
+pub fn in_flight_limit(process: &Process) -> usize {
+    let limits = &process.limits;
+    let each = limits.connections_per_worker as usize;
+    limits.connections.map_or(each.saturating_mul(workers(process)), |all| all as usize)
+}
+
+/// What upstreams are made with.
+///
+/// # Errors
+/// The trusted certificates cannot be read.
+pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, String> {
+    let dns = &process.dns;
+    let discovery = discovery::Settings {
+        servers: dns.servers.clone(),
+        valid: dns.valid,
+        timeout: dns.timeout,
+        ipv6: dns.ipv6,
+        search: dns.search,
+        ..discovery::Settings::default()
+    };
+    let roots = match &process.tls.trusted_certificate {
+        Some(path) => certs::files::trusted_roots(path),
+        None => certs::files::system_roots(),
+    };
+    Ok(ClusterEnv {
+        discovery: Discovery::new(control.clone(), discovery),
+        tls: Arc::new(TlsClients::new(roots.map_err(|error| error.to_string())?)),
+        checks: process.upstream_health_checks,
+        control: control.clone(),
+    })
+}

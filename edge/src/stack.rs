@@ -1,0 +1,64 @@
+//! The whole HTTP stack of a worker, outermost layer first.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use certs::SniTable;
+use http::HeaderValue;
+use layers::HttpService;
+use layers::chain::PluginChain;
+use layers::http::access_log::{AccessLog, AccessLogLayer};
+use layers::http::forwarded::ForwardedLayer;
+use layers::http::in_flight::{InFlightCount, InFlightLayer};
+use layers::http::recover::RecoverLayer;
+use layers::http::sanitize::SanitizeLayer;
+use layers::stack::Stack;
+use layers::worker::view::View;
+use tower::layer::layer_fn;
+
+use crate::explain::Rules;
+use crate::lookup::LookupLayer;
+use crate::snapshot::Snapshot;
+
+/// What the stacks of all workers are made with.
+#[derive(Clone)]
+pub struct Settings {
+    /// The `Server` field; none leaves the upstream's.
+    pub server: Option<HeaderValue>,
+    /// Access log, if it is on.
+    pub access_log: Option<AccessLog>,
+    /// Requests at work.
+    pub in_flight: InFlightCount,
+    /// The most of them, in all workers together.
+    pub in_flight_limit: usize,
+    /// Limits, the form of paths, and who is trusted.
+    pub rules: Rules,
+    /// The most of a body that routes look into, in bytes.
+    pub readable_body: usize,
+    /// Server certificates, which say for which hosts a client certificate is asked.
+    pub certificates: Arc<ArcSwap<SniTable>>,
+}
+
+/// The stack of one worker around `upstream`.
+pub fn build<S: HttpService>(
+    settings: &Settings,
+    view: Rc<View<Snapshot>>,
+    upstream: S,
+) -> impl HttpService + use<S> {
+    Stack::new()
+        // A panic or an unanswered failure anywhere below becomes an answer.
+        .push(RecoverLayer::new(settings.server.clone()))
+        // Above everything that may refuse, so that refusals are logged too.
+        .push(AccessLogLayer::new(settings.access_log.clone()))
+        // Before any work is spent on a request that there is no room for.
+        .push(InFlightLayer::new(settings.in_flight.clone(), settings.in_flight_limit))
+        // One form of host and path, before anything reads them.
+        .push(SanitizeLayer::new(settings.rules.limits, settings.rules.paths))
+        // Who the client is, before routes and plugins ask.
+        .push(ForwardedLayer::new(settings.rules.forwarding.clone()))
+        // The route decides which plugins run.
+        .push(LookupLayer::new(view, settings.certificates.clone(), settings.readable_body))
+        .push(layer_fn(PluginChain::new))
+        .around(upstream)
+}

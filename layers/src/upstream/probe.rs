@@ -1,0 +1,180 @@
+//! Active health checks: one task for each endpoint, on the control runtime, for as long as the endpoint stays.
+//!
+//! A probe is a connection of its own. Its result goes into the endpoint's counters like any other; only a changed
+//! verdict wakes whoever builds the picker.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hashbrown::HashMap;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsConnector;
+
+use super::endpoint::{EndpointKey, EndpointState};
+use super::health::{Report, Source};
+use super::settings::{Active, Checks};
+use super::tls_client;
+
+/// Bytes of an answer that are read for its status line.
+const STATUS_LINE: usize = 1024;
+
+/// The running probes of one cluster. Dropped, they end.
+#[derive(Default)]
+pub(crate) struct Probes {
+    running: HashMap<EndpointKey, (Arc<Active>, JoinHandle<()>)>,
+    places: Option<Arc<Semaphore>>,
+}
+
+impl Drop for Probes {
+    fn drop(&mut self) {
+        self.running.values().for_each(|(_, task)| task.abort());
+    }
+}
+
+impl Probes {
+    /// Probes exactly these endpoints in this way. What is probed so already goes on undisturbed.
+    pub(crate) fn settle(
+        &mut self,
+        upstream: &str,
+        checks: &Checks,
+        endpoints: &[Arc<EndpointState>],
+        flipped: &Arc<Notify>,
+        runtime: &Handle,
+    ) {
+        let mut before = std::mem::take(&mut self.running);
+        if let Some(active) = &checks.active {
+            for endpoint in endpoints {
+                let kept = before.remove(endpoint.key()).and_then(|(how, task)| {
+                    if *how == **active {
+                        return Some((how, task));
+                    }
+                    task.abort();
+                    None
+                });
+                let probe = kept.unwrap_or_else(|| {
+                    let places = self
+                        .places
+                        .get_or_insert_with(|| Arc::new(Semaphore::new(active.concurrency.max(1))));
+                    let task = run(
+                        upstream.into(),
+                        active.clone(),
+                        endpoint.clone(),
+                        flipped.clone(),
+                        places.clone(),
+                    );
+                    (active.clone(), runtime.spawn(task))
+                });
+                self.running.insert(endpoint.key().clone(), probe);
+            }
+        }
+        before.values().for_each(|(_, task)| task.abort());
+    }
+}
+
+async fn run(
+    upstream: Arc<str>,
+    check: Arc<Active>,
+    endpoint: Arc<EndpointState>,
+    flipped: Arc<Notify>,
+    places: Arc<Semaphore>,
+) {
+    let pause = || {
+        let usable = endpoint.health.state().usable();
+        if usable { check.healthy_interval } else { check.unhealthy_interval }
+    };
+    // Not all at once after a start.
+    tokio::time::sleep(pause().min(Duration::from_secs(1)).mul_f64(fastrand::f64())).await;
+    loop {
+        let interval = pause();
+        // An interval of 0 switches the probes of endpoints in this state off.
+        if !interval.is_zero() {
+            let Ok(place) = places.acquire().await else { return };
+            let report = match tokio::time::timeout(check.timeout, probe(&check, &endpoint)).await {
+                Err(_) => Some(Report::Timeout),
+                Ok(Err(_)) => Some(Report::TcpFailure),
+                Ok(Ok(None)) => Some(Report::Success(0)),
+                Ok(Ok(Some(status))) => check.judge.status(status),
+            };
+            drop(place);
+            let flip =
+                report.and_then(|report| endpoint.health.report(Source::Active, report, &check.judge.limits));
+            if let Some(flip) = flip {
+                let because = endpoint.health.reason().map(|reason| reason.to_string()).unwrap_or_default();
+                tracing::warn!(%upstream, endpoint = %endpoint, from = flip.from.as_str(), to = flip.to.as_str(), because, "health changed by a probe");
+                flipped.notify_one();
+            }
+        }
+        tokio::time::sleep(if interval.is_zero() { Duration::from_secs(1) } else { interval }).await;
+    }
+}
+
+/// Connects, and asks over the connection if there is something to ask. A status of 0 is an answer that is no HTTP.
+async fn probe(check: &Active, endpoint: &EndpointState) -> io::Result<Option<u16>> {
+    let mut address = endpoint.addr();
+    if let Some(port) = check.port {
+        address.set_port(port);
+    }
+    let stream = TcpStream::connect(address).await?;
+    let host = check.host.as_deref().unwrap_or(endpoint.host());
+    let Some((before, after)) = &check.request else { return Ok(None) };
+    let request = [before, host, after].concat();
+    match &check.tls {
+        None => ask(stream, request.as_bytes()).await.map(Some),
+        Some(tls) => {
+            let name: ServerName<'static> = tls_client::server_name(host).ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidInput, "the host is no TLS server name")
+            })?;
+            let stream = TlsConnector::from(tls.clone()).connect(name, stream).await?;
+            ask(stream, request.as_bytes()).await.map(Some)
+        }
+    }
+}
+
+async fn ask(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &[u8]) -> io::Result<u16> {
+    stream.write_all(request).await?;
+    stream.flush().await?;
+    let mut answer = Vec::with_capacity(STATUS_LINE);
+    while answer.len() < STATUS_LINE && !answer.contains(&b'\n') {
+        if stream.read_buf(&mut answer).await? == 0 {
+            break;
+        }
+    }
+    if answer.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(status(&answer).unwrap_or(0))
+}
+
+/// The status of `HTTP/1.1 200 OK`.
+fn status(answer: &[u8]) -> Option<u16> {
+    let line = answer.split(|byte| *byte == b'\n').next()?;
+    let line = std::str::from_utf8(line).ok()?;
+    let (version, rest) = line.split_once(' ')?;
+    let code = rest.get(..3).filter(|code| code.bytes().all(|byte| byte.is_ascii_digit()))?;
+    version.starts_with("HTTP/1.").then(|| code.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_is_read_from_http_and_nothing_else() {
+        let cases: [(&[u8], Option<u16>); 5] = [
+            (b"HTTP/1.1 200 OK\r\n", Some(200)),
+            (b"HTTP/1.0 503\r\n", Some(503)),
+            (b"SSH-2.0-OpenSSH\r\n", None),
+            (b"HTTP/1.1 2x0 OK\r\n", None),
+            (b"\xff\xfe\n", None),
+        ];
+        for (answer, expected) in cases {
+            assert_eq!(status(answer), expected, "{}", String::from_utf8_lossy(answer));
+        }
+    }
+}
