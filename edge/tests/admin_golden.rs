@@ -323,3 +323,56 @@ async fn every_pair_of_request_and_answer_holds() {
     assert!(failures.is_empty(), "{} of {count} differ:\n{}", failures.len(), failures.join("\n"));
     assert!(count >= 60, "only {count} pairs");
 }
+
+/// A route that was accepted has its upstream, whoever deletes it meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reference_that_was_checked_stands() {
+    let data = tempfile::tempdir().unwrap();
+    let admin = Arc::new(admin("", data.path()));
+    let call = |method: &'static str, uri: String, body: Value| {
+        let admin = Arc::clone(&admin);
+        let request = Request::builder().method(method).uri(uri).header("x-api-key", ADMIN_KEY);
+        let body = if body.is_null() { Bytes::new() } else { Bytes::from(body.to_string()) };
+        let request = request.body(Full::new(body)).unwrap();
+        tokio::spawn(
+            async move { admin.handle(IpAddr::V4(Ipv4Addr::LOCALHOST), request).await.status().as_u16() },
+        )
+    };
+    for round in 0..50 {
+        let upstream = json!({"nodes": {"127.0.0.1:80": 1}, "type": "roundrobin"});
+        let made = call("PUT", format!("/apisix/admin/upstreams/{round}"), upstream).await.unwrap();
+        assert_eq!(made, 201);
+        let route = json!({"uri": "/a", "upstream_id": round.to_string()});
+        let put = call("PUT", format!("/apisix/admin/routes/{round}"), route);
+        let delete = call("DELETE", format!("/apisix/admin/upstreams/{round}"), Value::Null);
+        let outcome = (put.await.unwrap(), delete.await.unwrap());
+        assert!(matches!(outcome, (201, 400) | (400, 200)), "round {round}: {outcome:?}");
+    }
+}
+
+/// Two PATCHes of one object at a time: neither is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn patches_of_one_object_do_not_overwrite_each_other() {
+    let data = tempfile::tempdir().unwrap();
+    let admin = Arc::new(admin("", data.path()));
+    let call = |method: &'static str, body: Value| {
+        let admin = Arc::clone(&admin);
+        let request = Request::builder().method(method).uri("/apisix/admin/upstreams/1");
+        let request =
+            request.header("x-api-key", ADMIN_KEY).body(Full::new(Bytes::from(body.to_string()))).unwrap();
+        tokio::spawn(async move {
+            let response = admin.handle(IpAddr::V4(Ipv4Addr::LOCALHOST), request).await;
+            let status = response.status().as_u16();
+            (status, response.into_body().collect().await.unwrap().to_bytes())
+        })
+    };
+    call("PUT", json!({"nodes": {"127.0.0.1:80": 1}, "type": "roundrobin"})).await.unwrap();
+    let patches: Vec<_> =
+        (2..10).map(|n| call("PATCH", json!({"nodes": {format!("127.0.0.{n}:80"): 1}}))).collect();
+    for patch in patches {
+        assert_eq!(patch.await.unwrap().0, 200);
+    }
+    let (_, body) = call("GET", json!({})).await.unwrap();
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(body.pointer("/value/nodes").unwrap().as_object().unwrap().len(), 9, "{body}");
+}

@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
 use super::query::Query;
+use crate::store::prepare_data_dir;
 
 /// Name of the file with the generated key, in the data directory.
 pub const KEY_FILE: &str = "admin.key";
@@ -149,6 +150,9 @@ fn generated_key(path: &Path) -> io::Result<String> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
+    if let Some(directory) = path.parent() {
+        prepare_data_dir(directory)?;
+    }
     let key = random_key()?;
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(key.as_bytes())?;
@@ -237,10 +241,10 @@ mod tests {
 
     #[test]
     fn a_key_is_made_once_and_only_the_owner_reads_it() {
-        let directory = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let directory = outside.path().join("postern-data");
         for round in 0..2 {
-            let access =
-                Access::new(&settings(&[("admin", "", AdminRole::Admin)], &[]), directory.path()).unwrap();
+            let access = Access::new(&settings(&[("admin", "", AdminRole::Admin)], &[]), &directory).unwrap();
             let path = access.generated_key_file().unwrap();
             assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
             let key = fs::read_to_string(path).unwrap();

@@ -21,7 +21,7 @@ use super::reply::Reply;
 use crate::store::{Condition, DeleteOptions, PutOptions, StoreError, Stored};
 
 /// How often a PATCH starts again because somebody else wrote in between.
-const PATCH_ATTEMPTS: usize = 8;
+const PATCH_ATTEMPTS: usize = 64;
 
 /// One request about resources, taken apart.
 pub(super) struct Call<'a> {

@@ -6,10 +6,10 @@
 //! a bounded log. If the file is damaged, the last-good snapshot is served and writes are refused.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::ops::Bound;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self as queue, RecvTimeoutError};
@@ -31,7 +31,7 @@ use super::revision::{Revision, difference};
 use super::snapshot_file::{Keeper, Saved, SnapshotFile};
 use super::{
     BoxFuture, Condition, DeleteOptions, Feed, Put, PutOptions, Store, StoreError, StoreEvent, StoreStatus,
-    Stored,
+    Stored, prepare_data_dir,
 };
 
 /// Name of the file in the data directory.
@@ -115,7 +115,7 @@ impl Embedded {
         let unusable = |error: io::Error| {
             StoreError::Unavailable(format!("data directory {}: {error}", data_dir.display()))
         };
-        prepare_directory(data_dir).map_err(unusable)?;
+        prepare_data_dir(data_dir).map_err(unusable)?;
         let path = data_dir.join(FILE);
         let snapshot = SnapshotFile::new(data_dir, "embedded", "");
         let lost = !path.exists();
@@ -923,22 +923,6 @@ fn open_database(path: &Path) -> Result<Database, OpenError> {
     }
 }
 
-/// Make the data directory for the owner alone; one that is there keeps its mode, with a warning.
-fn prepare_directory(path: &Path) -> io::Result<()> {
-    match fs::metadata(path) {
-        Ok(metadata) => {
-            if metadata.permissions().mode() & 0o077 != 0 {
-                tracing::warn!(path = %path.display(), "data directory is open to other users: chmod 700 it");
-            }
-            Ok(())
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            DirBuilder::new().recursive(true).mode(0o700).create(path)
-        }
-        Err(error) => Err(error),
-    }
-}
-
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
@@ -956,7 +940,9 @@ fn closed() -> StoreError {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+    use std::fs;
     use std::io::{BufRead, BufReader};
+    use std::os::unix::fs::PermissionsExt;
     use std::process::{Command, Stdio};
 
     use futures_util::future::join_all;

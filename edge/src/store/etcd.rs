@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use config::graph::Change;
+use config::process::DataEncryption;
 use config::{Kind, ResourceKey};
 use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, DeleteOptions as DeleteRange, EventType,
@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
+use super::encryption::Encryption;
 use super::snapshot_file::{Keeper, Saved, SnapshotFile};
 use super::{
     BoxFuture, Condition, DeleteOptions, Feed, Put, PutOptions, Store, StoreError, StoreEvent, StoreStatus,
@@ -88,6 +89,7 @@ pub struct Etcd {
 
 struct Shared {
     settings: EtcdSettings,
+    encryption: Encryption,
     feed: Feed,
     mirror: Mutex<Mirror>,
     member: tokio::sync::Mutex<Member>,
@@ -161,6 +163,7 @@ impl Etcd {
         };
         let shared = Arc::new(Shared {
             settings,
+            encryption: Encryption::default(),
             feed: Feed::new("etcd"),
             mirror: Mutex::new(mirror),
             member: tokio::sync::Mutex::default(),
@@ -169,6 +172,16 @@ impl Etcd {
             keeper: OnceLock::new(),
         });
         Ok(Etcd { shared, task: OnceLock::new() })
+    }
+
+    /// The same store, keeping secrets as `apisix.data_encryption` says. To be called before it is used; without
+    /// it, secrets are written as they are, and read if APISIX wrote them with the key ring it comes with.
+    #[must_use]
+    pub fn with_encryption(mut self, settings: &DataEncryption) -> Etcd {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.encryption = Encryption::new(settings);
+        }
+        self
     }
 }
 
@@ -212,7 +225,7 @@ impl Store for Etcd {
             let name = &self.shared.name(key);
             let answer = self.shared.call(|mut client| async move { client.get(name.as_str(), None).await });
             let answer = answer.await?;
-            Ok(answer.kvs().first().map(|found| stored(key.clone(), found)))
+            Ok(answer.kvs().first().map(|found| self.shared.stored(key.clone(), found)))
         })
     }
 
@@ -221,8 +234,8 @@ impl Store for Etcd {
             // Credentials live among the consumers.
             let folder = if kind == Kind::Credential { Kind::Consumer } else { kind };
             let prefix = &format!("{}/{}/", self.shared.settings.prefix, folder.segment());
-            let settings = &self.shared.settings;
-            let listing = self.shared.call(|client| async move { list(&client, settings, prefix).await });
+            let shared = &*self.shared;
+            let listing = shared.call(|client| async move { list(&client, shared, prefix).await });
             let mut items = listing.await?.items;
             items.retain(|item| item.key.kind == kind);
             Ok(items)
@@ -238,6 +251,7 @@ impl Store for Etcd {
         Box::pin(async move {
             let json = serde_json::to_vec(&value)
                 .map_err(|error| StoreError::Corrupt { what: key.to_string(), why: error.to_string() })?;
+            let json = self.shared.encryption.seal(key.kind, json);
             let size = json.len();
             let name = &self.shared.name(key);
             let (json, options) = (&json, &options);
@@ -270,7 +284,7 @@ impl Store for Etcd {
                 match response {
                     TxnOpResponse::Put(put) => created = put.prev_key().is_none(),
                     TxnOpResponse::Get(got) => {
-                        item = got.kvs().first().map(|found| stored(key.clone(), found))
+                        item = got.kvs().first().map(|found| self.shared.stored(key.clone(), found))
                     }
                     _ => {}
                 }
@@ -468,7 +482,7 @@ impl Shared {
             let Some(key) = self.key(found.key()) else { continue };
             mirror.kept.remove(&key);
             if event.event_type() == EventType::Put {
-                let item = stored(key.clone(), found);
+                let item = self.stored(key.clone(), found);
                 changes.push(item.to_change());
                 mirror.items.insert(key, item);
             } else if mirror.items.remove(&key).is_some() {
@@ -487,6 +501,15 @@ impl Shared {
             keeper.changed();
         }
         self.tell_staleness(&mirror);
+    }
+
+    fn stored(&self, key: ResourceKey, found: &KeyValue) -> Stored {
+        Stored {
+            value: self.encryption.open(key.kind, found.value()),
+            key,
+            created_index: number(found.create_revision()),
+            modified_index: number(found.mod_revision()),
+        }
     }
 
     fn key(&self, name: &[u8]) -> Option<ResourceKey> {
@@ -625,7 +648,7 @@ async fn try_follow(
 ) -> Result<Trouble, etcd_client::Error> {
     let settings = &shared.settings;
     let patience = settings.timeout;
-    let listing = list(&client, settings, &format!("{}/", settings.prefix)).await?;
+    let listing = list(&client, shared, &format!("{}/", settings.prefix)).await?;
     *contact = SystemTime::now();
     let (start, listed, went_back, emptied) = {
         let mirror = shared.mirror();
@@ -699,7 +722,7 @@ async fn open_watch(
 }
 
 /// All objects below `prefix` at one revision, page by page.
-async fn list(client: &Client, settings: &EtcdSettings, prefix: &str) -> Result<Listing, etcd_client::Error> {
+async fn list(client: &Client, shared: &Shared, prefix: &str) -> Result<Listing, etcd_client::Error> {
     let mut kv: KvClient = client.kv_client().max_decoding_message_size(MAX_MESSAGE);
     let end = after(prefix.as_bytes());
     let mut from = prefix.as_bytes().to_vec();
@@ -709,7 +732,7 @@ async fn list(client: &Client, settings: &EtcdSettings, prefix: &str) -> Result<
         if listing.revision > 0 {
             page = page.with_revision(i64::try_from(listing.revision).unwrap_or(i64::MAX));
         }
-        let answer = timeout(settings.timeout, kv.get(from, Some(page))).await;
+        let answer = timeout(shared.settings.timeout, kv.get(from, Some(page))).await;
         let answer =
             answer.map_err(|_| etcd_client::Error::Internal("no answer to the list".to_owned()))??;
         if let Some(header) = answer.header()
@@ -719,7 +742,7 @@ async fn list(client: &Client, settings: &EtcdSettings, prefix: &str) -> Result<
             listing.term = header.raft_term();
         }
         let found = answer.kvs();
-        let items = found.iter().filter_map(|item| Some(stored(key(&settings.prefix, item.key())?, item)));
+        let items = found.iter().filter_map(|item| Some(shared.stored(shared.key(item.key())?, item)));
         listing.items.extend(items);
         let Some(last) = found.last().filter(|_| answer.more()) else { return Ok(listing) };
         from = last.key().to_vec();
@@ -740,15 +763,6 @@ fn after(prefix: &[u8]) -> Vec<u8> {
 fn key(prefix: &str, name: &[u8]) -> Option<ResourceKey> {
     let path = std::str::from_utf8(name).ok()?.strip_prefix(prefix)?.strip_prefix('/')?;
     ResourceKey::from_path(path)
-}
-
-fn stored(key: ResourceKey, found: &KeyValue) -> Stored {
-    Stored {
-        key,
-        value: Bytes::copy_from_slice(found.value()),
-        created_index: number(found.create_revision()),
-        modified_index: number(found.mod_revision()),
-    }
 }
 
 fn number(revision: i64) -> u64 {
@@ -1063,6 +1077,14 @@ mod tests {
         assert!(!store.delete(&jack, DeleteOptions::default()).await.unwrap());
         seen.until("consumer and credential are gone", |seen| {
             !seen.items.keys().any(|key| key.starts_with("consumers/"))
+        })
+        .await;
+        // What APISIX encrypted is read.
+        let sealed = r#"{"username":"jill","plugins":{"key-auth":{"key":"RjeV6km+KxQJN2rfu8Y7aA=="}}}"#;
+        put(&mut client, "/apisix/consumers/jill", sealed).await;
+        seen.until("decrypted", |seen| {
+            let jill = seen.items.get("consumers/jill");
+            jill.and_then(|jill| jill.pointer("/plugins/key-auth/key")).is_some_and(|key| key == "auth-one")
         })
         .await;
         let huge = json!({"desc": "x".repeat(2 << 20)});

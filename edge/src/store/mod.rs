@@ -5,7 +5,11 @@
 //! set aside by the graph. Every store keeps a last-good snapshot on disk, so that the process starts and
 //! serves while the store is away. Nothing here runs on a worker.
 
+use std::fs::{self, DirBuilder};
 use std::future::Future;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +20,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 pub mod embedded;
+pub mod encryption;
 pub mod etcd;
 mod feed;
 pub mod file;
@@ -223,5 +228,20 @@ pub trait Store: Send + Sync {
     fn history(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
         let _ = limit;
         Box::pin(async { Ok(Vec::new()) })
+    }
+}
+
+/// Make the data directory, for the owner alone, unless it is there.
+pub(crate) fn prepare_data_dir(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// The data directory holds keys. One that others may read keeps its mode, because somebody gave it that mode.
+fn warn_if_open(path: &Path) {
+    if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0) {
+        tracing::warn!(path = %path.display(), "data directory is open to other users: chmod 700 it");
     }
 }

@@ -19,7 +19,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
-use super::Stored;
+use super::{Stored, prepare_data_dir, warn_if_open};
 
 /// The first line. The number changes with the format.
 const MAGIC: &[u8] = b"postern snapshot 1\n";
@@ -78,6 +78,7 @@ impl SnapshotFile {
     /// stores of the kind apart.
     #[must_use]
     pub fn new(data_dir: &Path, kind: &str, source: &str) -> SnapshotFile {
+        warn_if_open(data_dir);
         SnapshotFile {
             path: data_dir.join(format!("last-good.{kind}")),
             provider: format!("{kind} {source}"),
@@ -95,6 +96,9 @@ impl SnapshotFile {
     /// # Errors
     /// If the directory cannot be written. The old file is still there.
     pub fn write(&self, saved: &Saved) -> io::Result<()> {
+        if let Some(directory) = self.path.parent() {
+            prepare_data_dir(directory)?;
+        }
         let new = self.path.with_extension("new");
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         let mut out = Checked { out: BufWriter::with_capacity(1 << 18, file), sum: Sha256::new() };
