@@ -49,7 +49,7 @@ pub enum Violation {
     LeadingLines,
     /// Not `method SP target SP HTTP/1.x`.
     RequestLine,
-    /// A byte in the target that is never forwarded: `#`, control or beyond ASCII.
+    /// A fragment in the target: some readers cut it off, some do not.
     Target,
     /// The request line is over its limit.
     LineTooLong,
@@ -99,7 +99,7 @@ impl Violation {
             Self::Control => "a control byte in the head",
             Self::LeadingLines => "empty lines before the request",
             Self::RequestLine => "malformed request line",
-            Self::Target => "a byte in the target that is never forwarded",
+            Self::Target => "a fragment in the target",
             Self::LineTooLong => "the request line is too long",
             Self::HeadTooLong => "the head is too large",
             Self::TooManyFields => "too many header fields",
@@ -151,6 +151,8 @@ enum Stop {
     Head(Violation),
     /// What is left is a broken body.
     Body(Violation),
+    /// What is left begins with a good head of this length, whose target has bytes that are to be encoded.
+    Encode(usize),
 }
 
 /// What the fields of a head say about its framing.
@@ -161,6 +163,7 @@ struct Facts {
     hosts: u8,
     http10: bool,
     switches: bool,
+    encode: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,6 +250,9 @@ impl Framing {
             let rest = bytes.get(at..).unwrap_or_default();
             match self.state {
                 State::Head => match self.head(rest) {
+                    Ok(Some(length)) if std::mem::take(&mut self.facts.encode) => {
+                        return (at, Some(Stop::Encode(length)));
+                    }
                     Ok(Some(length)) => at += length,
                     Ok(None) => return (at, Some(Stop::Partial)),
                     Err(violation) => {
@@ -303,7 +309,8 @@ impl Framing {
                 self.request_line = (start, start + line.len());
                 self.lines = 1;
             } else if line.is_empty() {
-                self.end_of_head()?;
+                self.lines += 1;
+                self.end_of_head(bytes.get(..=lf).unwrap_or_default())?;
                 return Ok(Some(lf + 1));
             } else {
                 if self.lines > self.limits.fields {
@@ -328,31 +335,25 @@ impl Framing {
     fn field(&mut self, line: &[u8]) -> Result<(), Violation> {
         let end = line.iter().position(|b| !is_token(*b)).unwrap_or(line.len());
         let (Some(name), Some(b':')) = (line.get(..end), line.get(end)) else {
-            return Err(if has_control(line) { Violation::Control } else { Violation::FieldName });
-        };
-        if name.is_empty() {
             return Err(Violation::FieldName);
-        }
-        let value = line.get(end + 1..).unwrap_or_default();
-        if has_control(value) {
-            return Err(if value.contains(&b'\r') { Violation::LineEnd } else { Violation::Control });
-        }
+        };
         // The length of a name tells most fields apart without looking at a letter.
         match end {
+            0 => return Err(Violation::FieldName),
             4 if name.eq_ignore_ascii_case(b"host") => {
                 self.facts.hosts = self.facts.hosts.saturating_add(1);
             }
             // The engine knows no upgrade in HTTP/1.0 either.
             7 if name.eq_ignore_ascii_case(b"upgrade") => self.facts.switches |= !self.facts.http10,
             14 if name.eq_ignore_ascii_case(b"content-length") => {
-                let length = number(trim(value)).ok_or(Violation::ContentLength)?;
+                let length = number(value(line, end)).ok_or(Violation::ContentLength)?;
                 if self.facts.length.is_some_and(|other| other != length) {
                     return Err(Violation::ContentLength);
                 }
                 self.facts.length = Some(length);
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
-                if self.facts.chunked || !trim(value).eq_ignore_ascii_case(b"chunked") {
+                if self.facts.chunked || !value(line, end).eq_ignore_ascii_case(b"chunked") {
                     return Err(Violation::TransferEncoding);
                 }
                 self.facts.chunked = true;
@@ -362,8 +363,13 @@ impl Framing {
         Ok(())
     }
 
-    fn end_of_head(&mut self) -> Result<(), Violation> {
+    fn end_of_head(&mut self, head: &[u8]) -> Result<(), Violation> {
         let facts = self.facts;
+        // Every line ends with CR LF, which is known; one control byte more stands where none may.
+        if controls(head) != 2 * (self.lines + usize::from(self.leading)) {
+            let bare = head.iter().zip(head.iter().skip(1)).any(|(a, b)| *a == b'\r' && *b != b'\n');
+            return Err(if bare { Violation::LineEnd } else { Violation::Control });
+        }
         if facts.chunked && facts.length.is_some() {
             return Err(Violation::BothLengths);
         }
@@ -452,24 +458,43 @@ impl Framing {
 }
 
 fn request_line(line: &[u8]) -> Result<Facts, Violation> {
-    let malformed = || if has_control(line) { Violation::Control } else { Violation::RequestLine };
-    let method_end = line.iter().position(|b| !is_token(*b)).ok_or_else(malformed)?;
-    let (method, rest) = line.split_at_checked(method_end).ok_or_else(malformed)?;
-    let rest = rest.strip_prefix(b" ").ok_or_else(malformed)?;
-    let (target, version) =
-        rest.len().checked_sub(9).and_then(|end| rest.split_at_checked(end)).ok_or_else(malformed)?;
+    let method_end = line.iter().position(|b| !is_token(*b)).ok_or(Violation::RequestLine)?;
+    let (method, rest) = line.split_at_checked(method_end).ok_or(Violation::RequestLine)?;
+    let rest = rest.strip_prefix(b" ").ok_or(Violation::RequestLine)?;
+    let end = rest.len().checked_sub(b" HTTP/1.1".len()).ok_or(Violation::RequestLine)?;
+    let (target, version) = rest.split_at_checked(end).ok_or(Violation::RequestLine)?;
     let http10 = match version {
         b" HTTP/1.1" => false,
         b" HTTP/1.0" => true,
-        _ => return Err(malformed()),
+        _ => return Err(Violation::RequestLine),
     };
-    if method.is_empty() || target.is_empty() || target.contains(&b' ') {
-        return Err(malformed());
+    if method.is_empty() || target.is_empty() {
+        return Err(Violation::RequestLine);
     }
-    if !target.iter().fold(true, |good, b| good & matches!(b, b'!'..=b'~') & (*b != b'#')) {
+    let kinds = target.iter().fold(0, |kinds, byte| kinds | kind(*byte));
+    if kinds & NOWHERE != 0 {
+        return Err(Violation::RequestLine);
+    }
+    if kinds & FRAGMENT != 0 {
         return Err(Violation::Target);
     }
-    Ok(Facts { http10, switches: method == b"CONNECT", ..Facts::default() })
+    Ok(Facts { http10, switches: method == b"CONNECT", encode: kinds & ODD != 0, ..Facts::default() })
+}
+
+/// A head whose request line is at `start..end`, with the odd bytes of its target encoded.
+fn encoded(head: &[u8], start: usize, end: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(head.len() + 64);
+    for (at, byte) in head.iter().enumerate() {
+        if (start..end).contains(&at) && kind(*byte) & ODD != 0 {
+            let digit = |value: u8| {
+                char::from_digit(u32::from(value), 16).map_or(b'0', |c| c.to_ascii_uppercase() as u8)
+            };
+            out.extend([b'%', digit(byte >> 4), digit(byte & 15)]);
+        } else {
+            out.push(*byte);
+        }
+    }
+    out
 }
 
 /// Digits only, and it fits: no sign, no list, no space inside, not empty.
@@ -483,7 +508,9 @@ fn number(text: &[u8]) -> Option<u64> {
     })
 }
 
-fn trim(mut value: &[u8]) -> &[u8] {
+/// The value behind the colon at `colon`, without the space around it.
+fn value(line: &[u8], colon: usize) -> &[u8] {
+    let mut value = line.get(colon + 1..).unwrap_or_default();
     while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = value {
         value = rest;
     }
@@ -498,36 +525,41 @@ fn is_control(byte: u8) -> bool {
     (byte < b' ' && byte != b'\t') || byte == 0x7f
 }
 
-/// Without a branch per byte, so that the compiler looks at sixteen bytes at once.
-fn has_control(bytes: &[u8]) -> bool {
-    bytes.iter().fold(false, |found, byte| found | ((*byte < b' ') & (*byte != b'\t')) | (*byte == 0x7f))
+/// How many control bytes there are. In blocks that a byte can count, so that the compiler looks at sixteen at once.
+fn controls(bytes: &[u8]) -> usize {
+    let block = |block: &[u8]| {
+        block
+            .iter()
+            .fold(0u8, |count, byte| count + u8::from(((*byte < b' ') & (*byte != b'\t')) | (*byte == 0x7f)))
+    };
+    bytes.chunks(128).map(|bytes| usize::from(block(bytes))).sum()
 }
 
-const TOKEN: [bool; 256] = {
-    let mut table = [false; 256];
+/// A byte that a method or field name may have (`tchar` of RFC 9110).
+const TOKEN: u8 = 1;
+/// A byte that a request target may not have: controls and the space.
+const NOWHERE: u8 = 2;
+/// What begins a fragment.
+const FRAGMENT: u8 = 4;
+/// A byte that may not stand in a URI but that clients send, as `?filter={"a":1}`. It goes on percent-encoded.
+const ODD: u8 = 8;
+
+#[expect(clippy::indexing_slicing, reason = "a byte is below 256, and the compiler runs this")]
+const KINDS: [u8; 256] = {
+    let mut table = [0; 256];
     let mut byte = 0u8;
     loop {
-        #[expect(clippy::indexing_slicing, reason = "a byte is below 256, and the compiler runs this")]
-        {
-            table[byte as usize] = byte.is_ascii_alphanumeric()
-                || matches!(
-                    byte,
-                    b'!' | b'#'
-                        | b'$'
-                        | b'%'
-                        | b'&'
-                        | b'\''
-                        | b'*'
-                        | b'+'
-                        | b'-'
-                        | b'.'
-                        | b'^'
-                        | b'_'
-                        | b'`'
-                        | b'|'
-                        | b'~'
-                );
-        }
+        table[byte as usize] = match byte {
+            b'#' => TOKEN | FRAGMENT,
+            b'`' => TOKEN | ODD,
+            b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => TOKEN,
+            b'!' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'|' | b'~' => {
+                TOKEN
+            }
+            b'"' | b'<' | b'>' | 0x80.. => ODD,
+            0..=b' ' | 0x7f => NOWHERE,
+            _ => 0,
+        };
         if byte == 255 {
             break table;
         }
@@ -535,9 +567,12 @@ const TOKEN: [bool; 256] = {
     }
 };
 
-/// Whether a method or field name may have the byte (`tchar` of RFC 9110).
+fn kind(byte: u8) -> u8 {
+    KINDS.get(usize::from(byte)).copied().unwrap_or(NOWHERE)
+}
+
 fn is_token(byte: u8) -> bool {
-    TOKEN.get(usize::from(byte)).copied().unwrap_or(false)
+    kind(byte) & TOKEN != 0
 }
 
 /// What the reader behind the guard gets to know, once a connection.
@@ -684,32 +719,51 @@ impl Guard {
                 self.refuse(violation, &line);
             }
             Stop::Body(violation) => self.broken = Some(violation),
+            Stop::Encode(length) => {
+                let (start, end) = self.framing.request_line;
+                self.ready.extend(encoded(rest.get(..length).unwrap_or_default(), start, end));
+                self.held.extend_from_slice(rest.get(length..).unwrap_or_default());
+                buf.set_filled(before + taken);
+                return self.rescan();
+            }
         }
         buf.set_filled(before + taken);
     }
 
+    /// Judges what is held, and moves to `ready` what may go on.
     fn rescan(&mut self) {
         let held = std::mem::take(&mut self.held);
-        let (taken, stop) = self.framing.scan(&held);
-        let rest = held.get(taken..).unwrap_or_default();
-        match stop {
-            Some(Stop::Partial | Stop::Waiting) if taken == 0 => {
-                self.held = held;
+        let mut at = 0;
+        while at < held.len() {
+            let left = held.get(at..).unwrap_or_default();
+            let (taken, stop) = self.framing.scan(left);
+            if self.ready.is_empty() && taken == held.len() {
+                // The usual case: one head in pieces, and all of it may go on.
+                self.ready = held;
                 return;
             }
-            Some(Stop::Partial | Stop::Waiting) => self.held = rest.to_vec(),
-            Some(Stop::Head(violation)) => {
-                let line = self.refused_line(rest);
-                self.ready.extend_from_slice(held.get(..taken).unwrap_or_default());
-                return self.refuse(violation, &line);
+            let (good, rest) = left.split_at_checked(taken).unwrap_or((left, &[]));
+            self.ready.extend_from_slice(good);
+            match stop {
+                None => return,
+                Some(Stop::Partial | Stop::Waiting) => {
+                    self.held = if at + taken == 0 { held } else { rest.to_vec() };
+                    return;
+                }
+                Some(Stop::Head(violation)) => {
+                    let line = self.refused_line(rest);
+                    return self.refuse(violation, &line);
+                }
+                Some(Stop::Body(violation)) => {
+                    self.broken = Some(violation);
+                    return;
+                }
+                Some(Stop::Encode(length)) => {
+                    let (start, end) = self.framing.request_line;
+                    self.ready.extend(encoded(rest.get(..length).unwrap_or_default(), start, end));
+                    at += taken + length;
+                }
             }
-            Some(Stop::Body(violation)) => self.broken = Some(violation),
-            None => {}
-        }
-        if self.ready.is_empty() && taken == held.len() {
-            self.ready = held;
-        } else {
-            self.ready.extend_from_slice(held.get(..taken).unwrap_or_default());
         }
     }
 
