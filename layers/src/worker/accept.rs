@@ -135,20 +135,34 @@ impl<S: HttpService> Acceptor<S> {
             stats.evicted.add(1);
         }
         let open = OpenConnection::new(&self.context);
-        tokio::task::spawn_local(self.clone().connection(tcp, peer, local, open));
+        // Known for all connections of a socket that is bound to one address.
+        let local = if local.ip().is_unspecified() { tcp.local_addr().unwrap_or(local) } else { local };
+        let ends = Ends { source: peer, destination: local };
+        let socket = Socket::new(tcp);
+        if self.options.tls.is_some() || self.options.proxy_protocol.is_some() {
+            tokio::task::spawn_local(self.clone().greet(socket, ends, open));
+        } else {
+            let speaks = if self.options.http2 { Speaks::Either } else { Speaks::Http1 };
+            self.serve(Stream::Plain(socket), ends, None, speaks, open);
+        }
     }
 
-    async fn connection(self, tcp: TcpStream, peer: SocketAddr, local: SocketAddr, _open: OpenConnection) {
+    /// Serves a connection in a task of its own, which is small however large what came before was.
+    fn serve(&self, stream: Stream, ends: Ends, tls: Option<Tls>, speaks: Speaks, open: OpenConnection) {
+        let conn = Box::new(Conn::new(ends.source, ends.destination, tls));
+        let watched = self.context.deadlines().watch(Phase::Head);
+        tokio::task::spawn_local(self.server.clone().serve(stream, conn, speaks, watched, open));
+    }
+
+    /// What a connection has before its first request: a PROXY header, a TLS handshake.
+    async fn greet(self, mut socket: Socket, mut ends: Ends, open: OpenConnection) {
         let watched = self.context.deadlines().watch(Phase::Handshake);
         poll_fn(|cx| {
             watched.attach(cx);
             Poll::Ready(())
         })
         .await;
-        // Known for all connections of a socket that is bound to one address.
-        let local = if local.ip().is_unspecified() { tcp.local_addr().unwrap_or(local) } else { local };
-        let mut socket = Socket::new(tcp);
-        let mut ends = Ends { source: peer, destination: local };
+        let peer = ends.source;
         if let Some(proxy) = &self.options.proxy_protocol {
             match until_ended(&watched, proxy_header(&mut socket)).await {
                 Ok(Ok(Some(told))) if proxy.believes(peer) => ends = told,
@@ -166,18 +180,13 @@ impl<S: HttpService> Acceptor<S> {
                 let speaks = if self.options.http2 { Speaks::Either } else { Speaks::Http1 };
                 (Stream::Plain(socket), None, speaks)
             }
-            Some(listen) => {
-                // Boxed: a handshake's future is large, and it is over before the connection begins to idle.
-                let handshake = Box::pin(tls_server::accept(socket, listen));
-                match until_ended(&watched, handshake).await {
-                    Ok(Ok(accepted)) => self.accepted(accepted),
-                    Ok(Err(error)) => return self.handshake_failed(&error, peer),
-                    Err(cause) => return self.ended(&watched, cause, peer),
-                }
-            }
+            Some(listen) => match until_ended(&watched, tls_server::accept(socket, listen)).await {
+                Ok(Ok(accepted)) => self.accepted(accepted),
+                Ok(Err(error)) => return self.handshake_failed(&error, peer),
+                Err(cause) => return self.ended(&watched, cause, peer),
+            },
         };
-        let conn = Conn::new(ends.source, ends.destination, tls);
-        self.server.serve(stream, conn, speaks, watched).await;
+        self.serve(stream, ends, tls, speaks, open);
     }
 
     fn accepted(&self, accepted: tls_server::Accepted<Socket>) -> (Stream, Option<Tls>, Speaks) {

@@ -11,6 +11,7 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
@@ -20,7 +21,7 @@ use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 
@@ -30,7 +31,7 @@ use crate::exchange::{Conn, Exchange, ResponseBody};
 use crate::rescue;
 use crate::stack::HttpService;
 use crate::transport::framing::{Guard, HeadLimits, Position};
-use crate::worker::context::WorkerContext;
+use crate::worker::context::{OpenConnection, WorkerContext};
 use crate::worker::deadlines::{Ended, Phase, Watch, Watched};
 use crate::worker::io::{Command, Io, Link, Stream};
 
@@ -61,6 +62,9 @@ pub struct Http2 {
     pub send_buffer: usize,
     /// Resets that the client provokes before the connection ends.
     pub local_resets: usize,
+    /// How often a silent client is asked whether it is there. It costs a timer per connection; the keep-alive of
+    /// TCP notices a vanished client too, only later.
+    pub ping: Option<Duration>,
 }
 
 impl Default for Http2 {
@@ -71,6 +75,7 @@ impl Default for Http2 {
             connection_window: 1024 * 1024,
             send_buffer: 64 * 1024,
             local_resets: 1024,
+            ping: None,
         }
     }
 }
@@ -127,16 +132,25 @@ impl<S: HttpService> Server<S> {
     }
 
     /// Serves a connection to its end. `watched` has its deadlines so far.
-    pub async fn serve(self: Rc<Self>, stream: Stream, conn: Conn, speaks: Speaks, watched: Watched) {
+    pub(crate) async fn serve(
+        self: Rc<Self>,
+        stream: Stream,
+        conn: Box<Conn>,
+        speaks: Speaks,
+        watched: Watched,
+        _open: OpenConnection,
+    ) {
         let shared = Rc::new(Shared {
-            conn: Rc::new(conn),
+            conn: Rc::from(conn),
             context: self.context.clone(),
             watch: watched.watch().clone(),
             link: Arc::default(),
             calls: Cell::new(0),
             next_stream: Cell::new(None),
         });
-        let mut client = Client { stream, guard: Guard::new(self.settings.head), early: Vec::new() };
+        // Boxed, and handed over as a box: every place it may be in would count in the size of the task.
+        let mut client =
+            Box::new(Client { stream, guard: Guard::new(self.settings.head), early: Vec::new() });
         let mut speaks = speaks;
         watched.park(Phase::Head);
         loop {
@@ -167,12 +181,10 @@ impl<S: HttpService> Server<S> {
         }
     }
 
-    async fn http1(self: &Rc<Self>, client: Client, shared: &Rc<Shared>, watched: &Watched) -> Served {
+    async fn http1(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>, watched: &Watched) -> Served {
         let link = &shared.link;
         link.restart();
-        let io = Io::http1(client.stream, client.guard, shared.watch.clone(), link.clone());
-        let bridge = Bridge { server: self.clone(), shared: shared.clone(), http2: false };
-        let mut engine = Box::new(self.http1.serve_connection(TokioIo::new(io), bridge).with_upgrades());
+        let mut engine = self.http1_engine(client, shared);
         watched.allow_parking(true);
         let mut excused = false;
         let end = poll_fn(|cx| {
@@ -216,7 +228,7 @@ impl<S: HttpService> Server<S> {
         let Some(parts) = engine.into_parts() else { return Served::Tunnel };
         let (stream, Some(mut guard)) = parts.io.into_inner().into_parts() else { return Served::Gone };
         guard.put_back(&parts.read_buf);
-        let client = Client { stream, guard, early: Vec::new() };
+        let client = Box::new(Client { stream, guard, early: Vec::new() });
         match end {
             End::Idle => Served::Idle(client),
             End::Quiet => Served::Close(client),
@@ -227,12 +239,19 @@ impl<S: HttpService> Server<S> {
         }
     }
 
-    async fn http2(self: &Rc<Self>, client: Client, shared: &Rc<Shared>, watched: &Watched) {
-        let link = &shared.link;
-        let io = Io::http2(client.stream, client.early, shared.watch.clone(), link.clone());
+    fn http1_engine(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>) -> Box<Http1Engine<S>> {
+        let io = Io::http1(client.stream, client.guard, shared.watch.clone(), shared.link.clone());
+        let bridge = Bridge { server: self.clone(), shared: shared.clone(), http2: false };
+        Box::new(self.http1.serve_connection(TokioIo::new(io), bridge).with_upgrades())
+    }
+
+    fn http2_engine(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>) -> Pin<Box<Http2Engine<S>>> {
+        let io = Io::http2(client.stream, client.early, shared.watch.clone(), shared.link.clone());
         let limits = &self.settings.http2;
         let mut builder = http2::Builder::new(StreamExecutor(shared.clone()));
         builder
+            .timer(TokioTimer::new())
+            .keep_alive_interval(limits.ping)
             .max_concurrent_streams(limits.streams)
             .initial_stream_window_size(limits.stream_window)
             .initial_connection_window_size(limits.connection_window)
@@ -240,7 +259,12 @@ impl<S: HttpService> Server<S> {
             .max_local_error_reset_streams(limits.local_resets)
             .max_header_list_size(u32::try_from(self.settings.head.head).unwrap_or(u32::MAX));
         let bridge = Bridge { server: self.clone(), shared: shared.clone(), http2: true };
-        let mut engine = Box::pin(builder.serve_connection(TokioIo::new(io), bridge));
+        Box::pin(builder.serve_connection(TokioIo::new(io), bridge))
+    }
+
+    async fn http2(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>, watched: &Watched) {
+        let link = &shared.link;
+        let mut engine = self.http2_engine(client, shared);
         let mut leaving = false;
         let end = poll_fn(|cx| {
             if let Some(flood) = link.flood() {
@@ -277,6 +301,9 @@ impl<S: HttpService> Server<S> {
         }
     }
 }
+
+type Http1Engine<S> = http1::UpgradeableConnection<TokioIo<Io>, Bridge<S>>;
+type Http2Engine<S> = http2::Connection<TokioIo<Io>, Bridge<S>, StreamExecutor>;
 
 /// Waits for the end of a tunnel; whoever took it over moves the bytes.
 async fn tunnel(shared: &Shared, watched: &Watched) {
@@ -340,8 +367,8 @@ enum End {
 
 /// What is left of a connection after an engine had it.
 enum Served {
-    Idle(Client),
-    Close(Client),
+    Idle(Box<Client>),
+    Close(Box<Client>),
     Tunnel,
     Gone,
 }
@@ -417,7 +444,7 @@ impl Client {
     }
 
     /// Says goodbye, and reads what still comes until the client has closed too, so that nothing is reset.
-    async fn close(mut self, watched: &Watched, context: &WorkerContext) {
+    async fn close(mut self: Box<Self>, watched: &Watched, context: &WorkerContext) {
         watched.pardon();
         watched.enter(Phase::Linger);
         watched.unpark();
@@ -757,5 +784,35 @@ impl<F: Future<Output = ()>> Future for StreamTask<F> {
             }
         }
         this.future.poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::testing::service;
+    use crate::worker::Timeouts;
+    use crate::worker::io::Socket;
+
+    #[tokio::test]
+    async fn the_task_of_a_connection_is_small() {
+        let context = WorkerContext::new(0, 1, &Timeouts::default(), Arc::default());
+        let server = Server::new(&context, service(|_| Ok(())), ServeSettings::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let end: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        let future = server.serve(
+            Stream::Plain(Socket::new(tcp)),
+            Box::new(Conn::plain(end, end)),
+            Speaks::Either,
+            context.deadlines().watch(Phase::Head),
+            OpenConnection::new(&context),
+        );
+        let size = std::mem::size_of_val(&future);
+        assert!(size <= 640, "{size}");
     }
 }

@@ -855,30 +855,6 @@ async fn without_their_handle_workers_end() {
     client.rest().await;
 }
 
-#[test]
-fn what_an_idle_connection_keeps_is_small() {
-    // The futures of a connection, as a task holds them. The engine and the handshake are boxed while they last.
-    let settings = WorkerSettings::default();
-    let context = crate::worker::WorkerContext::new(0, 1, &settings.timeouts, Arc::default());
-    let server = crate::worker::serve::Server::new(&context, Paths, settings.serve);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let stream = crate::worker::io::Stream::Plain(crate::worker::io::Socket::new(tcp));
-        let end: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        let watched = context.deadlines().watch(crate::worker::deadlines::Phase::Head);
-        let future = server.serve(
-            stream,
-            crate::exchange::Conn::plain(end, end),
-            crate::worker::serve::Speaks::Either,
-            watched,
-        );
-        let size = std::mem::size_of_val(&future);
-        assert!(size <= 2048, "{size}");
-    });
-}
-
 struct Ca {
     pem: String,
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
