@@ -185,12 +185,19 @@ impl Graph {
     }
 
     /// Make the graph hold what `changes` put and nothing else. Objects that stay as they are keep their `Arc`.
-    /// The keys that are now different, removed ones among them.
-    pub fn replace_all(&mut self, changes: Vec<Change>, catalog: &dyn PluginCatalog) -> Vec<ResourceKey> {
-        let mut kept = HashSet::with_capacity(changes.len());
+    /// The keys that are now different, removed ones among them. Changes are taken one at a time, so that the JSON
+    /// of all objects need not be there at once.
+    pub fn replace_all(
+        &mut self,
+        changes: impl IntoIterator<Item = Change>,
+        catalog: &dyn PluginCatalog,
+    ) -> Vec<ResourceKey> {
+        let changes = changes.into_iter();
+        let mut kept = HashSet::with_capacity(changes.size_hint().0);
         let mut changed = Vec::new();
-        self.revision = changes.iter().map(Change::modified_index).max().unwrap_or(0);
+        self.revision = 0;
         for change in changes {
+            self.revision = self.revision.max(change.modified_index());
             let Change::Put { key, value, created_index, modified_index } = change else { continue };
             kept.insert(key.clone());
             if self.put(key.clone(), value, created_index, modified_index, false, catalog) {
@@ -637,7 +644,7 @@ mod tests {
                     None => model.remove(&path),
                 };
                 if whole {
-                    let changes = model.iter().map(|(path, value)| put(path, value.clone(), index)).collect();
+                    let changes = model.iter().map(|(path, value)| put(path, value.clone(), index));
                     graph.replace_all(changes, &TestCatalog);
                 } else {
                     let change = match value {

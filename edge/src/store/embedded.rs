@@ -211,18 +211,14 @@ impl Store for Embedded {
     fn watch(&self) -> mpsc::Receiver<StoreEvent> {
         let shared = &self.shared;
         if let Some(fallback) = &shared.fallback {
-            let changes = fallback.items.values().map(Stored::to_change).collect();
-            shared.feed.snapshot(changes, fallback.revision);
+            shared.feed.snapshot(fallback.items.values().cloned().collect(), fallback.revision);
             return shared.feed.subscribe();
         }
         shared.keeper.get_or_init(|| {
             let source = Arc::downgrade(shared);
             Keeper::start(
                 shared.snapshot.clone(),
-                Arc::new(move || {
-                    let shared = source.upgrade()?;
-                    shared.read(save).inspect_err(|error| tracing::warn!(%error, "store not read")).ok()
-                }),
+                Arc::new(move |file: &SnapshotFile| Some(source.upgrade()?.save(file))),
             )
         });
         let receiver = shared.feed.subscribe();
@@ -341,6 +337,25 @@ impl Shared {
         let database = guard.as_ref().ok_or_else(|| self.closed_file())?;
         let read = || work(&database.begin_read()?);
         read().map_err(unavailable)
+    }
+
+    /// Write everything into `file`, object by object.
+    fn save(&self, file: &SnapshotFile) -> io::Result<()> {
+        let written = self.read(|transaction| {
+            let meta = transaction.open_table(META)?;
+            let items = transaction.open_table(ITEMS)?;
+            let revision = meta.get("revision")?.map_or(0, |guard| guard.value());
+            Ok(file.write_with(revision, &Value::Null, |objects| {
+                for entry in items.iter().map_err(io::Error::other)? {
+                    let (path, value) = entry.map_err(io::Error::other)?;
+                    if let Some((head, json)) = Head::decode(value.value()) {
+                        objects.add(path.value(), head.created, head.modified, json)?;
+                    }
+                }
+                Ok(())
+            }))
+        });
+        written.map_err(io::Error::other)?
     }
 
     fn closed_file(&self) -> StoreError {
@@ -512,8 +527,8 @@ impl Writer {
 
     fn subscribe(&self) {
         match self.shared.read(everything) {
-            Ok(changes) => {
-                self.shared.feed.snapshot(changes, self.revision);
+            Ok(objects) => {
+                self.shared.feed.snapshot(objects, self.revision);
                 if let Some(keeper) = self.shared.keeper.get() {
                     keeper.changed();
                 }
@@ -817,29 +832,14 @@ fn collect(
     Ok(found)
 }
 
-fn everything(transaction: &ReadTransaction) -> Result<Vec<Change>, redb::Error> {
+fn everything(transaction: &ReadTransaction) -> Result<Vec<Stored>, redb::Error> {
     let items = transaction.open_table(ITEMS)?;
-    let mut changes = Vec::with_capacity(usize::try_from(items.len()?).unwrap_or(0));
+    let mut objects = Vec::with_capacity(usize::try_from(items.len()?).unwrap_or(0));
     for entry in items.iter()? {
         let (path, value) = entry?;
-        if let Some(stored) = ResourceKey::from_path(path.value()).and_then(|key| decode(key, value.value()))
-        {
-            changes.push(stored.to_change());
-        }
+        objects.extend(ResourceKey::from_path(path.value()).and_then(|key| decode(key, value.value())));
     }
-    Ok(changes)
-}
-
-fn save(transaction: &ReadTransaction) -> Result<Saved, redb::Error> {
-    let items = transaction.open_table(ITEMS)?;
-    let meta = transaction.open_table(META)?;
-    let mut saved = Saved::default();
-    for entry in items.iter()? {
-        let (path, value) = entry?;
-        saved.items.extend(ResourceKey::from_path(path.value()).and_then(|key| decode(key, value.value())));
-    }
-    saved.revision = meta.get("revision")?.map_or(0, |guard| guard.value());
-    Ok(saved)
+    Ok(objects)
 }
 
 /// Fill an empty store.
@@ -958,7 +958,7 @@ mod tests {
         store.put(key, value, PutOptions::default()).await.unwrap()
     }
 
-    async fn snapshot(store: &Embedded) -> (Vec<Change>, u64) {
+    async fn snapshot(store: &Embedded) -> (super::super::Objects, u64) {
         match store.watch().recv().await.unwrap() {
             StoreEvent::Snapshot { changes, revision } => (changes, revision),
             other => panic!("{other:?}"),
@@ -1135,8 +1135,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let store = Embedded::open(directory.path()).unwrap();
         put(&store, &route(1), json!({"uri": "/a"})).await;
-        let saved = store.shared.read(save).unwrap();
-        store.shared.snapshot.write(&saved).unwrap();
+        store.shared.save(&store.shared.snapshot).unwrap();
         drop(store);
         let file = directory.path().join(FILE);
         fs::write(&file, "this is no database, whatever its name says").unwrap();

@@ -199,7 +199,10 @@ impl Store for Etcd {
             let shared = Arc::downgrade(&self.shared);
             Keeper::start(
                 self.shared.snapshot.clone(),
-                Arc::new(move || shared.upgrade().map(|shared| shared.mirror().save())),
+                Arc::new(move |file: &SnapshotFile| {
+                    let saved = shared.upgrade()?.mirror().save();
+                    Some(file.write(&saved))
+                }),
             )
         });
         let receiver = self.shared.feed.subscribe();
@@ -462,8 +465,7 @@ impl Shared {
         let revision = listing.revision;
         let changes = mirror.take(listing, trust);
         if first {
-            let all = mirror.items.values().map(Stored::to_change).collect();
-            self.feed.snapshot(all, revision);
+            self.feed.snapshot(mirror.items.values().cloned().collect(), revision);
         } else if !changes.is_empty() {
             self.feed.changes(changes, revision);
         }
@@ -523,8 +525,7 @@ impl Shared {
             return;
         }
         mirror.told = true;
-        let changes = mirror.items.values().map(Stored::to_change).collect();
-        self.feed.snapshot(changes, mirror.revision);
+        self.feed.snapshot(mirror.items.values().cloned().collect(), mirror.revision);
     }
 }
 
@@ -985,7 +986,7 @@ mod tests {
             }
         }
 
-        fn apply(&mut self, changes: Vec<Change>, revision: u64) {
+        fn apply(&mut self, changes: impl IntoIterator<Item = Change>, revision: u64) {
             self.revision = revision;
             for change in changes {
                 match change {

@@ -12,7 +12,7 @@ use config::graph::Change;
 use indexmap::IndexMap;
 use tokio::sync::{Notify, mpsc};
 
-use super::{EVENT_CAPACITY, StoreEvent, StoreStatus};
+use super::{EVENT_CAPACITY, Objects, StoreEvent, StoreStatus, Stored};
 
 /// The sending end. Cheap to clone.
 #[derive(Clone)]
@@ -28,7 +28,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Pending {
-    snapshot: Option<(Vec<Change>, u64)>,
+    snapshot: Option<(Objects, u64)>,
     changes: IndexMap<ResourceKey, Change>,
     /// The revision of the changes, and of everything told so far.
     revision: u64,
@@ -49,11 +49,11 @@ impl Feed {
     }
 
     /// Everything there is now. Forgets what was not delivered yet.
-    pub fn snapshot(&self, changes: Vec<Change>, revision: u64) {
+    pub fn snapshot(&self, objects: Vec<Stored>, revision: u64) {
         let mut pending = self.pending();
         pending.started = true;
         pending.changes.clear();
-        pending.snapshot = Some((changes, revision));
+        pending.snapshot = Some((objects.into(), revision));
         pending.revision = revision;
         drop(pending);
         self.inner.told.notify_one();
@@ -194,10 +194,15 @@ mod tests {
         }
     }
 
+    fn stored(id: &str, modified_index: u64) -> Stored {
+        let value = bytes::Bytes::from_static(br#"{"uri":"/"}"#);
+        Stored { key: ResourceKey::new(Kind::Route, id), value, created_index: 1, modified_index }
+    }
+
     #[tokio::test]
     async fn a_slow_receiver_gets_the_last_change_of_each_key_in_order() {
         let feed = Feed::new("test");
-        feed.snapshot(vec![put("1", 1)], 1);
+        feed.snapshot(vec![stored("1", 1)], 1);
         for revision in 2..1000 {
             feed.changes([put("1", revision)], revision);
         }
@@ -219,9 +224,9 @@ mod tests {
     #[tokio::test]
     async fn a_snapshot_replaces_what_was_not_delivered() {
         let feed = Feed::new("test");
-        feed.snapshot(vec![put("1", 1)], 1);
+        feed.snapshot(vec![stored("1", 1)], 1);
         feed.changes([put("2", 2)], 2);
-        feed.snapshot(vec![put("3", 3)], 3);
+        feed.snapshot(vec![stored("3", 3)], 3);
         let mut events = feed.subscribe();
         let StoreEvent::Snapshot { changes, revision: 3 } = events.recv().await.unwrap() else {
             panic!("one snapshot");

@@ -213,7 +213,7 @@ impl Shared {
         if let Err(error) = self.snapshot.write(&saved) {
             tracing::warn!(path = %self.snapshot.path().display(), %error, "last-good snapshot not written");
         }
-        let changes = file.changes(revision);
+        let objects = saved.items;
         {
             let mut state = self.state();
             state.items = items;
@@ -223,7 +223,7 @@ impl Shared {
             state.problems = file.errors;
             state.told = true;
         }
-        self.feed.snapshot(changes, revision);
+        self.feed.snapshot(objects, revision);
         Ok(())
     }
 
@@ -233,15 +233,14 @@ impl Shared {
             return None;
         }
         let (saved, since) = self.snapshot.load()?;
-        let changes = saved.items.iter().map(Stored::to_change).collect();
-        let revision = saved.revision;
+        let (objects, revision) = (saved.items.clone(), saved.revision);
         {
             let mut state = self.state();
             state.items = saved.items.into_iter().map(|item| (item.key.clone(), item)).collect();
             state.revision = revision;
             state.told = true;
         }
-        self.feed.snapshot(changes, revision);
+        self.feed.snapshot(objects, revision);
         Some(since)
     }
 }

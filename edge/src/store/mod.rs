@@ -43,7 +43,7 @@ pub enum StoreEvent {
     /// Everything there is. Objects that are not in it are gone.
     Snapshot {
         /// One [`Change::Put`] for each object.
-        changes: Vec<Change>,
+        changes: Objects,
         /// The store's revision the set belongs to.
         revision: u64,
     },
@@ -102,6 +102,40 @@ impl Stored {
             created_index: self.created_index,
             modified_index: self.modified_index,
         }
+    }
+}
+
+/// All objects of a store, as changes that are made one at a time: the JSON trees of a hundred thousand routes
+/// would take several times the memory of their text.
+#[derive(Debug, Default)]
+pub struct Objects(Vec<Stored>);
+
+impl Objects {
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl From<Vec<Stored>> for Objects {
+    fn from(all: Vec<Stored>) -> Objects {
+        Objects(all)
+    }
+}
+
+impl IntoIterator for Objects {
+    type Item = Change;
+    type IntoIter = std::iter::Map<std::vec::IntoIter<Stored>, fn(Stored) -> Change>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter().map(|stored| stored.to_change())
     }
 }
 

@@ -47,7 +47,6 @@ pub struct Saved {
 struct Header {
     provider: String,
     revision: u64,
-    items: usize,
     #[serde(default)]
     extra: Value,
 }
@@ -96,28 +95,36 @@ impl SnapshotFile {
     /// # Errors
     /// If the directory cannot be written. The old file is still there.
     pub fn write(&self, saved: &Saved) -> io::Result<()> {
+        self.write_with(saved.revision, &saved.extra, |objects| {
+            for Stored { key, value, created_index, modified_index } in &saved.items {
+                objects.add(key, *created_index, *modified_index, value)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// As [`SnapshotFile::write`], the objects being handed over one by one by `fill`.
+    ///
+    /// # Errors
+    /// As [`SnapshotFile::write`], and those of `fill`.
+    pub fn write_with(
+        &self,
+        revision: u64,
+        extra: &Value,
+        fill: impl FnOnce(&mut Sink) -> io::Result<()>,
+    ) -> io::Result<()> {
         if let Some(directory) = self.path.parent() {
             prepare_data_dir(directory)?;
         }
         let new = self.path.with_extension("new");
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        let mut out = Checked { out: BufWriter::with_capacity(1 << 18, file), sum: Sha256::new() };
-        out.write_all(MAGIC)?;
-        let header = Header {
-            provider: self.provider.clone(),
-            revision: saved.revision,
-            items: saved.items.len(),
-            extra: saved.extra.clone(),
-        };
-        serde_json::to_writer(&mut out, &header)?;
-        out.write_all(b"\n")?;
-        for item in &saved.items {
-            let Stored { key, value, created_index, modified_index } = item;
-            writeln!(out, "{key} {created_index} {modified_index} {}", value.len())?;
-            out.write_all(value)?;
-            out.write_all(b"\n")?;
-        }
-        let Checked { out, sum } = out;
+        let mut objects = Sink { out: BufWriter::with_capacity(1 << 18, file), sum: Sha256::new() };
+        objects.write_all(MAGIC)?;
+        let header = Header { provider: self.provider.clone(), revision, extra: extra.clone() };
+        serde_json::to_writer(&mut objects, &header)?;
+        objects.write_all(b"\n")?;
+        fill(&mut objects)?;
+        let Sink { out, sum } = objects;
         let mut file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.write_all(trailer(&sum.finalize()).as_bytes())?;
         file.sync_all()?;
@@ -182,8 +189,8 @@ impl SnapshotFile {
         if header.provider != self.provider {
             return Err(SnapshotError::OtherProvider(header.provider));
         }
-        let mut items = Vec::with_capacity(header.items.min(rest.len() / 16));
-        for _ in 0..header.items {
+        let mut items = Vec::new();
+        while !rest.is_empty() {
             const BAD: SnapshotError = SnapshotError::Damaged("an object cannot be read");
             let head = line(&mut rest).ok_or(BAD)?;
             let mut words = std::str::from_utf8(&head).map_err(|_| BAD)?.split(' ');
@@ -220,12 +227,31 @@ fn trailer(sum: &[u8]) -> String {
     text
 }
 
-struct Checked<W> {
-    out: W,
+/// The objects of a snapshot that is being written.
+pub struct Sink {
+    out: BufWriter<File>,
     sum: Sha256,
 }
 
-impl<W: Write> Write for Checked<W> {
+impl Sink {
+    /// Add one: its key as it prints, its indices and its JSON.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn add(
+        &mut self,
+        key: impl std::fmt::Display,
+        created_index: u64,
+        modified_index: u64,
+        value: &[u8],
+    ) -> io::Result<()> {
+        writeln!(self, "{key} {created_index} {modified_index} {}", value.len())?;
+        self.write_all(value)?;
+        self.write_all(b"\n")
+    }
+}
+
+impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.out.write_all(bytes)?;
         self.sum.update(bytes);
@@ -237,8 +263,8 @@ impl<W: Write> Write for Checked<W> {
     }
 }
 
-/// Where a keeper takes the current set from. Called on a blocking thread; `None`: nothing to keep yet.
-pub type Source = Arc<dyn Fn() -> Option<Saved> + Send + Sync>;
+/// Writes the current set into the file. Called on a blocking thread; `None`: nothing to keep yet.
+pub type Source = Arc<dyn Fn(&SnapshotFile) -> Option<io::Result<()>> + Send + Sync>;
 
 /// Keeps a snapshot file up to date: a second after a change, less often when writing takes long.
 pub struct Keeper {
@@ -293,7 +319,7 @@ async fn keep(file: SnapshotFile, source: Source, wake: Arc<Wake>) {
         let started = Instant::now();
         let written = {
             let (file, source) = (file.clone(), Arc::clone(&source));
-            tokio::task::spawn_blocking(move || source().map(|saved| file.write(&saved))).await
+            tokio::task::spawn_blocking(move || source(&file)).await
         };
         match written {
             Ok(Some(Ok(()))) => kept = true,
@@ -383,7 +409,7 @@ mod tests {
     async fn a_keeper_writes_after_a_change() {
         let directory = tempfile::tempdir().unwrap();
         let file = SnapshotFile::new(directory.path(), "etcd", "/apisix");
-        let keeper = Keeper::start(file.clone(), Arc::new(|| Some(saved())));
+        let keeper = Keeper::start(file.clone(), Arc::new(|file: &SnapshotFile| Some(file.write(&saved()))));
         keeper.changed();
         let deadline = Instant::now() + Duration::from_secs(20);
         while file.read().unwrap().is_none() {

@@ -153,12 +153,15 @@ impl Store for Standalone {
             let shared = Arc::downgrade(&self.shared);
             Keeper::start(
                 self.shared.snapshot.clone(),
-                Arc::new(move || shared.upgrade().map(|shared| shared.state().save())),
+                Arc::new(move |file: &SnapshotFile| {
+                    let saved = shared.upgrade()?.state().save();
+                    Some(file.write(&saved))
+                }),
             )
         });
         let state = self.shared.state();
-        let changes = state.items.values().map(|served| served.stored.to_change()).collect();
-        self.shared.feed.snapshot(changes, state.revision);
+        let objects = state.items.values().map(|served| served.stored.clone()).collect();
+        self.shared.feed.snapshot(objects, state.revision);
         if let Some(since) = state.restored {
             self.shared.feed.stale(since, "restored from disk; nothing was put since the start");
         }
@@ -330,8 +333,9 @@ mod tests {
     }
 
     async fn next(events: &mut mpsc::Receiver<StoreEvent>) -> Vec<String> {
-        let changes = match events.recv().await.unwrap() {
-            StoreEvent::Snapshot { changes, .. } | StoreEvent::Changes { changes, .. } => changes,
+        let changes: Vec<Change> = match events.recv().await.unwrap() {
+            StoreEvent::Snapshot { changes, .. } => changes.into_iter().collect(),
+            StoreEvent::Changes { changes, .. } => changes,
             other => panic!("{other:?}"),
         };
         let told = |change: Change| match change {
