@@ -168,7 +168,13 @@ mod tests {
         for (given, wanted) in cases {
             let mut headers = fields(given);
             drop_named(&mut headers);
-            assert_eq!(text(&headers), wanted, "{given}");
+            // Taking one field off may move another.
+            let sorted = |text: &str| {
+                let mut fields: Vec<_> = text.split('|').map(str::to_owned).collect();
+                fields.sort();
+                fields
+            };
+            assert_eq!(sorted(&text(&headers)), sorted(wanted), "{given}");
         }
     }
 
