@@ -8,6 +8,8 @@ source tests/apt.sh
 need etcd etcd-server
 need /usr/sbin/nginx nginx
 need setpriv util-linux
+need ip iproute2
+need openssl openssl
 need protoc protobuf-compiler
 need cmake cmake
 need cc build-essential

@@ -2,10 +2,12 @@
 //!
 //! An example keeps its own settings; only the ports are changed, those of the gateway to free ones and those of its
 //! upstreams to origins of the test: 1980 and 1981 echo, 1982 is a WebSocket, 50051 a gRPC service. `requests.txt`
-//! holds what must come of its requests, in the format of `tests/compat`.
+//! holds what must come of its requests, in the format of `tests/compat`. `run.sh` of each is run as it is, on a
+//! loopback of its own.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use config::document::Document;
 use e2e::certs::Authority;
@@ -56,19 +58,25 @@ async fn requests(name: &str, edge: &Edge) {
     }
 }
 
+/// The directories under `examples/`.
+fn all() -> BTreeSet<String> {
+    std::fs::read_dir(folder("."))
+        .expect("the examples")
+        .map(|entry| entry.expect("an example"))
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
 #[test]
 fn every_example_is_tested_and_passes_the_check() {
     let tested = ["canary", "etcd", "grpc", "key-auth", "quickstart", "tls-sni", "websocket"];
-    let found: BTreeSet<String> = std::fs::read_dir(folder("."))
-        .expect("the examples")
-        .map(|entry| entry.expect("an example").file_name().to_string_lossy().into_owned())
-        .collect();
-    assert_eq!(found.iter().map(String::as_str).collect::<Vec<_>>(), tested);
+    assert_eq!(all().iter().map(String::as_str).collect::<Vec<_>>(), tested);
     let ca = Authority::new("ca");
     let leaf = ca.server(&["shop.example.com", "*.internal.example.com"]);
     for name in tested {
         assert!(!read(name, "README.md").is_empty());
-        let output = std::process::Command::new(binary())
+        let output = Command::new(binary())
             .args(["check", folder(name).to_str().expect("a text path")])
             .envs([("SHOP_CERT", &leaf.cert), ("SHOP_KEY", &leaf.key), ("CLIENT_CA", &ca.pem())])
             .envs([("INTERNAL_CERT", &leaf.cert), ("INTERNAL_KEY", &leaf.key)])
@@ -162,10 +170,9 @@ async fn etcd_holds_what_the_admin_api_writes() {
     let one = echo::named("one").await;
     let etcd = Etcd::start().await;
     let edge = Edge::etcd(&etcd).example(settings("etcd")).start().await;
-    let text = read("etcd", "resources.json").replace("127.0.0.1:1980", &one.node());
-    let resources: Value = serde_json::from_str(&text).expect("JSON");
-    for (path, object) in resources.as_object().expect("paths and objects") {
-        edge.put(path, object.clone()).await;
+    for (path, file) in [("upstreams/samples", "upstream.json"), ("routes/hello", "route.json")] {
+        let text = read("etcd", file).replace("127.0.0.1:1980", &one.node());
+        edge.put(path, serde_json::from_str(&text).expect("JSON")).await;
     }
     edge.until_status("/hello", 200).await;
     requests("etcd", &edge).await;
@@ -174,4 +181,53 @@ async fn etcd_holds_what_the_admin_api_writes() {
             .then_some(())
     })
     .await;
+}
+
+/// How to give a command a network of its own, where this is allowed.
+fn own_network() -> Option<&'static [&'static str]> {
+    const WAYS: [&[&str]; 2] = [&["--net"], &["--user", "--map-root-user", "--net"]];
+    WAYS.into_iter().find(|way| {
+        let tried = Command::new("unshare").args(*way).args(["ip", "link", "set", "lo", "up"]).output();
+        tried.is_ok_and(|output| output.status.success())
+    })
+}
+
+/// The upstreams and clients that `run.sh` needs, built in the folder and profile of this test.
+fn peers() -> PathBuf {
+    let this = std::env::current_exe().expect("the path of this test");
+    let profile = this.ancestors().nth(2).expect("a target folder");
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--package", "e2e", "--example", "peers"]).current_dir(folder(".."));
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().expect("cargo can be run").success(), "the peers do not build");
+    profile.join("examples/peers")
+}
+
+#[test]
+fn run_sh_shows_what_the_page_promises() {
+    let Some(way) = own_network() else {
+        eprintln!("no network namespaces here: `run.sh` of the examples is not run");
+        return;
+    };
+    let postern = binary();
+    let peers = peers();
+    std::thread::scope(|scope| {
+        for name in all().into_iter().filter(|name| folder(name).join("run.sh").exists()) {
+            let (postern, peers) = (&postern, &peers);
+            scope.spawn(move || {
+                let output = Command::new("unshare")
+                    .args(way)
+                    .args(["sh", "-c", "ip link set lo up && exec ./run.sh"])
+                    .current_dir(folder(&name))
+                    .env("POSTERN", postern)
+                    .env("PEERS", peers)
+                    .output()
+                    .expect("a shell");
+                let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{name}: {told}");
+            });
+        }
+    });
 }

@@ -135,6 +135,11 @@ pub async fn start() -> Origin {
     Origin::tcp(serve).await
 }
 
+/// [`start`] at an address.
+pub async fn start_at(addr: SocketAddr) -> Origin {
+    Origin::tcp_at(addr, serve).await
+}
+
 /// The service over TLS.
 pub async fn tls(config: Arc<ServerConfig>) -> Origin {
     let acceptor = tokio_rustls::TlsAcceptor::from(config);
