@@ -39,3 +39,8 @@ pub fn registrations() -> &'static [Registration] {
         all
     })
 }
+
+/// The plugin in CONTRIBUTING.md compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../CONTRIBUTING.md")]
+pub struct Contributing;
