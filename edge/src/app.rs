@@ -238,7 +238,16 @@ fn open_store(process: &Process) -> Result<Opened, StartError> {
     let store: Arc<dyn Store> = match &process.provider {
         Provider::Embedded => Arc::new(Embedded::open(data)?),
         Provider::File { path } => Arc::new(FileStore::new(path, data)),
-        Provider::Etcd(etcd) => Arc::new(Etcd::new(etcd_settings(process, etcd), data)?),
+        Provider::Etcd(etcd) => {
+            if !etcd.tls.verify {
+                tracing::warn!(
+                    "deployment.etcd.tls.verify: false is not honoured; if etcd's certificate is refused, put its CA \
+                     into apisix.ssl.ssl_trusted_certificate"
+                );
+            }
+            let store = Etcd::new(etcd_settings(process, etcd), data)?;
+            Arc::new(store.with_encryption(&process.data_encryption))
+        }
         Provider::Standalone => {
             let standalone = Arc::new(Standalone::open(data));
             return Ok(Opened { store: standalone.clone(), standalone: Some(standalone) });

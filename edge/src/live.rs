@@ -1,5 +1,8 @@
-//! What the control plane may ask the running gateway: the one trait between `control`, `status` and whoever
-//! compiles and publishes snapshots.
+//! What the control plane may ask the running gateway.
+//!
+//! One trait stands between the Control and status APIs and whoever compiles and publishes snapshots: they show
+//! what is served, never what is stored. Everything is answered from memory, and nothing on a worker waits for
+//! an answer.
 
 use std::sync::Arc;
 use std::time::SystemTime;

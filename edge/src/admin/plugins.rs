@@ -1,4 +1,7 @@
 //! What plugins there are: their names in the order of execution, their schemas and priorities.
+//!
+//! Nothing is written here. What the catalog does not list does not exist, whatever the binary has; stream plugins
+//! there are none.
 
 use config::{PluginSchema, schema};
 use http::{Method, StatusCode};

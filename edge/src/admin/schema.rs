@@ -1,4 +1,7 @@
 //! JSON Schemas of the resources, and the check of one object without storing it.
+//!
+//! A check reads the object as a write would, settings of plugins included; only what it refers to is not looked
+//! up. Kinds go by the names APISIX has for schemas (`route`) and by those of paths (`routes`).
 
 use config::resource::Resource;
 use config::{Kind, ResourceKey, schema};
