@@ -1,43 +1,49 @@
-//! `echo`: puts text before, after or in place of the response body, and sets header fields. For tests.
+//! `echo`: puts text before, after or in place of a body. For trying things out.
 //!
-//! Phases: header_filter, body_filter. As in APISIX, except that a field cannot be taken out with an empty name.
+//! Phases: `header_filter`, `body_filter`.
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use config::ConfigError;
-use http::{HeaderMap, HeaderName, HeaderValue};
-use indexmap::IndexMap;
+use bytes::{Bytes, BytesMut};
+use config::error::{ConfigError, ErrorKind};
+use http::HeaderName;
 use layers::body::BodyFilter;
 use layers::exchange::Exchange;
 use layers::plugin::{BuildEnv, Definition, Hooks, OnBody, OnResponse};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Settings of `echo`.
+use crate::support::headers::{self, Fields, Value};
+
+/// Settings. At least one of the three texts has to be there.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Text before the body.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub before_body: Option<String>,
-    /// Text in place of the upstream's body.
+    before_body: Option<String>,
+    /// Text in place of the body.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub body: Option<String>,
-    /// Text after the body.
+    body: Option<String>,
+    /// Text behind the body.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub after_body: Option<String>,
-    /// Header fields to set on the response.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headers: Option<IndexMap<String, String>>,
+    after_body: Option<String>,
+    /// Header fields to set.
+    #[serde(default, skip_serializing_if = "Fields::is_empty")]
+    headers: Fields,
 }
 
-/// Writes text around or in place of the body.
+/// The plugin.
 pub struct Echo {
-    before: Bytes,
+    texts: Texts,
+    headers: Box<[(HeaderName, Value)]>,
+}
+
+#[derive(Clone)]
+struct Texts {
+    before: Option<Bytes>,
     body: Option<Bytes>,
-    after: Bytes,
-    headers: HeaderMap,
+    after: Option<Bytes>,
 }
 
 impl Definition for Echo {
@@ -46,103 +52,77 @@ impl Definition for Echo {
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {
-        let mut errors = Vec::new();
-        if config.before_body.is_none() && config.body.is_none() && config.after_body.is_none() {
-            let fields = vec!["before_body", "body", "after_body"];
-            errors.push(ConfigError::new("", config::ErrorKind::NoneOf { fields }));
-        }
-        errors.extend(fields(config).err());
-        errors
+        let fields = vec!["before_body", "body", "after_body"];
+        let empty = config.before_body.is_none() && config.body.is_none() && config.after_body.is_none();
+        let none = empty.then(|| ConfigError::new("", ErrorKind::NoneOf { fields }));
+        none.into_iter().chain(headers::compile(&config.headers, "/headers").err()).collect()
     }
 
     fn build(config: Config, _: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let headers = fields(&config)?;
-        let bytes = |text: Option<String>| Bytes::from(text.unwrap_or_default());
-        let echo = Arc::new(Self {
-            before: bytes(config.before_body),
-            body: config.body.map(Bytes::from),
-            after: bytes(config.after_body),
-            headers,
+        let plugin = Arc::new(Self {
+            headers: headers::compile(&config.headers, "/headers")?.into(),
+            texts: Texts {
+                before: config.before_body.map(Bytes::from),
+                body: config.body.map(Bytes::from),
+                after: config.after_body.map(Bytes::from),
+            },
         });
-        if !echo.headers.is_empty() {
-            hooks.response(&echo);
-        }
-        hooks.body(&echo);
+        hooks.response(&plugin);
+        hooks.body(&plugin);
         Ok(())
     }
 }
 
-fn fields(config: &Config) -> Result<HeaderMap, ConfigError> {
-    let mut headers = HeaderMap::new();
-    for (name, value) in config.headers.iter().flatten() {
-        let at = || format!("/headers/{}", config::error::escape(name));
-        let field = HeaderName::try_from(name.as_str())
-            .map_err(|_| ConfigError::invalid(at(), "no header field can have this name"))?;
-        let value = HeaderValue::from_str(value).map_err(|_| {
-            ConfigError::invalid(at(), "no header field can have this value: write visible characters")
-        })?;
-        headers.insert(field, value);
-    }
-    Ok(headers)
-}
-
 impl OnResponse for Echo {
     fn response(&self, x: &mut Exchange) {
+        headers::body_changes(x.response.headers_mut());
         for (name, value) in &self.headers {
-            x.response.headers_mut().insert(name.clone(), value.clone());
+            let value = value.render(&**x, None);
+            headers::set(x.response.headers_mut(), name, value);
         }
     }
 }
 
 impl OnBody for Echo {
     fn body(&self, _: &mut Exchange) -> Option<Box<dyn BodyFilter>> {
-        Some(Box::new(Around {
-            before: Some(self.before.clone()),
-            body: self.body.clone(),
-            after: self.after.clone(),
-        }))
+        Some(Box::new(Around { replaced: self.texts.body.is_some(), texts: self.texts.clone() }))
     }
 }
 
-/// The filter of one response.
+/// The texts that are still to be sent.
 struct Around {
-    /// Taken with the first piece.
-    before: Option<Bytes>,
-    body: Option<Bytes>,
-    after: Bytes,
+    texts: Texts,
+    replaced: bool,
 }
 
 impl BodyFilter for Around {
     fn data(&mut self, piece: Bytes) -> Bytes {
-        // With a body of its own, everything is written at the end of the upstream's.
-        if self.body.is_some() {
-            return Bytes::new();
-        }
-        match self.before.take() {
-            Some(before) if !before.is_empty() => join(&[&before, &piece]),
-            _ => piece,
-        }
+        let piece = if self.replaced { self.texts.body.take().unwrap_or_default() } else { piece };
+        joined(self.texts.before.take(), piece)
     }
 
     fn end(&mut self) -> Bytes {
-        let before = self.before.take().unwrap_or_default();
-        let body = self.body.take().unwrap_or_default();
-        join(&[&before, &body, &self.after])
+        let rest = joined(self.texts.before.take(), self.texts.body.take().unwrap_or_default());
+        joined(Some(rest), self.texts.after.take().unwrap_or_default())
     }
 }
 
-fn join(parts: &[&[u8]]) -> Bytes {
-    let mut joined = BytesMut::with_capacity(parts.iter().map(|part| part.len()).sum());
-    for part in parts {
-        joined.put_slice(part);
+fn joined(first: Option<Bytes>, second: Bytes) -> Bytes {
+    match first {
+        None => second,
+        Some(first) if second.is_empty() => first,
+        Some(first) if first.is_empty() => second,
+        Some(first) => {
+            let mut both = BytesMut::with_capacity(first.len() + second.len());
+            both.extend_from_slice(&first);
+            both.extend_from_slice(&second);
+            both.freeze()
+        }
     }
-    joined.freeze()
 }
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use layers::body::Body;
     use layers::testing::{TestEnv, exchange, field, text};
     use serde_json::json;
@@ -150,36 +130,36 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn text_stands_before_after_or_in_place_of_the_body() {
+    async fn texts_stand_around_the_body() {
         let cases = [
-            (json!({"before_body": "<"}), "<hello"),
-            (json!({"after_body": ">"}), "hello>"),
-            (json!({"body": "mine"}), "mine"),
-            (json!({"before_body": "<", "body": "mine", "after_body": ">"}), "<mine>"),
+            (json!({"before_body": "<"}), "body", "<body"),
+            (json!({"after_body": ">"}), "body", "body>"),
+            (json!({"before_body": "<", "body": "b", "after_body": ">"}), "body", "<b>"),
+            (json!({"before_body": "<", "after_body": ">"}), "", "<>"),
+            (json!({"body": "b"}), "", "b"),
         ];
-        for (settings, expected) in cases {
-            let mut chain = TestEnv::default()
-                .chain::<Echo, _>(&settings, |x| {
-                    *x.response.body_mut() = Body::from("hello");
-                    Ok(())
-                })
-                .unwrap();
+        for (config, body, expected) in cases {
+            let answer = move |x: &mut Exchange| {
+                *x.response.body_mut() = Body::from(body);
+                Ok(())
+            };
+            let mut chain = TestEnv::default().chain::<Echo, _>(&config, answer).unwrap();
             let mut x = chain.run(exchange("GET", "http://a/").build()).await;
-            assert_eq!(text(&mut x).await, expected, "{settings}");
+            assert_eq!(text(&mut x).await, expected, "{config}");
         }
     }
 
     #[tokio::test]
-    async fn header_fields_are_set() {
-        let settings = json!({"body": "x", "headers": {"X-Echo": "yes"}});
-        let mut chain = TestEnv::default().chain::<Echo, _>(&settings, |_| Ok(())).unwrap();
-        let x = chain.run(exchange("GET", "http://a/").build()).await;
-        assert_eq!(field(&x, "x-echo"), "yes");
+    async fn fields_are_set() {
+        let config = json!({"body": "b", "headers": {"x-a": "$host", "x-n": 1}});
+        let mut chain = TestEnv::default().chain::<Echo, _>(&config, |_| Ok(())).unwrap();
+        let x = chain.run(exchange("GET", "http://a.com/").build()).await;
+        assert_eq!(["x-a", "x-n"].map(|name| field(&x, name)), ["a.com", "1"]);
     }
 
     #[tokio::test]
-    async fn settings_that_say_nothing_are_refused() {
-        assert!(TestEnv::default().build::<Echo>(&json!({})).is_err());
-        assert!(TestEnv::default().build::<Echo>(&json!({"body": "x", "headers": {"a b": "c"}})).is_err());
+    async fn one_text_has_to_be_there() {
+        let errors = TestEnv::default().build::<Echo>(&json!({"headers": {"a": "b"}})).unwrap_err();
+        assert!(errors[0].to_string().contains("none of"), "{errors:?}");
     }
 }

@@ -22,12 +22,15 @@ macro_rules! plugins {
 
 plugins! {
     cors::Cors,
+    echo::Echo,
+    fault_injection::FaultInjection,
     ip_restriction::IpRestriction,
     key_auth::KeyAuth,
     limit_count::LimitCount,
     proxy_rewrite::ProxyRewrite,
     redirect::Redirect,
     request_id::RequestId,
+    response_rewrite::ResponseRewrite,
 }
 
 /// Every plugin, by priority, the highest first, as they run.
