@@ -346,6 +346,7 @@ pub fn before_proxy(x: &mut Exchange) -> bool {
 
 /// Runs the response and body phases on the answer.
 fn respond(x: &mut Exchange) {
+    x.responded = Some(std::time::Instant::now());
     let early = std::mem::take(&mut x.response_headers);
     for (name, value) in early.iter() {
         x.response.headers_mut().insert(name.clone(), value.clone());
@@ -379,17 +380,22 @@ fn respond(x: &mut Exchange) {
 
 /// Runs the log phase. Called when the exchange is over.
 pub(crate) fn log(x: &mut Exchange) {
-    let plans = [x.global_plan.take(), x.plan.take()];
-    for plan in plans.iter().flatten() {
-        for (owner, step) in &plan.log {
+    for global in [true, false] {
+        // Only the plan that runs is taken out: a global plugin may look whether the route has it too.
+        let plan = if global { x.global_plan.take() } else { x.plan.take() };
+        for (plan, (owner, step)) in
+            plan.iter().flat_map(|plan| plan.log.iter().map(move |step| (plan, step)))
+        {
             if plan.takes_part(*owner, x) {
                 step.log(x);
             }
         }
+        if global {
+            x.global_plan = plan;
+        } else {
+            x.plan = plan;
+        }
     }
-    let [global, route] = plans;
-    x.global_plan = global;
-    x.plan = route;
 }
 
 fn finish(result: Result<Exchange, Fault>) -> Exchange {

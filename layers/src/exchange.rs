@@ -176,6 +176,8 @@ pub struct State {
     pub remote_addr: IpAddr,
     /// When the head was complete.
     pub started: Instant,
+    /// When the head of the answer was there, before response phases.
+    pub responded: Option<Instant>,
     /// The matched route and its upstream.
     pub target: Option<Arc<Target>>,
     /// The URI pattern of the route that matched.
@@ -232,6 +234,7 @@ impl Exchange {
             conn,
             remote_addr,
             started: Instant::now(),
+            responded: None,
             target: None,
             matched_uri: None,
             matched_host: None,

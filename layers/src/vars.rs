@@ -237,7 +237,7 @@ impl State {
     }
 
     /// Bytes of the request as far as they are known: line, fields, announced body.
-    fn request_length(&self) -> u64 {
+    pub fn request_length(&self) -> u64 {
         let line = self.request.method.as_str().len() + self.request_uri().len() + " HTTP/1.1\r\n".len() + 1;
         let fields: usize =
             self.request.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();

@@ -38,7 +38,7 @@ impl Catalog {
     }
 
     /// The names of a `plugins` list that no plugin here has, for a notice at the start.
-    pub fn unknown<'a>(list: &'a [String]) -> impl Iterator<Item = &'a str> {
+    pub fn unknown(list: &[String]) -> impl Iterator<Item = &str> {
         list.iter()
             .map(String::as_str)
             .filter(|name| registrations().iter().all(|registration| registration.name != *name))

@@ -27,10 +27,13 @@ plugins! {
     ip_restriction::IpRestriction,
     key_auth::KeyAuth,
     limit_count::LimitCount,
+    mocking::Mocking,
+    prometheus::Prometheus,
     proxy_rewrite::ProxyRewrite,
     redirect::Redirect,
     request_id::RequestId,
     response_rewrite::ResponseRewrite,
+    traffic_split::TrafficSplit,
 }
 
 /// Every plugin, by priority, the highest first, as they run.

@@ -144,7 +144,7 @@ pub struct ProxyRewrite {
     host: Option<HeaderValue>,
     method: Option<Method>,
     add: Box<[(HeaderName, Value)]>,
-    set: Box<[(HeaderName, Box<[Value]>)]>,
+    set: Box<[Field]>,
     remove: Box<[HeaderName]>,
 }
 
@@ -248,10 +248,10 @@ fn host_field(host: &str) -> Result<HeaderValue, ConfigError> {
         .ok_or_else(|| ConfigError::new("/host", wrong()))
 }
 
-fn fields(
-    fields: &BTreeMap<String, Values>,
-    pointer: &str,
-) -> Result<Vec<(HeaderName, Box<[Value]>)>, ConfigError> {
+/// A field and its values.
+type Field = (HeaderName, Box<[Value]>);
+
+fn fields(fields: &BTreeMap<String, Values>, pointer: &str) -> Result<Vec<Field>, ConfigError> {
     fields
         .iter()
         .map(|(key, values)| {
