@@ -1152,6 +1152,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn etcd_that_hangs_is_noticed_and_followed_again() {
+        use nix::sys::signal::{Signal, kill};
+
+        let server = Server::start().await;
+        let data = tempfile::tempdir().unwrap();
+        let mut client = server.client().await;
+        put(&mut client, "/apisix/routes/1", "{}").await;
+        let store = store(EtcdSettings { timeout: Duration::from_secs(1), ..server.settings() }, data.path());
+        let mut seen = Seen::by(&store);
+        seen.until("the list", |seen| seen.items.len() == 1).await;
+        let process = nix::unistd::Pid::from_raw(server.child.as_ref().unwrap().id().try_into().unwrap());
+        kill(process, Signal::SIGSTOP).unwrap();
+        seen.until("stale", |seen| seen.stale.is_some()).await;
+        let refused = store.get(&route("1")).await;
+        assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
+        kill(process, Signal::SIGCONT).unwrap();
+        seen.until("current", |seen| seen.stale.is_none()).await;
+        put(&mut server.client().await, "/apisix/routes/2", "{}").await;
+        seen.until("followed", |seen| seen.items.len() == 2).await;
+    }
+
+    #[tokio::test]
     async fn etcd_restarted_empty_keeps_what_was_there_until_it_is_said_otherwise() {
         let mut server = Server::start().await;
         let data = tempfile::tempdir().unwrap();
