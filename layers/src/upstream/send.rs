@@ -196,6 +196,9 @@ struct Link {
     /// A switch was asked for: when the connection ends, its stream is wanted back.
     upgrading: Cell<bool>,
     reclaim: RefCell<Option<oneshot::Sender<Upgraded>>>,
+    /// Where it arrives, perhaps before the response head is looked at: hyper may be done with the connection in the
+    /// same turn in which it hands the head over.
+    reclaimed: RefCell<Option<oneshot::Receiver<Upgraded>>>,
 }
 
 /// The stream behind a connection that has switched protocols, and what was read from it already.
@@ -209,12 +212,12 @@ pub(crate) struct Upgraded {
 pub(crate) struct Switching {
     // Dropping it would end the connection.
     _connection: Http1,
-    upgraded: oneshot::Receiver<Upgraded>,
+    upgraded: Option<oneshot::Receiver<Upgraded>>,
 }
 
 impl Switching {
     pub(crate) async fn upgraded(self) -> Option<Upgraded> {
-        self.upgraded.await.ok()
+        self.upgraded?.await.ok()
     }
 }
 
@@ -228,6 +231,7 @@ impl Http1 {
             traffic: Rc::clone(io.traffic()),
             upgrading: Cell::new(false),
             reclaim: RefCell::new(None),
+            reclaimed: RefCell::new(None),
         });
         let (sender, connection) =
             http1_settings().handshake(TokioIo::new(io)).await.map_err(|error| classify(error, None))?;
@@ -262,6 +266,9 @@ impl Http1 {
     ) -> Result<Response<Incoming>, Failure> {
         self.served += 1;
         if request.headers().contains_key(header::UPGRADE) {
+            let (sender, receiver) = oneshot::channel();
+            self.link.reclaim.replace(Some(sender));
+            self.link.reclaimed.replace(Some(receiver));
             self.link.upgrading.set(true);
         }
         let (written, read) = (self.link.traffic.written.get(), self.link.traffic.read.get());
@@ -290,8 +297,7 @@ impl Http1 {
 
     /// After a 101: the stream, once hyper is done with it.
     pub(crate) fn switch(self) -> Switching {
-        let (sender, upgraded) = oneshot::channel();
-        self.link.reclaim.replace(Some(sender));
+        let upgraded = self.link.reclaimed.take();
         Switching { _connection: self, upgraded }
     }
 }
