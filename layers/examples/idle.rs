@@ -149,19 +149,19 @@ fn hold(address: SocketAddr, kind: &str, count: usize) -> Result<(), Failure> {
                 let session = ClientConnection::new(config.clone(), ServerName::try_from("idle.test")?)?;
                 let mut stream = StreamOwned::new(session, stream);
                 stream.write_all(request)?;
-                stream.read(&mut answer)?;
+                answered(stream.read(&mut answer)?)?;
                 encrypted.push(stream);
             }
             "http2" => {
                 // Preface, SETTINGS, and GET / on stream 1.
                 stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")?;
                 stream.write_all(b"\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x01\x01h")?;
-                stream.read(&mut answer)?;
+                answered(stream.read(&mut answer)?)?;
                 plain.push(stream);
             }
             _ => {
                 stream.write_all(request)?;
-                stream.read(&mut answer)?;
+                answered(stream.read(&mut answer)?)?;
                 plain.push(stream);
             }
         }
@@ -170,6 +170,10 @@ fn hold(address: SocketAddr, kind: &str, count: usize) -> Result<(), Failure> {
     let held: Result<usize, Infallible> = Ok(std::io::stdin().read(&mut answer).unwrap_or(0));
     drop((plain, encrypted, held));
     Ok(())
+}
+
+fn answered(bytes: usize) -> Result<(), Failure> {
+    if bytes == 0 { Err("the worker closed a connection".into()) } else { Ok(()) }
 }
 
 /// The certificate was made a moment ago; nothing is to be proved here.

@@ -431,6 +431,9 @@ impl Client {
                 }
                 if !PREFACE.starts_with(&self.early) {
                     let early = std::mem::take(&mut self.early);
+                    if is_neither(&early) {
+                        return Some(First::Closed);
+                    }
                     self.guard.push(&early);
                 }
             }
@@ -473,6 +476,15 @@ impl Client {
             context.count_ended(cause);
         }
     }
+}
+
+/// Whether bytes begin neither protocol: an answer in the one would be noise in the other.
+fn is_neither(bytes: &[u8]) -> bool {
+    let begin = bytes.iter().position(|byte| !matches!(byte, b'\r' | b'\n')).unwrap_or(bytes.len());
+    let line = bytes.get(begin..).unwrap_or_default();
+    memchr::memchr(b'\n', line)
+        .and_then(|end| line.get(..end))
+        .is_some_and(|line| memchr::memmem::find(line, b" HTTP/1.").is_none())
 }
 
 /// What the requests of one connection share.

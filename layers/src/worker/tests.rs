@@ -405,6 +405,10 @@ async fn http2_is_told_by_its_first_bytes() {
     assert_eq!(echoed.to_bytes(), big);
     running.until("quiet", |r| r.stat(|s| s.in_flight.get()) == 0).await;
 
+    let mut neither = running.connect().await;
+    neither.send("INVALID CONNECTION PREFACE\r\n\r\n").await;
+    neither.closed().await;
+
     let mut slowly = running.connect().await;
     slowly.send("PRI * HT").await;
     slowly.send("TP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
