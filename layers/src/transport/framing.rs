@@ -620,6 +620,11 @@ impl Guard {
         self.refusal
     }
 
+    /// Whether the bytes belong to another protocol by now.
+    pub fn is_tunnel(&self) -> bool {
+        self.position() == Position::Blind && self.refusal.is_none() && self.broken.is_none()
+    }
+
     /// Whether every byte that came has been passed on.
     pub fn is_empty(&self) -> bool {
         self.held.is_empty() && self.sent >= self.ready.len()

@@ -348,7 +348,7 @@ impl Io {
     }
 
     fn is_tunnel(&self) -> bool {
-        matches!(&self.protocol, Protocol::Http1(guard) if guard.position() == Position::Blind && guard.refusal().is_none())
+        matches!(&self.protocol, Protocol::Http1(guard) if guard.is_tunnel())
     }
 }
 

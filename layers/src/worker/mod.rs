@@ -1,4 +1,9 @@
 //! One thread per core: accept, serve, keep time, take in new configuration, drain.
+//!
+//! The control side binds the sockets ([`Listen`](crate::transport::listen::Listen)), starts [`Workers`] with a
+//! function that builds the stack of each, and keeps the handle: counters, failures, [`Drain`]. Everything a worker
+//! reads later comes through [`Published`] values. Nothing of a worker leaves its thread but counters, and nothing
+//! on a worker blocks.
 
 pub mod accept;
 pub mod context;
