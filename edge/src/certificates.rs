@@ -66,7 +66,7 @@ impl Certificates {
         for error in errors {
             tracing::error!(object = %format_args!("ssls/{}", error.id), %error, "the certificate cannot be used");
             let key = ResourceKey::new(config::Kind::Ssl, error.id.clone());
-            let refused = ConfigError::invalid(format!("/{}", error.field), error.problem.to_string());
+            let refused = ConfigError::invalid(error.field, error.problem.to_string());
             self.refused.entry(key).or_default().push(refused);
         }
         self.table.store(Arc::new(table));

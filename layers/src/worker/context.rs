@@ -176,9 +176,8 @@ impl WorkerContext {
         calls.iter().for_each(|call| call());
     }
 
-    /// A connection was cut at the end of the drain.
+    /// A connection was cut at the end of the drain; whoever ordered it tells the log.
     pub(crate) fn report_casualty(&self, peer: SocketAddr, in_flight: u32) {
-        tracing::warn!(%peer, in_flight, "connection cut at the end of the drain");
         if let Some(casualties) = &self.casualties {
             // Nobody may be asking any more.
             let _ = casualties.send(Casualty { worker: self.index, peer, in_flight });
