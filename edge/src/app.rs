@@ -14,12 +14,13 @@ use config::process::{Limits, Listener, Process, Provider, TlsVersion};
 use layers::http::access_log::AccessLog;
 use layers::http::in_flight::InFlightCount;
 use layers::telemetry::log_file::{LogFile, Sink};
-use layers::telemetry::metrics::Metrics;
+use layers::telemetry::metrics::{Door, Metrics};
 use layers::transport::framing::HeadLimits;
 use layers::transport::listen::{Listen, ListenError};
 use layers::transport::tls_server::TlsListen;
 use layers::upstream::forward::UpstreamService;
 use layers::worker::accept::{ListenOptions, Listening, ProxyProtocol};
+use layers::worker::context::Stats;
 use layers::worker::deadlines::Timeouts;
 use layers::worker::runtime::{WorkerSettings, Workers};
 use layers::worker::serve::{Http2, ServeSettings};
@@ -162,12 +163,16 @@ fn harden() {
 
 async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), StartError> {
     let Signals { mut stop, mut reopen } = Signals::listen()?;
-    let metrics = Arc::new(Metrics::default());
+    let export = plugins::prometheus::export(process.plugin_attr.get("prometheus")).map_err(|errors| {
+        let told: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        StartError::setting("plugin_attr.prometheus", told.join("; "))
+    })?;
+    let metrics = Arc::new(Metrics::new(export.settings.clone()));
     let catalog: Arc<dyn PluginCatalog> = Arc::new(plugins::Catalog::new(process.plugins.as_deref()));
     let opened = open_store(process)?;
     let running = running(process, catalog, &metrics)?;
     let in_flight = InFlightCount::default();
-    let interfaces = Interfaces::start(process, &running, &opened, &metrics).await?;
+    let interfaces = Interfaces::start(process, &running, &opened, &metrics, &export).await?;
 
     let events = opened.store.watch();
     let follower = running.clone();
@@ -283,7 +288,7 @@ fn running(
     let (published, retired) = Published::new(Arc::new(empty));
     tokio::spawn(retired.run());
     let certificates = Certificates::new(tls_settings(process)?);
-    Ok(Running::new(Configuration { graph, compiler, certificates }, catalog, published))
+    Ok(Running::new(Configuration { graph, compiler, certificates }, catalog, published, metrics.clone()))
 }
 
 fn tls_settings(process: &Process) -> Result<TableSettings, StartError> {
@@ -375,6 +380,7 @@ fn start_workers(
         access_log: access_log
             .zip(process.access_log.as_ref())
             .map(|(file, log)| AccessLog::new(log.format.clone(), log.escape, file.handle())),
+        metrics: metrics.clone(),
         in_flight: in_flight.clone(),
         in_flight_limit: settings::in_flight_limit(process),
         rules: settings::rules(process),
@@ -383,16 +389,30 @@ fn start_workers(
     };
     let published = running.published().clone();
     let show_status = process.show_upstream_status;
-    let metrics = metrics.clone();
+    let shared = metrics.clone();
     let workers = Workers::start(&worker_settings(process, limits), listeners, move |context| {
         let view = Rc::new(View::<Snapshot>::new(published.clone()));
         // A worker without requests lets go of former snapshots all the same.
         let idle = view.clone();
         context.on_tick(move || idle.refresh());
-        let upstream = UpstreamService::new(context, show_status, &metrics);
+        let upstream = UpstreamService::new(context, show_status, &shared);
         stack::build(&stack_settings, view, upstream)
     });
-    workers.map_err(StartError::system("the workers cannot be started"))
+    let workers = workers.map_err(StartError::system("the workers cannot be started"))?;
+    metrics.in_flight_limit.set(settings::in_flight_limit(process) as u64);
+    let (stats, at_work) = (workers.stats().to_vec(), in_flight.clone());
+    metrics.watch_door(move || {
+        let sum = |part: fn(&Stats) -> u64| stats.iter().map(|worker| part(worker)).sum();
+        Door {
+            accepted: sum(|worker| worker.accepted.get()),
+            refused: sum(|worker| worker.rejected.get()),
+            failed: sum(|worker| worker.handshakes_failed.get() + worker.proxy_refused.get()),
+            active: sum(|worker| worker.open.get()),
+            received: sum(|worker| worker.requests.get()),
+            in_flight: at_work.now() as u64,
+        }
+    });
+    Ok(workers)
 }
 
 fn worker_settings(process: &Process, limits: &Limits) -> WorkerSettings {

@@ -11,7 +11,10 @@ use config::process::{Process, Provider};
 use config::{Item, Kind, Rejected, ResourceKey};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
+use layers::telemetry::exposition::Exposition;
 use layers::telemetry::metrics::Metrics;
+use layers::telemetry::names;
+use plugins::prometheus::Export;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -50,6 +53,7 @@ impl Interfaces {
         running: &Running,
         opened: &Opened,
         metrics: &Arc<Metrics>,
+        export: &Export,
     ) -> Result<Self, StartError> {
         let state = Arc::new(State {
             stage: AtomicU8::new(STARTING),
@@ -57,6 +61,8 @@ impl Interfaces {
             rules: settings::rules(process),
             provider: provider(process),
         });
+        let told = state.clone();
+        metrics.collector(move |out| told.collect(out));
         let live: Arc<dyn LiveState> = state.clone();
         let prefix = match &process.provider {
             Provider::Etcd(etcd) => etcd.prefix.clone(),
@@ -99,7 +105,8 @@ impl Interfaces {
         let endpoint = bind("apisix.status", process.status, None).await?;
         started.addresses.status = endpoint.address().ok();
         started.spawn(endpoint, Arc::new(Status::new(live)));
-        if let Some((address, path)) = None::<(SocketAddr, String)> {
+        if let Some(address) = export.addr {
+            let path = export.uri.clone();
             let endpoint = bind("plugin_attr.prometheus.export_addr", address, None).await?;
             started.addresses.metrics = endpoint.address().ok();
             started.spawn(endpoint, Arc::new(MetricsPage { metrics: metrics.clone(), path }));
@@ -177,6 +184,31 @@ struct State {
     running: Running,
     rules: Rules,
     provider: &'static str,
+}
+
+impl State {
+    /// What of the configuration is worth a metric.
+    fn collect(&self, out: &mut Exposition) {
+        let configuration = self.running.configuration();
+        out.family("", &names::CONFIG_ITEMS);
+        for kind in Kind::ALL {
+            let count = configuration.graph.count(kind);
+            out.sample("", names::CONFIG_ITEMS.name, [("kind", kind.segment())], count);
+        }
+        let rejected = configuration.graph.rejected().map(|rejected| rejected.key.kind);
+        let late = configuration.compiler.refused().keys().chain(configuration.certificates.refused().keys());
+        let rejected: Vec<_> = rejected.chain(late.map(|key| key.kind)).collect();
+        drop(configuration);
+        if self.provider == "etcd" {
+            let reachable = self.running.progress().borrow().stale.is_none();
+            out.single(self.running.metrics().prefix(), &names::ETCD_REACHABLE, u8::from(reachable));
+        }
+        out.family("", &names::CONFIG_REJECTED_ITEMS);
+        for kind in Kind::ALL {
+            let count = rejected.iter().filter(|other| **other == kind).count();
+            out.sample("", names::CONFIG_REJECTED_ITEMS.name, [("kind", kind.segment())], count);
+        }
+    }
 }
 
 impl LiveState for State {

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use config::graph::Graph;
 use config::plugin_catalog::PluginCatalog;
 use config::{Kind, Resource, ResourceKey};
+use layers::telemetry::metrics::Metrics;
 use layers::worker::view::Published;
 use tokio::sync::{mpsc, watch};
 
@@ -59,6 +60,7 @@ pub struct Running {
     catalog: Arc<dyn PluginCatalog>,
     published: Arc<Published<Snapshot>>,
     progress: Arc<watch::Sender<Progress>>,
+    metrics: Arc<Metrics>,
 }
 
 impl Running {
@@ -67,12 +69,14 @@ impl Running {
         configuration: Configuration,
         catalog: Arc<dyn PluginCatalog>,
         published: Arc<Published<Snapshot>>,
+        metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             configuration: Arc::new(Mutex::new(configuration)),
             catalog,
             published,
             progress: Arc::new(watch::Sender::new(Progress::default())),
+            metrics,
         }
     }
 
@@ -89,6 +93,11 @@ impl Running {
     /// What workers serve from.
     pub fn published(&self) -> &Arc<Published<Snapshot>> {
         &self.published
+    }
+
+    /// Shared metrics.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
     }
 
     /// The plugins on offer.
@@ -140,10 +149,12 @@ impl Running {
             }
             StoreEvent::Stale { since, why } => {
                 tracing::warn!(why, "the configuration may be old; the last good one is served");
+                self.metrics.configuration.stale(since);
                 self.progress.send_modify(|progress| progress.stale = Some((since, why)));
             }
             StoreEvent::Fresh => {
                 tracing::info!("the configuration is current");
+                self.metrics.configuration.fresh();
                 self.progress.send_modify(|progress| progress.stale = None);
             }
         }
@@ -168,6 +179,8 @@ impl Running {
         let snapshot = configuration.compiler.compile(&configuration.graph, changed);
         drop(guard);
         self.published.publish(Arc::new(snapshot));
+        self.metrics.configuration.revision.set(revision);
+        self.metrics.configuration.published.inc();
         self.progress.send_modify(|progress| {
             progress.configured = true;
             progress.revision = revision;

@@ -11,9 +11,11 @@ use layers::chain::PluginChain;
 use layers::http::access_log::{AccessLog, AccessLogLayer};
 use layers::http::forwarded::ForwardedLayer;
 use layers::http::in_flight::{InFlightCount, InFlightLayer};
+use layers::http::metrics::MetricsLayer;
 use layers::http::recover::RecoverLayer;
 use layers::http::sanitize::SanitizeLayer;
 use layers::stack::Stack;
+use layers::telemetry::metrics::Metrics;
 use layers::worker::view::View;
 use tower::layer::layer_fn;
 
@@ -36,6 +38,8 @@ pub struct Settings {
     pub rules: Rules,
     /// The most of a body that routes look into, in bytes.
     pub readable_body: usize,
+    /// Shared metrics.
+    pub metrics: Arc<Metrics>,
     /// Server certificates, which say for which hosts a client certificate is asked.
     pub certificates: Arc<ArcSwap<SniTable>>,
 }
@@ -48,9 +52,11 @@ pub fn build<S: HttpService>(
 ) -> impl HttpService + use<S> {
     Stack::new()
         // A panic or an unanswered failure anywhere below becomes an answer.
-        .push(RecoverLayer::new(settings.server.clone()))
+        .push(RecoverLayer::new(settings.server.clone(), settings.metrics.clone()))
         // Above everything that may refuse, so that refusals are logged too.
         .push(AccessLogLayer::new(settings.access_log.clone()))
+        // Likewise for the count of refusals.
+        .push(MetricsLayer::new(settings.metrics.clone()))
         // Before any work is spent on a request that there is no room for.
         .push(InFlightLayer::new(settings.in_flight.clone(), settings.in_flight_limit))
         // One form of host and path, before anything reads them.

@@ -3,6 +3,7 @@
 pub mod access_log;
 pub mod forwarded;
 pub mod in_flight;
+pub mod metrics;
 pub mod normalize;
 pub mod recover;
 pub mod sanitize;

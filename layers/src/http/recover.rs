@@ -6,6 +6,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{HeaderValue, header};
@@ -13,20 +14,22 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::error::{Error, Fault, Reason};
-use crate::exchange::Exchange;
+use crate::exchange::{Conn, Exchange};
 use crate::rescue;
 use crate::stack::HttpService;
+use crate::telemetry::metrics::Metrics;
 
 /// Makes [`Recover`].
 #[derive(Clone)]
 pub struct RecoverLayer {
     server: Option<HeaderValue>,
+    metrics: Arc<Metrics>,
 }
 
 impl RecoverLayer {
     /// `server` is the `Server` field of every answer; the upstream's own stays where there is none.
-    pub fn new(server: Option<HeaderValue>) -> Self {
-        Self { server }
+    pub fn new(server: Option<HeaderValue>, metrics: Arc<Metrics>) -> Self {
+        Self { server, metrics }
     }
 }
 
@@ -34,7 +37,7 @@ impl<S> Layer<S> for RecoverLayer {
     type Service = Recover<S>;
 
     fn layer(&self, inner: S) -> Recover<S> {
-        Recover { inner, server: self.server.clone() }
+        Recover { inner, shared: Rc::new(self.clone()) }
     }
 }
 
@@ -42,7 +45,7 @@ impl<S> Layer<S> for RecoverLayer {
 #[derive(Clone)]
 pub struct Recover<S> {
     inner: S,
-    server: Option<HeaderValue>,
+    shared: Rc<RecoverLayer>,
 }
 
 impl<S: HttpService> Service<Exchange> for Recover<S> {
@@ -57,14 +60,15 @@ impl<S: HttpService> Service<Exchange> for Recover<S> {
     fn call(&mut self, x: Exchange) -> Self::Future {
         let conn = x.conn.clone();
         match catch_unwind(AssertUnwindSafe(|| self.inner.call(x))) {
-            Ok(future) => RecoverFuture::Inner { future, server: self.server.clone(), conn },
-            Err(panic) => RecoverFuture::Panicked { exchange: Some(panicked(&*panic, conn)) },
+            Ok(future) => RecoverFuture::Inner { future, shared: self.shared.clone(), conn },
+            Err(panic) => RecoverFuture::Panicked { exchange: Some(panicked(&*panic, conn, &self.shared)) },
         }
     }
 }
 
 /// A panic took the exchange with it (its end has been told); this one carries the answer.
-fn panicked(panic: &(dyn Any + Send), conn: Rc<crate::exchange::Conn>) -> Exchange {
+fn panicked(panic: &(dyn Any + Send), conn: Rc<Conn>, shared: &RecoverLayer) -> Exchange {
+    shared.metrics.panics.inc();
     let message = panic
         .downcast_ref::<String>()
         .map(String::as_str)
@@ -82,7 +86,7 @@ pin_project! {
     #[project = RecoverProjection]
     pub enum RecoverFuture<F> {
         /// At work.
-        Inner { #[pin] future: F, server: Option<HeaderValue>, conn: Rc<crate::exchange::Conn> },
+        Inner { #[pin] future: F, shared: Rc<RecoverLayer>, conn: Rc<Conn> },
         /// The call itself panicked.
         Panicked { exchange: Option<Exchange> },
     }
@@ -97,7 +101,7 @@ impl<F: Future<Output = Result<Exchange, Fault>>> Future for RecoverFuture<F> {
                 Some(x) => Poll::Ready(Ok(x)),
                 None => Poll::Pending,
             },
-            RecoverProjection::Inner { future, server, conn } => {
+            RecoverProjection::Inner { future, shared, conn } => {
                 let mut x = match catch_unwind(AssertUnwindSafe(|| future.poll(cx))) {
                     Ok(Poll::Pending) => return Poll::Pending,
                     Ok(Poll::Ready(Ok(x))) => x,
@@ -106,9 +110,9 @@ impl<F: Future<Output = Result<Exchange, Fault>>> Future for RecoverFuture<F> {
                         rescue::proxy_status(&mut exchange);
                         exchange
                     }
-                    Err(panic) => panicked(&*panic, conn.clone()),
+                    Err(panic) => panicked(&*panic, conn.clone(), shared),
                 };
-                if let Some(server) = server {
+                if let Some(server) = &shared.server {
                     x.response.headers_mut().insert(header::SERVER, server.clone());
                 }
                 Poll::Ready(Ok(x))
@@ -126,7 +130,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_answered_with_500() {
-        let mut recover = RecoverLayer::new(None).layer(service(|_| panic!("boom")));
+        let mut recover = RecoverLayer::new(None, Arc::default()).layer(service(|_| panic!("boom")));
         let x = recover.call(exchange("GET", "http://a/").build()).await.unwrap();
         assert_eq!(x.response.status(), 500);
         assert_eq!(x.reason(), Some(Reason::Internal));
@@ -134,7 +138,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_answer_has_our_server_field() {
-        let layer = RecoverLayer::new(Some(HeaderValue::from_static("postern")));
+        let layer = RecoverLayer::new(Some(HeaderValue::from_static("postern")), Arc::default());
         let mut recover = layer.layer(service(|_| Ok(())));
         let x = recover.call(exchange("GET", "http://a/").build()).await.unwrap();
         assert_eq!(x.response.headers()[header::SERVER], "postern");

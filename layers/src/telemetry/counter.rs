@@ -1,7 +1,7 @@
 //! Counters that many workers add to without touching each other's cache lines.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Cells of a counter. More workers than cells share them, which is slower and still right.
 pub(crate) const CELLS: usize = 16;
@@ -49,34 +49,6 @@ impl Counter {
     }
 }
 
-/// Goes up and down, by steps.
-#[derive(Debug, Default)]
-pub struct UpDown([Padded<AtomicI64>; CELLS]);
-
-impl UpDown {
-    /// Adds one.
-    pub fn inc(&self) {
-        self.add(1);
-    }
-
-    /// Takes one away. Another thread than the one that added it may do so.
-    pub fn dec(&self) {
-        self.add(-1);
-    }
-
-    fn add(&self, n: i64) {
-        if let Some(Padded(value)) = self.0.get(cell()) {
-            value.fetch_add(n, Ordering::Relaxed);
-        }
-    }
-
-    /// The sum of all workers; never below zero, also while a thread is between two steps.
-    pub fn value(&self) -> u64 {
-        let sum: i64 = self.0.iter().map(|Padded(value)| value.load(Ordering::Relaxed)).sum();
-        sum.max(0).unsigned_abs()
-    }
-}
-
 /// A value that is set as a whole. For the control side.
 #[derive(Debug, Default)]
 pub struct Gauge(AtomicU64);
@@ -99,19 +71,16 @@ mod tests {
 
     #[test]
     fn no_count_is_lost_between_threads() {
-        let (counter, level) = (Counter::default(), UpDown::default());
+        let counter = Counter::default();
         std::thread::scope(|scope| {
             for _ in 0..CELLS + 4 {
                 scope.spawn(|| {
                     for _ in 0..1000 {
                         counter.inc();
-                        level.inc();
-                        level.dec();
                     }
                 });
             }
         });
         assert_eq!(counter.value(), (CELLS as u64 + 4) * 1000);
-        assert_eq!(level.value(), 0);
     }
 }

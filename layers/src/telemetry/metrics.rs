@@ -4,37 +4,30 @@
 //! lives elsewhere (health of nodes, items of the configuration) is written by collectors that its owner registers.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use super::counter::{Counter, Gauge, UpDown};
+use super::counter::{Counter, Gauge};
 use super::exposition::Exposition;
 use super::names::{self, Metric};
 use super::requests::{RequestMetrics, RequestSettings};
 use crate::error::Reason;
 
-/// Client connections.
-#[derive(Debug, Default)]
-pub struct Connections {
-    /// Taken from the listening sockets.
-    pub accepted: Counter,
+/// What the workers have seen at the door: totals since the start, except where said.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Door {
+    /// Connections taken from the listening sockets.
+    pub accepted: u64,
     /// Of those, closed at once because there are too many.
-    pub refused: Counter,
+    pub refused: u64,
     /// Of those, closed because the TLS handshake or the PROXY protocol header failed.
-    pub failed: Counter,
+    pub failed: u64,
     /// Open now.
-    pub active: UpDown,
-}
-
-/// Requests, seen from the door.
-#[derive(Debug, Default)]
-pub struct Requests {
-    /// Received.
-    pub received: Counter,
-    /// At work: from the head to the end of the answer.
-    pub in_flight: UpDown,
-    /// How many may be at work.
-    pub limit: Gauge,
+    pub active: u64,
+    /// Requests received.
+    pub received: u64,
+    /// Requests at work now: from the head to the end of the answer.
+    pub in_flight: u64,
 }
 
 /// Answers by the gateway itself, by reason.
@@ -56,17 +49,6 @@ impl Answers {
     }
 }
 
-/// Caught panics, by place.
-#[derive(Debug, Default)]
-pub struct Panics {
-    /// In the handling of a request.
-    pub request: Counter,
-    /// In a log phase.
-    pub log: Counter,
-    /// On the control side.
-    pub control: Counter,
-}
-
 /// The configuration in use.
 #[derive(Debug, Default)]
 pub struct Configuration {
@@ -74,8 +56,6 @@ pub struct Configuration {
     pub revision: Gauge,
     /// Publications.
     pub published: Counter,
-    /// Changes that could not be published as a whole.
-    pub failed: Counter,
     /// Seconds since 1970, 0 while there is contact to the store.
     stale_since: AtomicU64,
 }
@@ -94,18 +74,17 @@ impl Configuration {
 }
 
 type Collector = Box<dyn Fn(&mut Exposition) + Send + Sync>;
+type DoorReader = Box<dyn Fn() -> Door + Send + Sync>;
 
 /// All metrics.
 #[derive(Default)]
 pub struct Metrics {
-    /// Client connections.
-    pub connections: Connections,
-    /// Requests, seen from the door.
-    pub requests: Requests,
+    /// How many requests may be at work.
+    pub in_flight_limit: Gauge,
     /// Answers by the gateway itself.
     pub answers: Answers,
-    /// Caught panics.
-    pub panics: Panics,
+    /// Panics that were caught while a request was handled.
+    pub panics: Counter,
     /// Further attempts after a failed one.
     pub retries: Counter,
     /// Retries that the budget did not allow.
@@ -115,6 +94,7 @@ pub struct Metrics {
     /// Requests by route, service and consumer: what the `prometheus` plugin counts.
     pub by_route: RequestMetrics,
     collectors: Mutex<Vec<Collector>>,
+    door: OnceLock<DoorReader>,
 }
 
 impl Default for RequestMetrics {
@@ -141,6 +121,15 @@ impl Metrics {
         self.collectors.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(collect));
     }
 
+    /// Asks `read` for the workers' own counters whenever metrics are rendered. The first one given stays.
+    pub fn watch_door(&self, read: impl Fn() -> Door + Send + Sync + 'static) {
+        let _ = self.door.set(Box::new(read));
+    }
+
+    fn door(&self) -> Door {
+        self.door.get().map(|read| read()).unwrap_or_default()
+    }
+
     /// The prefix of APISIX's names.
     pub fn prefix(&self) -> &str {
         &self.by_route.settings().prefix
@@ -162,10 +151,9 @@ impl Metrics {
     fn apisix(&self, out: &mut Exposition, now: Instant) {
         let prefix = self.prefix();
         self.by_route.expose(out, now);
-        out.single(prefix, &names::HTTP_REQUESTS_TOTAL, self.requests.received.value());
-        let (accepted, refused) = (self.connections.accepted.value(), self.connections.refused.value());
-        let active = self.connections.active.value();
-        let busy = self.requests.in_flight.value().min(active);
+        let Door { accepted, refused, active, received, in_flight, .. } = self.door();
+        out.single(prefix, &names::HTTP_REQUESTS_TOTAL, received);
+        let busy = in_flight.min(active);
         // nginx's words: `writing` has a request at work, `waiting` is kept open for the next one. Heads are read
         // between two polls, so nothing is ever seen `reading`.
         let states = [
@@ -185,34 +173,21 @@ impl Metrics {
     fn postern(&self, out: &mut Exposition) {
         out.family("", &names::BUILD_INFO);
         out.sample("", names::BUILD_INFO.name, [("version", env!("CARGO_PKG_VERSION"))], 1);
-        let active = self.connections.active.value();
-        let busy = self.requests.in_flight.value().min(active);
+        let Door { accepted, refused, failed, active, in_flight, .. } = self.door();
+        let busy = in_flight.min(active);
         labelled(out, "", &names::CLIENT_CONNECTIONS, "state", [("busy", busy), ("idle", active - busy)]);
-        let outcomes = [
-            ("accepted", self.connections.accepted.value()),
-            ("failed", self.connections.failed.value()),
-            ("refused", self.connections.refused.value()),
-        ];
+        let outcomes = [("accepted", accepted), ("failed", failed), ("refused", refused)];
         labelled(out, "", &names::CLIENT_CONNECTIONS_TOTAL, "outcome", outcomes);
-        out.single("", &names::REQUESTS_IN_FLIGHT, self.requests.in_flight.value());
-        out.single("", &names::REQUESTS_IN_FLIGHT_LIMIT, self.requests.limit.value());
+        out.single("", &names::REQUESTS_IN_FLIGHT, in_flight);
+        out.single("", &names::REQUESTS_IN_FLIGHT_LIMIT, self.in_flight_limit.value());
         let reasons = self.answers.0.iter().map(|(reason, counter)| (reason.code(), counter.value()));
         labelled(out, "", &names::ANSWERS_TOTAL, "reason", reasons);
-        let places = [
-            ("control", self.panics.control.value()),
-            ("log", self.panics.log.value()),
-            ("request", self.panics.request.value()),
-        ];
-        labelled(out, "", &names::PANICS_TOTAL, "place", places);
+        out.single("", &names::PANICS_TOTAL, self.panics.value());
         out.single("", &names::RETRIES_TOTAL, self.retries.value());
         out.single("", &names::RETRY_BUDGET_EXHAUSTED_TOTAL, self.retry_budget_exhausted.value());
         out.single("", &names::CONFIG_REVISION, self.configuration.revision.value());
         out.single("", &names::CONFIG_STALE_SINCE, self.configuration.stale_since.load(Ordering::Relaxed));
-        let outcomes = [
-            ("failed", self.configuration.failed.value()),
-            ("published", self.configuration.published.value()),
-        ];
-        labelled(out, "", &names::CONFIG_RELOADS_TOTAL, "outcome", outcomes);
+        out.single("", &names::CONFIG_RELOADS_TOTAL, self.configuration.published.value());
         out.single("", &names::SERIES, self.by_route.series());
         out.single("", &names::SERIES_LIMIT, self.by_route.settings().series_limit);
     }
@@ -255,13 +230,7 @@ mod tests {
     #[test]
     fn connections_are_told_in_the_words_of_nginx() {
         let metrics = Metrics::default();
-        for _ in 0..5 {
-            metrics.connections.accepted.inc();
-            metrics.connections.active.inc();
-        }
-        metrics.connections.refused.inc();
-        metrics.connections.active.dec();
-        metrics.requests.in_flight.inc();
+        metrics.watch_door(|| Door { accepted: 5, refused: 1, active: 4, in_flight: 1, ..Door::default() });
         let text = metrics.render();
         for (state, count) in [("accepted", 5), ("active", 4), ("handled", 4), ("waiting", 3), ("writing", 1)]
         {

@@ -58,8 +58,6 @@ metrics! {
     METRIC_ERRORS_TOTAL Counter "nginx_metric_errors_total" "Requests counted under the label value other because the limit on series was reached.",
     NODE_INFO Gauge "node_info" "Always 1; the labels tell the machine.",
     ETCD_REACHABLE Gauge "etcd_reachable" "Whether etcd answered last time: 1 or 0.",
-    ETCD_MODIFY_INDEXES Gauge "etcd_modify_indexes" "Highest modification index in use, by kind of resource.",
-    UPSTREAM_STATUS Gauge "upstream_status" "Whether health checks call a node healthy: 1 or 0.",
 }
 
 metrics! {
@@ -71,14 +69,14 @@ metrics! {
     REQUESTS_IN_FLIGHT Gauge "postern_requests_in_flight" "Requests at work, until their answer has left.",
     REQUESTS_IN_FLIGHT_LIMIT Gauge "postern_requests_in_flight_limit" "Requests that may be at work at once; more are refused.",
     ANSWERS_TOTAL Counter "postern_gateway_answers_total" "Answers that the gateway itself gave, by reason.",
-    PANICS_TOTAL Counter "postern_panics_total" "Panics that were caught, by the part of the gateway they happened in.",
+    PANICS_TOTAL Counter "postern_panics_total" "Panics that were caught while a request was handled.",
     RETRIES_TOTAL Counter "postern_upstream_retries_total" "Further attempts to reach an upstream after a failed one.",
     RETRY_BUDGET_EXHAUSTED_TOTAL Counter "postern_retry_budget_exhausted_total" "Retries not made because the retry budget was used up.",
     CONFIG_REVISION Gauge "postern_config_revision" "Revision of the configuration in use.",
     CONFIG_ITEMS Gauge "postern_config_items" "Resources in use, by kind.",
     CONFIG_REJECTED_ITEMS Gauge "postern_config_rejected_items" "Resources set aside because they are wrong, by kind.",
     CONFIG_STALE_SINCE Gauge "postern_config_stale_since_seconds" "When the contact to the configuration store was lost, in seconds since 1970; 0 while there is contact.",
-    CONFIG_RELOADS_TOTAL Counter "postern_config_reloads_total" "Publications of a changed configuration, by outcome.",
+    CONFIG_RELOADS_TOTAL Counter "postern_config_reloads_total" "Publications of a changed configuration.",
     SERIES Gauge "postern_metric_series" "Label sets of the request metrics.",
     SERIES_LIMIT Gauge "postern_metric_series_limit" "Label sets that the request metrics may have.",
 }
