@@ -59,11 +59,24 @@ wait_for() {
     fail "$what did not come up"
 }
 
+# show COMMAND...: prints a command as one would type it.
+show() {
+    local word
+    printf '$'
+    for word in "$@"; do
+        case $word in
+        *[!A-Za-z0-9_./:=@%-]* | '') printf " '%s'" "$word" ;;
+        *) printf ' %s' "$word" ;;
+        esac
+    done
+    printf '\n'
+}
+
 # expect TEXT COMMAND...: shows the command and what it prints, which must hold TEXT.
 expect() {
     local text=$1 output
     shift
-    echo "\$ ${*@Q}"
+    show "$@"
     output=$("$@" 2>&1) || true
     echo "$output"
     echo
@@ -74,7 +87,7 @@ expect() {
 status() {
     local code=$1
     shift
-    echo "\$ curl ${*@Q}"
+    show curl "$@"
     local got
     got=$(curl --silent --show-error --output "$work/body" --write-out '%{http_code}' "$@") || true
     echo "$got $(head -c 300 "$work/body")"
