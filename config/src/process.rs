@@ -568,6 +568,9 @@ impl Process {
             graphql_max_size,
             not_applicable: Vec::new(),
         };
+        root.not_applicable("discovery", "nodes are named in upstreams; registries are not asked yet");
+        root.not_applicable("graphql", "GraphQL bodies are not looked into");
+        root.not_applicable("stream_plugins", "TCP and UDP are not proxied yet");
         root.not_applicable("ext-plugin", "plugin runners over a unix socket do not exist here");
         root.not_applicable("wasm", "WASM plugins do not exist here yet");
         root.not_applicable("xrpc", "xRPC protocols do not exist here");
@@ -916,6 +919,48 @@ wasm: {plugins: []}
                 (14, "/nginx_config/http/proxy_buffer_size"),
                 (15, "/wasm"),
             ]
+        );
+    }
+
+    #[test]
+    fn what_is_asked_for_and_not_done_is_listed() {
+        let process = read(
+            "apisix:
+  tracing: true
+  lru: {secret: {ttl: 1}}
+  proxy_cache: {zones: []}
+  proxy_mode: http&stream
+  stream_proxy: {tcp: [9100]}
+nginx_config:
+  enable_cpu_affinity: true
+  http: {access_log_buffer: 1}
+discovery: {dns: {servers: ['127.0.0.1:8600']}}
+graphql: {max_size: 1}
+stream_plugins: [mqtt-proxy]
+deployment:
+  etcd: {host: ['http://etcd:2379'], watch_timeout: 1, startup_retry: 1}
+",
+        );
+        let pointers: Vec<&str> = process.not_applicable.iter().map(|it| it.pointer.as_str()).collect();
+        assert_eq!(
+            pointers,
+            [
+                "/apisix/tracing",
+                "/apisix/lru",
+                "/apisix/proxy_cache",
+                "/apisix/proxy_mode",
+                "/nginx_config/enable_cpu_affinity",
+                "/nginx_config/http/access_log_buffer",
+                "/discovery",
+                "/graphql",
+                "/stream_plugins",
+                "/deployment/etcd/watch_timeout",
+                "/deployment/etcd/startup_retry",
+            ]
+        );
+        assert_eq!(
+            read("apisix: {tracing: false}\nnginx_config: {enable_cpu_affinity: off}").not_applicable,
+            []
         );
     }
 

@@ -9,6 +9,7 @@ use layers::http::forwarded::{Forwarding, RealIp};
 use layers::http::normalize;
 use layers::http::sanitize::Limits;
 use layers::route::Mode;
+use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::tls_client::TlsClients;
 use tokio::runtime::Handle;
@@ -84,6 +85,16 @@ pub fn in_flight_limit(process: &Process) -> usize {
     limits.connections.map_or(each.saturating_mul(workers(process)), |all| all as usize)
 }
 
+/// The pool of upstreams that do not say.
+fn keepalive(process: &Process) -> Keepalive {
+    let settings = &process.upstream_keepalive;
+    Keepalive {
+        size: settings.size as usize,
+        idle: (!settings.idle_timeout.is_zero()).then_some(settings.idle_timeout),
+        requests: settings.requests,
+    }
+}
+
 /// What upstreams are made with.
 ///
 /// # Errors
@@ -106,6 +117,7 @@ pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, Strin
         discovery: Discovery::new(control.clone(), discovery),
         tls: Arc::new(TlsClients::new(roots.map_err(|error| error.to_string())?)),
         checks: process.upstream_health_checks,
+        keepalive: keepalive(process),
         control: control.clone(),
     })
 }

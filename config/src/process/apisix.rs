@@ -71,7 +71,7 @@ pub(super) fn read(apisix: &Section<'_>) -> Apisix {
         trusted_addresses: apisix.networks("trusted_addresses").unwrap_or_default(),
         data_encryption: data_encryption(apisix),
         secret_cache: secret_cache(apisix),
-        tracing: apisix.flag("tracing").unwrap_or(false),
+        tracing: tracing(apisix),
         upstream_health_checks: !apisix.flag("disable_upstream_healthcheck").unwrap_or(false),
         show_upstream_status: apisix.flag("show_upstream_status_in_response_header").unwrap_or(false),
         server_tokens: apisix.flag("enable_server_tokens").unwrap_or(true),
@@ -99,6 +99,14 @@ pub(super) fn read(apisix: &Section<'_>) -> Apisix {
     apisix.moved("enable_admin_cors", "deployment.admin.enable_admin_cors");
     apisix.report_unknown();
     result
+}
+
+fn tracing(apisix: &Section<'_>) -> bool {
+    let tracing = apisix.flag("tracing").unwrap_or(false);
+    if tracing {
+        apisix.notice("tracing", "spans are not made yet");
+    }
+    tracing
 }
 
 /// A listener and, if no address was asked for, its IPv6 twin.
@@ -297,6 +305,7 @@ fn stream_proxy(apisix: &Section<'_>) -> StreamProxy {
         }
         return StreamProxy::default();
     }
+    apisix.notice("proxy_mode", "TCP and UDP are not proxied yet; stream routes are checked and stored");
     StreamProxy { tcp, udp, only: !http }
 }
 
@@ -433,12 +442,18 @@ fn secret_cache(apisix: &Section<'_>) -> SecretCache {
         negative_count: section.count("neg_count", 1).unwrap_or(512),
     };
     section.finish();
+    if lru.is_present() {
+        apisix.notice("lru", "secret managers are not asked yet, so nothing is kept of them");
+    }
     lru.finish();
     cache
 }
 
 fn cache(apisix: &Section<'_>) -> Cache {
     let section = apisix.section("proxy_cache");
+    if section.is_present() {
+        apisix.notice("proxy_cache", "the `proxy-cache` plugin is not offered yet");
+    }
     let ttl = section.duration("cache_ttl").unwrap_or(Duration::from_secs(10));
     let zones = match section.list("zones") {
         Some(elements) => elements.iter().filter_map(|element| cache_zone(&section, element)).collect(),

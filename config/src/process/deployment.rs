@@ -235,6 +235,10 @@ fn read_etcd(section: &Section<'_>, env: &dyn Env) -> Etcd {
         startup_retry: section.count("startup_retry", 0).unwrap_or(2),
         tls: etcd_tls(section),
     };
+    let pace = "a watch is kept alive, and contact is sought again after 100 ms, at last every 2 s";
+    for key in ["watch_timeout", "resync_delay", "health_check_timeout", "startup_retry"] {
+        section.not_applicable(key, pace);
+    }
     section.not_applicable("use_grpc", "etcd is always spoken to by gRPC");
     section.not_applicable("health_check_retry", "members are tried in turn");
     etcd

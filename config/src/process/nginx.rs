@@ -73,12 +73,16 @@ pub(super) fn read(nginx: Section<'_>, dev_mode: bool, env: &dyn Env) -> Nginx {
             idle_timeout: upstream.duration("keepalive_timeout").unwrap_or(Duration::from_secs(60)),
         },
     };
+    if result.cpu_affinity {
+        nginx.notice("enable_cpu_affinity", "workers are not bound to cores");
+    }
     refuse_snippets(&nginx);
     upstream.finish();
     event.finish_leniently("the event loop is not nginx's");
     for key in ["lua_shared_dict", "custom_lua_shared_dict", "lua_shared_dicts", "ipc_shared_dict"] {
         http.not_applicable(key, "there are no shared dictionaries to size");
     }
+    http.not_applicable("access_log_buffer", "lines are gathered and written by a thread of their own");
     http.not_applicable("variables_hash_max_size", "there is no hash of variables to size");
     http.not_applicable("charset", "responses keep the charset the upstream gave them");
     http.not_applicable("client_header_buffer_size", "header buffers grow as needed, up to the limit");

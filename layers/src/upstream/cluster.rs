@@ -23,6 +23,7 @@ use super::budget::Budget;
 use super::endpoint::{EndpointKey, EndpointState};
 use super::health::{Report, Source};
 use super::picker::{Peer, PickKey, Picker, Tried};
+use super::pool::Keepalive;
 use super::probe::Probes;
 use super::round_robin::Cursor;
 use super::settings::Settings;
@@ -42,6 +43,8 @@ pub struct ClusterEnv {
     pub tls: Arc<TlsClients>,
     /// Whether health checks run at all. APISIX `disable_upstream_healthcheck` says no.
     pub checks: bool,
+    /// The pool of an upstream without `keepalive_pool`. nginx `upstream` block.
+    pub keepalive: Keepalive,
     /// Where probes and followers run.
     pub control: Handle,
 }
@@ -153,7 +156,7 @@ impl Cluster {
         client: Option<ClientPem>,
         env: &ClusterEnv,
     ) -> Result<Arc<Self>, ConfigError> {
-        let settings = Settings::compile(upstream, client.as_ref(), &env.tls, env.checks, None)?;
+        let settings = Settings::compile(upstream, client.as_ref(), env, None)?;
         let nodes = nodes(upstream)?;
         let min_ttl = min_ttl(upstream);
         let watch = env.discovery.watch(&nodes, min_ttl);
@@ -183,8 +186,7 @@ impl Cluster {
         env: &ClusterEnv,
     ) -> Result<(), ConfigError> {
         let before = self.state.load_full();
-        let settings =
-            Settings::compile(upstream, client.as_ref(), &env.tls, env.checks, Some(&before.settings))?;
+        let settings = Settings::compile(upstream, client.as_ref(), env, Some(&before.settings))?;
         let (nodes, min_ttl) = (nodes(upstream)?, min_ttl(upstream));
         let kept =
             self.control().take().filter(|control| control.nodes == nodes && control.min_ttl == min_ttl);

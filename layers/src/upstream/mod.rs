@@ -22,3 +22,5 @@ pub(crate) mod send;
 pub mod settings;
 pub mod tls_client;
 pub mod tunnel;
+
+pub use pool::Keepalive;

@@ -10,7 +10,8 @@ use std::time::Duration;
 use config::error::ConfigError;
 use config::template::Template;
 use config::upstream::{
-    ActiveCheck, AllUnhealthy, CheckType, HashOn, PassHost as WirePassHost, Scheme, Upstream, UpstreamTls,
+    ActiveCheck, AllUnhealthy, CheckType, HashOn, KeepalivePool, PassHost as WirePassHost, Scheme, Upstream,
+    UpstreamTls,
 };
 use config::var::{Var, Vars};
 use http::{HeaderName, HeaderValue};
@@ -18,6 +19,7 @@ use rustls::ClientConfig;
 
 use super::budget::Allowance;
 use super::chash;
+use super::cluster::ClusterEnv;
 use super::health::{Limits, Report};
 use super::picker::Algorithm;
 use super::pool::Keepalive;
@@ -176,16 +178,15 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Compile `upstream`. `client` is the certificate that `tls.client_cert_id` names; `checks` is off where
-    /// `disable_upstream_healthcheck` is on; `previous` are the settings before an edit.
+    /// Compile `upstream`. `client` is the certificate that `tls.client_cert_id` names; `previous` are the settings
+    /// before an edit.
     ///
     /// # Errors
     /// What cannot work, with a pointer into the upstream.
     pub fn compile(
         upstream: &Upstream,
         client: Option<&ClientPem>,
-        tls: &TlsClients,
-        checks: bool,
+        env: &ClusterEnv,
         previous: Option<&Self>,
     ) -> Result<Self, ConfigError> {
         if !upstream.scheme.is_http() {
@@ -195,10 +196,8 @@ impl Settings {
             ));
         }
         let timeout = upstream.timeout();
-        let keepalive = upstream.keepalive_pool();
-        let idle = keepalive.idle_timeout.duration();
         let budget = upstream.retry_budget();
-        let transport = Transport::compile(upstream, client, tls, previous.map(|old| &old.transport))?;
+        let transport = Transport::compile(upstream, client, &env.tls, previous.map(|old| &old.transport))?;
         Ok(Self {
             algorithm: algorithm(upstream.algorithm),
             hash_key: hash_key(upstream)?,
@@ -214,17 +213,17 @@ impl Settings {
                 send: timeout.send.duration(),
                 read: timeout.read.duration(),
             },
-            keepalive: Keepalive {
-                size: usize::try_from(keepalive.size.get()).unwrap_or(usize::MAX),
-                idle: (!idle.is_zero()).then_some(idle),
-                requests: keepalive.requests.get(),
-            },
+            keepalive: upstream.keepalive_pool.as_deref().map_or(env.keepalive, keepalive),
             allowance: Allowance {
                 percent: budget.percent.get().into(),
                 floor: budget.min_per_second.get().into(),
             },
             fail_open: upstream.all_unhealthy == AllUnhealthy::UseAll,
-            checks: if checks { Checks::compile(upstream, &transport, tls)? } else { Checks::default() },
+            checks: if env.checks {
+                Checks::compile(upstream, &transport, &env.tls)?
+            } else {
+                Checks::default()
+            },
             transport,
         })
     }
@@ -355,6 +354,15 @@ fn hash_key(upstream: &Upstream) -> Result<Option<HashKey>, ConfigError> {
         HashOn::VarsCombinations => return Ok(Some(HashKey::Combination(Template::parse(key)))),
     };
     Ok(Some(HashKey::Var(var)))
+}
+
+fn keepalive(pool: &KeepalivePool) -> Keepalive {
+    let idle = pool.idle_timeout.duration();
+    Keepalive {
+        size: usize::try_from(pool.size.get()).unwrap_or(usize::MAX),
+        idle: (!idle.is_zero()).then_some(idle),
+        requests: pool.requests.get(),
+    }
 }
 
 fn pass_host(upstream: &Upstream) -> Result<PassHost, ConfigError> {
