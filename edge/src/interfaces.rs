@@ -106,10 +106,17 @@ impl Interfaces {
         started.addresses.status = endpoint.address().ok();
         started.spawn(endpoint, Arc::new(Status::new(live)));
         if let Some(address) = export.addr {
-            let path = export.uri.clone();
-            let endpoint = bind("plugin_attr.prometheus.export_addr", address, None).await?;
-            started.addresses.metrics = endpoint.address().ok();
-            started.spawn(endpoint, Arc::new(MetricsPage { metrics: metrics.clone(), path }));
+            let asked = process.plugin_attr.get("prometheus").is_some_and(|attr| attr.get("export_addr").is_some());
+            match bind("plugin_attr.prometheus.export_addr", address, None).await {
+                Ok(endpoint) => {
+                    started.addresses.metrics = endpoint.address().ok();
+                    let page = MetricsPage { metrics: metrics.clone(), path: export.uri.clone() };
+                    started.spawn(endpoint, Arc::new(page));
+                }
+                Err(error) if asked => return Err(error),
+                // A second gateway on this machine; nobody asked for this address.
+                Err(error) => tracing::warn!(%error, "metrics are not exported"),
+            }
         }
         Ok(started)
     }
