@@ -14,6 +14,7 @@ need protoc protobuf-compiler
 need cmake cmake
 need cc build-essential
 need curl curl
+[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 install_needed
 
 mkdir -p .cache/bin
