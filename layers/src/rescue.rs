@@ -74,6 +74,7 @@ fn closes(reason: Reason) -> bool {
         reason,
         Reason::BadRequest
             | Reason::BadHost
+            | Reason::BadUri
             | Reason::HeadersTooLarge
             | Reason::UriTooLong
             | Reason::BodyTooLarge

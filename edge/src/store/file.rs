@@ -31,6 +31,8 @@ use super::{
 const POLL: Duration = Duration::from_secs(1);
 /// How long a file must be quiet before it is read: writers do not write at once.
 const QUIET: Duration = Duration::from_millis(20);
+/// How long a directory may go without being quiet before the file is read all the same.
+const BURST: Duration = Duration::from_millis(200);
 /// How often the snapshot is marked as current.
 const CONFIRM: Duration = Duration::from_secs(30);
 
@@ -279,8 +281,9 @@ async fn run(shared: Arc<Shared>) {
             }
         }
         if timeout(POLL, shared.touched.notified()).await.is_ok() {
-            // Wait for the last of a burst.
-            while timeout(QUIET, shared.touched.notified()).await.is_ok() {}
+            // Wait for the last of a burst, not for a directory where something else is written all the time.
+            let end = Instant::now() + BURST;
+            while Instant::now() < end && timeout(QUIET, shared.touched.notified()).await.is_ok() {}
         }
     }
 }

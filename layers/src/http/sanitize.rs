@@ -197,6 +197,9 @@ fn settle_target(x: &mut State, limits: &Limits, options: normalize::Options) ->
     }
     let bad = |why: &'static str| Error::new(Reason::BadUri).detail(why);
     let uri = &x.request.uri;
+    if uri.scheme_str().is_some_and(|scheme| !matches!(scheme, "http" | "https")) {
+        return Err(bad("a scheme that is not spoken here"));
+    }
     let normal = normalize(uri.path().as_bytes(), options).map_err(|error| bad(error.code()))?;
     let query = uri.query().map(|query| normalize_query(query.as_bytes()));
     let decoded = (*normal.decoded != *uri.path().as_bytes())

@@ -347,10 +347,10 @@ impl Framing {
             7 if name.eq_ignore_ascii_case(b"upgrade") => self.facts.switches |= !self.facts.http10,
             14 if name.eq_ignore_ascii_case(b"content-length") => {
                 let length = number(value(line, end)).ok_or(Violation::ContentLength)?;
-                if self.facts.length.is_some_and(|other| other != length) {
+                // Even the same number twice: whoever reads it next may not take it so calmly.
+                if self.facts.length.replace(length).is_some() {
                     return Err(Violation::ContentLength);
                 }
-                self.facts.length = Some(length);
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
                 if self.facts.chunked || !value(line, end).eq_ignore_ascii_case(b"chunked") {

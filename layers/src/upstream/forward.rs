@@ -363,11 +363,21 @@ impl UpstreamService {
         timeouts: &Timeouts,
     ) -> Result<(), Error> {
         let (mut head, incoming) = answer.response.into_parts();
-        if head.headers.contains_key(header::TRANSFER_ENCODING)
-            && head.headers.contains_key(header::CONTENT_LENGTH)
-        {
-            // Two lengths: which one the peer means cannot be known, so the connection goes with the answer.
-            return Err(Error::new(Reason::UpstreamProtocol).detail("Transfer-Encoding with Content-Length"));
+        if let Some(coding) = head.headers.get(header::TRANSFER_ENCODING) {
+            if head.headers.contains_key(header::CONTENT_LENGTH) {
+                // Two lengths: which one the peer means cannot be known, so the connection goes with the answer.
+                return Err(
+                    Error::new(Reason::UpstreamProtocol).detail("Transfer-Encoding with Content-Length")
+                );
+            }
+            if !coding.as_bytes().eq_ignore_ascii_case(b"chunked")
+                || head.headers.get_all(header::TRANSFER_ENCODING).iter().count() > 1
+            {
+                // The coding would be taken off the head and left on the body.
+                return Err(
+                    Error::new(Reason::UpstreamProtocol).detail("a Transfer-Encoding besides chunked")
+                );
+            }
         }
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             return self.switch(x, job, peer, head, answer.connection, timeouts);
