@@ -432,11 +432,15 @@ impl<S: Io> Raw<S> {
                 let size = usize::from_str_radix(size.trim().split(';').next().unwrap_or(""), 16)
                     .unwrap_or_else(|error| panic!("chunk size {size:?}: {error}"));
                 if size == 0 {
-                    let mut block = self.take_until(b"\r\n").await?.to_vec();
-                    if block != b"\r\n" {
-                        block.extend_from_slice(&self.take_until(b"\r\n\r\n").await?);
-                        trailers = Some(parse_fields(&String::from_utf8_lossy(&block)));
+                    let mut block = String::new();
+                    loop {
+                        let line = self.take_until(b"\r\n").await?;
+                        if &line[..] == b"\r\n" {
+                            break;
+                        }
+                        block.push_str(&String::from_utf8_lossy(&line));
                     }
+                    trailers = Some(parse_fields(&block)).filter(|fields| !fields.is_empty());
                     break;
                 }
                 whole.extend_from_slice(&self.take(size).await?);

@@ -25,6 +25,9 @@ pub const VIEWER_KEY: &str = "e2e-viewer-key";
 /// A start in a debug build beside a compiling workspace may take this long.
 const START: Duration = Duration::from_secs(60);
 
+/// No test needs one gateway for longer: what hangs must not hold the others up for ever.
+const LIFE: Duration = Duration::from_secs(300);
+
 /// Where the configuration comes from.
 #[derive(Clone, Debug)]
 enum Provider {
@@ -64,6 +67,7 @@ pub struct Edge {
     builder: EdgeBuilder,
     process: Process,
     reloads: AtomicUsize,
+    watchdog: tokio::task::JoinHandle<()>,
     _folder: TempDir,
     _ports: Vec<Port>,
 }
@@ -263,8 +267,16 @@ impl Edge {
     }
 }
 
+/// Ends the whole test program when a test hangs: there is no way to end a single one.
+async fn watchdog(test: String) {
+    tokio::time::sleep(LIFE).await;
+    eprintln!("{test} hangs: its gateway is {LIFE:?} old");
+    std::process::exit(101);
+}
+
 impl Drop for Edge {
     fn drop(&mut self) {
+        self.watchdog.abort();
         if std::thread::panicking() {
             let config = std::fs::read_to_string(self.folder.join("config.yaml")).unwrap_or_default();
             let resources = std::fs::read_to_string(self.folder.join("apisix.yaml")).unwrap_or_default();
@@ -381,6 +393,7 @@ impl EdgeBuilder {
             builder: self,
             process,
             reloads: AtomicUsize::new(0),
+            watchdog: tokio::spawn(watchdog(std::thread::current().name().unwrap_or("?").to_owned())),
             _folder: holder,
             _ports: ports,
         }

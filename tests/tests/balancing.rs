@@ -216,7 +216,8 @@ async fn nodes_of_lower_priority_wait_until_the_higher_are_gone() {
     let edge = one_route(upstream).await;
     assert_eq!(counts(&served(&edge, gets(20)).await), BTreeMap::from([("first", 20)]));
     let addr = first.stop().await;
-    assert_eq!(counts(&served(&edge, gets(20)).await), BTreeMap::from([("second", 20)]));
+    // Each of these is a retry, and a quiet upstream has ten a second.
+    assert_eq!(counts(&served(&edge, gets(5)).await), BTreeMap::from([("second", 5)]));
     let _first = echo::named_at(addr, "first").await;
     eventually("the higher priority is used again", || async {
         (served(&edge, gets(1)).await == ["first"]).then_some(())

@@ -163,8 +163,9 @@ async fn a_stream_that_the_origin_resets_is_reset_or_refused_for_the_client() {
         let edge = one_route(with(origin.upstream(), "scheme", json!("grpc"))).await;
         let mut connection = Connection::http2(edge.http).await;
         match connection.try_send(Call::get("/")).await {
+            // The reset may overtake a head that nobody has passed on yet.
             Ok(answer) => {
-                assert_eq!((before, answer.status), (h2_reset::Before::Nothing, 502));
+                assert!(before != h2_reset::Before::HalfTheBody && answer.status == 502, "{answer:?}")
             }
             Err(_) => assert_ne!(before, h2_reset::Before::Nothing),
         }
@@ -215,17 +216,9 @@ async fn a_refused_upgrade_is_an_ordinary_answer() {
 
 #[tokio::test]
 async fn events_are_not_held_back() {
-    let (origin, events) = sse::start().await;
-    let edge = one_route(origin.upstream()).await;
     for version in [Version::HTTP_11, Version::HTTP_2] {
-        if version == Version::HTTP_2 {
-            // One event stream at a time: the first client has gone.
-            eventually("the first stream has ended", || async {
-                let _ = events.send("end".to_owned()).await;
-                (origin.open_connections() == 0).then_some(())
-            })
-            .await;
-        }
+        let (origin, events) = sse::start().await;
+        let edge = one_route(origin.upstream()).await;
         let mut connection = match version {
             Version::HTTP_2 => Connection::http2(edge.http).await,
             _ => Connection::http1(edge.http).await,
@@ -429,6 +422,16 @@ async fn pipelined_requests_are_answered_in_order() {
 }
 
 #[tokio::test]
+async fn the_host_of_an_absolute_target_replaces_the_field() {
+    let origin = echo::start().await;
+    let edge = one_route(origin.upstream()).await;
+    let mut raw = Raw::connect(edge.http).await;
+    raw.write("GET http://b.test/x?y=1 HTTP/1.1\r\nhost: a.test\r\n\r\n").await;
+    let seen = raw.answer().await.expect("an answer").expect_status(200).json();
+    assert_eq!((&seen["headers"]["host"], &seen["path"]), (&json!(["b.test"]), &json!("/x")));
+}
+
+#[tokio::test]
 async fn proxy_protocol_tells_the_address_of_the_client() {
     let origin = echo::start().await;
     let edge = Edge::file()
@@ -474,7 +477,9 @@ async fn forwarded_headers_are_ours_unless_the_client_is_trusted() {
             .header("x-real-ip", "203.0.113.9")
     };
     let route = json!({"id": "r", "uri": "/*", "upstream": origin.upstream()});
-    let untrusting = Edge::file().route(route.clone()).start().await;
+    // By default APISIX believes an X-Real-IP that comes from loopback.
+    let strict = json!({"nginx_config": {"http": {"real_ip_from": ["192.0.2.1"]}}});
+    let untrusting = Edge::file().config(strict.clone()).route(route.clone()).start().await;
     let headers = untrusting.send(sent()).await.expect_status(200).json()["headers"].clone();
     assert_eq!(headers["x-forwarded-for"], json!(["127.0.0.1"]));
     assert_eq!(headers["x-forwarded-proto"], json!(["http"]));
@@ -483,6 +488,7 @@ async fn forwarded_headers_are_ours_unless_the_client_is_trusted() {
     assert_eq!(headers["x-real-ip"], json!(["127.0.0.1"]));
 
     let trusting = Edge::file()
+        .config(strict)
         .config(json!({"apisix": {"trusted_addresses": ["127.0.0.1"]}}))
         .route(route)
         .start()

@@ -29,12 +29,12 @@ fn nodes(nodes: &[String]) -> Value {
 async fn a_connection_that_was_not_established_is_tried_elsewhere_for_every_method() {
     let (dead, origin) = (Port::free(), echo::start().await);
     let edge = one_route(nodes(&[dead.addr().to_string(), origin.node()])).await;
+    // Fewer than the retries that the budget gives to a quiet upstream.
     for method in ["GET", "POST", "PUT", "DELETE", "PATCH"] {
-        for _ in 0..4 {
-            let answer = edge.send(Call::new(method, "/").body("body")).await.expect_status(200);
-            assert_eq!(answer.json()["body"], "body", "{method}: the body is sent in full");
-        }
+        let answer = edge.send(Call::new(method, "/").body("body")).await.expect_status(200);
+        assert_eq!(answer.json()["body"], "body", "{method}: the body is sent in full");
     }
+    assert_eq!(origin.requests(), 5);
 }
 
 #[tokio::test]
@@ -43,11 +43,9 @@ async fn an_idempotent_request_is_tried_elsewhere_when_the_origin_breaks_off() {
         let good = echo::start().await;
         let edge = one_route(nodes(&[bad.node(), good.node()])).await;
         for method in ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"] {
-            for _ in 0..4 {
-                edge.send(Call::new(method, "/")).await.expect_status(200);
-            }
+            edge.send(Call::new(method, "/")).await.expect_status(200);
         }
-        assert!(bad.connections() > 0, "the bad node was asked");
+        assert!(bad.connections() >= 3, "the bad node was asked: {}", bad.connections());
     }
 }
 

@@ -30,7 +30,7 @@ async fn without_verification_any_certificate_will_do() {
 #[tokio::test]
 async fn verification_really_verifies() {
     let (ca, other) = (Authority::new("ca"), Authority::new("other"));
-    let trust = json!({"verify": true, "ca": ca.pem()});
+    let trust = json!({"verify": true, "ca": [ca.pem()]});
     let good = origin(&ca.server(&["origin.test"])).await;
     one_route(upstream(&good, trust.clone())).await.get("/").await.expect_status(200);
     let wrong_name = origin(&ca.server(&["somebody.else.test"])).await;
@@ -84,7 +84,7 @@ async fn a_client_certificate_is_shown_to_the_origin() {
 async fn the_name_sent_to_the_origin_is_the_host_that_is_passed() {
     let ca = Authority::new("ca");
     let good = origin(&ca.server(&["outer.test"])).await;
-    let mut upstream = upstream(&good, json!({"verify": true, "ca": ca.pem()}));
+    let mut upstream = upstream(&good, json!({"verify": true, "ca": [ca.pem()]}));
     upstream["pass_host"] = json!("pass");
     upstream.as_object_mut().expect("an upstream").remove("upstream_host");
     let edge = one_route(upstream).await;
@@ -104,7 +104,7 @@ async fn grpcs_reaches_a_grpc_service_over_tls() {
     let ca = Authority::new("ca");
     let leaf = ca.server(&["origin.test"]);
     let service = grpc::tls(leaf.server_config(&["h2"])).await;
-    let mut upstream = upstream(&service, json!({"verify": true, "ca": ca.pem()}));
+    let mut upstream = upstream(&service, json!({"verify": true, "ca": [ca.pem()]}));
     upstream["scheme"] = json!("grpcs");
     let edge = one_route(upstream).await;
     let mut client = grpc::WordsClient::connect(edge.http).await;
