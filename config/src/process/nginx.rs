@@ -6,10 +6,10 @@ use super::section::Section;
 use super::{AccessLog, Env, Escape, LogLevel, RealIp, UpstreamKeepalive, Workers};
 use crate::template::Template;
 
-/// APISIX's access log line.
+/// APISIX's access log line, and at its end why the gateway answered by itself.
 const LOG_FORMAT: &str = "$remote_addr - $remote_user [$time_local] $http_host \"$request\" $status $body_bytes_sent \
     $request_time \"$http_referer\" \"$http_user_agent\" $upstream_addr $upstream_status $upstream_response_time \
-    \"$upstream_scheme://$upstream_host$upstream_uri\"";
+    \"$upstream_scheme://$upstream_host$upstream_uri\" $reason";
 
 /// What to use in place of raw nginx configuration.
 const SNIPPETS: [(&str, &str); 7] = [
