@@ -26,7 +26,7 @@ bench: ## compare with nginx, HAProxy and Envoy (BENCH="--rounds 5 --seconds 5 -
 	python3 bench/bench.py $(BENCH)
 
 docs: ## make the pages of the plugins and the API documentation
-	cargo run --quiet --package postern -- docs docs
+	cargo run --quiet --package postern -- docs
 	cargo doc --quiet --workspace --no-deps
 
 lint: ## formatting, clippy, licences and bans of dependencies

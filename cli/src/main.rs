@@ -41,6 +41,9 @@ enum Command {
     Check(cmd::check::Check),
     /// Tell what the gateway would do with a request, and why.
     Explain(cmd::explain::Explain),
+    /// Bring the pages about plugins and metrics up to date.
+    #[command(hide = true)]
+    Docs(cmd::docs::Docs),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Up(role) => role.run(),
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),
+        Command::Docs(command) => command.run(),
     };
     result.unwrap_or_else(|error| output::failure(&error))
 }

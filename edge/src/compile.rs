@@ -59,7 +59,7 @@ impl Env {
     ) -> Result<Self, String> {
         Ok(Self {
             plugins: plugins::registrations().iter().map(|plugin| (plugin.name, plugin)).collect(),
-            attrs: process.plugin_attr.iter().map(|(name, attr)| (name.clone(), attr.clone())).collect(),
+            attrs: settings::plugin_attrs(process),
             mode: settings::mode(process),
             consumers: Consumers::default(),
             clusters: settings::clusters(process, &control)?,

@@ -55,19 +55,20 @@ impl Interfaces {
         metrics: &Arc<Metrics>,
         export: &Export,
     ) -> Result<Self, StartError> {
+        let prefix = match &process.provider {
+            Provider::Etcd(etcd) => etcd.prefix.clone(),
+            _ => "/apisix".to_owned(),
+        };
         let state = Arc::new(State {
             stage: AtomicU8::new(STARTING),
             running: running.clone(),
             rules: settings::rules(process),
             provider: provider(process),
+            key_prefix: prefix.clone(),
         });
         let told = state.clone();
         metrics.collector(move |out| told.collect(out));
         let live: Arc<dyn LiveState> = state.clone();
-        let prefix = match &process.provider {
-            Provider::Etcd(etcd) => etcd.prefix.clone(),
-            _ => "/apisix".to_owned(),
-        };
         let mut started = Self { state, addresses: Addresses::default(), tasks: Vec::new() };
         if let Some(settings) = &process.admin {
             let access = Access::new(settings, &process.data_dir).map_err(StartError::system(
@@ -106,7 +107,8 @@ impl Interfaces {
         started.addresses.status = endpoint.address().ok();
         started.spawn(endpoint, Arc::new(Status::new(live)));
         if let Some(address) = export.addr {
-            let asked = process.plugin_attr.get("prometheus").is_some_and(|attr| attr.get("export_addr").is_some());
+            let asked =
+                process.plugin_attr.get("prometheus").is_some_and(|attr| attr.get("export_addr").is_some());
             match bind("plugin_attr.prometheus.export_addr", address, None).await {
                 Ok(endpoint) => {
                     started.addresses.metrics = endpoint.address().ok();
@@ -191,6 +193,8 @@ struct State {
     running: Running,
     rules: Rules,
     provider: &'static str,
+    /// Stands before the keys of objects: `/apisix`.
+    key_prefix: String,
 }
 
 impl State {
@@ -205,10 +209,31 @@ impl State {
         let rejected = configuration.graph.rejected().map(|rejected| rejected.key.kind);
         let late = configuration.compiler.refused().keys().chain(configuration.certificates.refused().keys());
         let rejected: Vec<_> = rejected.chain(late.map(|key| key.kind)).collect();
-        drop(configuration);
+        let prefix = self.running.metrics().prefix();
         if self.provider == "etcd" {
             let reachable = self.running.progress().borrow().stale.is_none();
-            out.single(self.running.metrics().prefix(), &names::ETCD_REACHABLE, u8::from(reachable));
+            out.single(prefix, &names::ETCD_REACHABLE, u8::from(reachable));
+            out.family(prefix, &names::ETCD_MODIFY_INDEXES);
+            let indexes = Kind::ALL.map(|kind| {
+                let items = configuration.graph.iter(kind);
+                (kind.segment(), items.map(|item| item.modified_index).max().unwrap_or_default())
+            });
+            let highest =
+                ("max_modify_index", indexes.iter().map(|(_, index)| *index).max().unwrap_or_default());
+            for (key, index) in indexes.into_iter().chain([highest]) {
+                out.sample(prefix, names::ETCD_MODIFY_INDEXES.name, [("key", key)], index);
+            }
+        }
+        drop(configuration);
+        out.family(prefix, &names::UPSTREAM_STATUS);
+        for checker in self.health() {
+            let name = format!("{}/{}", self.key_prefix, checker.owner);
+            for node in checker.nodes {
+                let port = node.port.to_string();
+                let labels = [("name", &*name), ("ip", &*node.ip), ("port", &*port)];
+                let healthy = matches!(node.status, "healthy" | "mostly_healthy");
+                out.sample(prefix, names::UPSTREAM_STATUS.name, labels, u8::from(healthy));
+            }
         }
         out.family("", &names::CONFIG_REJECTED_ITEMS);
         for kind in Kind::ALL {

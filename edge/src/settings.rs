@@ -4,14 +4,18 @@ use std::sync::Arc;
 
 use config::process::{HttpRouter, Process, Workers};
 use discovery::Discovery;
+use hashbrown::HashMap;
 use http::{HeaderName, HeaderValue};
 use layers::http::forwarded::{Forwarding, RealIp};
 use layers::http::normalize;
 use layers::http::sanitize::Limits;
+use layers::plugin::Definition;
 use layers::route::Mode;
 use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::tls_client::TlsClients;
+use plugins::redirect::Redirect;
+use serde_json::Value;
 use tokio::runtime::Handle;
 
 use crate::explain::Rules;
@@ -54,6 +58,18 @@ pub fn rules(process: &Process) -> Rules {
             underscores: process.underscores_in_headers,
         },
     }
+}
+
+/// What plugins are told of `config.yaml`.
+pub fn plugin_attrs(process: &Process) -> HashMap<String, Value> {
+    let mut attrs: HashMap<String, Value> =
+        process.plugin_attr.iter().map(|(name, attr)| (name.clone(), attr.clone())).collect();
+    let https =
+        process.listeners.iter().find(|listener| listener.tls).map(|listener| listener.address.port());
+    if let Some(attr) = plugins::redirect::attr(attrs.get(Redirect::NAME), https) {
+        attrs.insert(Redirect::NAME.to_owned(), attr);
+    }
+    attrs
 }
 
 /// The `Server` field of every answer.

@@ -2,6 +2,7 @@
 
 pub mod absent;
 pub mod catalog;
+pub mod docs;
 pub mod support;
 
 use std::sync::OnceLock;

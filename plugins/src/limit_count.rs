@@ -18,7 +18,7 @@ use layers::limits::window::{Key, Limit, Owner, Verdict, WindowKind, WindowTable
 use layers::plugin::{Access, BuildEnv, Definition, Extras, Flow, Hooks};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, de};
-use serde_json::json;
+use serde_json::{Number, json};
 
 use crate::support::numbers::number;
 use crate::support::reply::{self, Canned};
@@ -66,7 +66,7 @@ pub struct Config {
     show_limit_quota_header: bool,
     /// Of use for counts in Redis only.
     #[serde(default = "no_interval")]
-    sync_interval: f64,
+    sync_interval: Number,
 }
 
 fn remote_addr() -> String {
@@ -81,8 +81,8 @@ fn yes() -> bool {
     true
 }
 
-fn no_interval() -> f64 {
-    -1.0
+fn no_interval() -> Number {
+    Number::from(-1)
 }
 
 /// One limit of several.

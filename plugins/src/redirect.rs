@@ -12,6 +12,7 @@ use layers::exchange::{Exchange, State};
 use layers::plugin::{BuildEnv, Definition, Flow, Hooks, Rewrite};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::support::captures::{RegexUri, Replacement};
 use crate::support::reply::{self, Canned};
@@ -72,7 +73,7 @@ impl Definition for Redirect {
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let port = env.attr.and_then(|attr| attr.get("https_port")).and_then(serde_json::Value::as_u64);
+        let port = env.attr.and_then(|attr| attr.get("https_port")).and_then(Value::as_u64);
         let port = port.and_then(|port| u16::try_from(port).ok()).filter(|port| !matches!(port, 0 | 443));
         hooks.rewrite(&Arc::new(compile(&config, port)?));
         Ok(())
@@ -111,6 +112,15 @@ fn compile(config: &Config, https_port: Option<u16>) -> Result<Redirect, ConfigE
         encode: config.encode_uri,
         append_query: config.append_query_string,
     })
+}
+
+/// `plugin_attr.redirect` with the port of the HTTPS listener, where no other is written.
+pub fn attr(written: Option<&Value>, https_port: Option<u16>) -> Option<Value> {
+    let mut attr = written.and_then(Value::as_object).cloned().unwrap_or_default();
+    if let (Some(port), None) = (https_port, attr.get("https_port")) {
+        attr.insert("https_port".into(), port.into());
+    }
+    Some(Value::Object(attr)).filter(|attr| attr.get("https_port").is_some())
 }
 
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -220,6 +230,13 @@ mod tests {
             let x = run(config, request).await;
             assert_eq!((x.response.status().as_u16(), field(&x, "location")), (status, location), "{name}");
         }
+    }
+
+    #[test]
+    fn the_port_is_the_listeners_unless_another_is_written() {
+        assert_eq!(attr(None, Some(9443)), Some(json!({"https_port": 9443})));
+        assert_eq!(attr(Some(&json!({"https_port": 8443})), Some(9443)), Some(json!({"https_port": 8443})));
+        assert_eq!(attr(None, None), None);
     }
 
     #[tokio::test]

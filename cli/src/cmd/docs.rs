@@ -1,4 +1,4 @@
-//! `postern docs`: the attribute tables of the plugin pages, from the plugins' schemas.
+//! `postern docs`: the tables in the documentation that follow from the code: settings of plugins, metrics.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

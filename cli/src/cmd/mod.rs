@@ -1,4 +1,5 @@
 //! Commands that do one thing and end.
 
 pub mod check;
+pub mod docs;
 pub mod explain;

@@ -58,6 +58,8 @@ metrics! {
     METRIC_ERRORS_TOTAL Counter "nginx_metric_errors_total" "Requests counted under the label value other because the limit on series was reached.",
     NODE_INFO Gauge "node_info" "Always 1; the labels tell the machine.",
     ETCD_REACHABLE Gauge "etcd_reachable" "Whether etcd answered last time: 1 or 0.",
+    ETCD_MODIFY_INDEXES Gauge "etcd_modify_indexes" "Highest modification index in use, by kind of resource.",
+    UPSTREAM_STATUS Gauge "upstream_status" "Whether health checks call a node healthy: 1 or 0.",
 }
 
 metrics! {

@@ -16,11 +16,11 @@ pub struct Canned {
 }
 
 impl Canned {
-    /// A JSON body, with the line end that APISIX puts behind one.
+    /// A JSON body, with the line end and the type that APISIX gives one.
     pub fn json(status: StatusCode, body: &Value) -> Self {
         Self {
             status,
-            kind: Some(HeaderValue::from_static("application/json")),
+            kind: Some(HeaderValue::from_static("text/plain; charset=utf-8")),
             body: format!("{body}\n").into(),
             headers: HeaderMap::new(),
         }
