@@ -1,6 +1,8 @@
 //! A real etcd with APISIX's own keys: served as it is, written as APISIX would, and survived when it is gone,
 //! emptied or compacted.
 
+use std::time::Duration;
+
 use e2e::etcd::Etcd;
 use e2e::origin::{Origin, echo};
 use e2e::{Edge, Value, eventually, json};
@@ -33,6 +35,16 @@ async fn what_apisix_left_in_etcd_is_served() {
     edge.get("/by-service").await.expect_status(401);
     let call = e2e::client::Call::get("/by-service").header("apikey", "secret");
     edge.send(call).await.expect_status(200);
+}
+
+#[tokio::test]
+async fn an_etcd_that_answers_is_not_called_stale() {
+    let etcd = Etcd::start().await;
+    let edge = Edge::etcd(&etcd).start().await;
+    // Past the two seconds after which a start without etcd serves its snapshot.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let config = edge.call_control("/v1/config").await.expect_status(200).json();
+    assert_eq!(config["stale"], Value::Null);
 }
 
 #[tokio::test]

@@ -601,9 +601,12 @@ async fn run(shared: Arc<Shared>) {
             tokio::select! {
                 trouble = &mut followed => trouble,
                 () = tokio::time::sleep_until(late), if !shared.mirror().told => {
-                    shared.serve_snapshot();
-                    let since = shared.snapshot_time.unwrap_or_else(SystemTime::now);
-                    shared.feed.stale(since, "etcd: not reached yet");
+                    // Asked again: etcd may have answered since the wait began.
+                    if !shared.mirror().told {
+                        shared.serve_snapshot();
+                        let since = shared.snapshot_time.unwrap_or_else(SystemTime::now);
+                        shared.feed.stale(since, "etcd: not reached yet");
+                    }
                     followed.await
                 }
             }
