@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use config::fields::Plugins;
 use config::graph::{Graph, Item, Rejected};
@@ -95,7 +95,13 @@ struct Recognised {
 #[derive(Default)]
 struct Clusters {
     by_key: RefCell<HashMap<Box<str>, Arc<Cluster>>>,
+    /// Inline upstreams of a single address, by how they are written. Routes that write the same one share it, so that
+    /// a hundred thousand of them hold one cluster and one set of connections.
+    shared: RefCell<HashMap<Box<str>, Weak<Cluster>>>,
 }
+
+/// Forgotten shared clusters are swept out when the table would have to grow, from this size on.
+const SHARED_SWEEP: usize = 1024;
 
 impl Clusters {
     fn of(&self, key: &str) -> Option<Arc<Cluster>> {
@@ -118,6 +124,35 @@ impl Clusters {
         let cluster = Cluster::build(key, upstream, certificate, env)?;
         self.by_key.borrow_mut().insert(key.into(), cluster.clone());
         Ok(cluster)
+    }
+
+    /// The cluster of an inline upstream that can be shared: it has one address and nothing watches it, so there is no
+    /// balance and no health that routes could disturb in each other. None where it cannot.
+    fn share(
+        &self,
+        upstream: &config::upstream::Upstream,
+        env: &ClusterEnv,
+    ) -> Option<Result<Arc<Cluster>, ConfigError>> {
+        let [node] = &**upstream.nodes.as_ref()? else { return None };
+        if upstream.checks.is_some()
+            || upstream.tls.is_some()
+            || discovery::literal(node.bare_host()).is_none()
+        {
+            return None;
+        }
+        let written = serde_json::to_string(upstream).ok()?;
+        let mut shared = self.shared.borrow_mut();
+        if let Some(cluster) = shared.get(written.as_str()).and_then(Weak::upgrade) {
+            return Some(Ok(cluster));
+        }
+        if shared.len() >= SHARED_SWEEP && shared.len() == shared.capacity() {
+            shared.retain(|_, cluster| cluster.strong_count() > 0);
+        }
+        let built = Cluster::build(&node.address(), upstream, None, env);
+        if let Ok(cluster) = &built {
+            shared.insert(written.into(), Arc::downgrade(cluster));
+        }
+        Some(built)
     }
 
     fn remove(&self, key: &str) -> bool {
@@ -519,7 +554,13 @@ impl Compiler {
         };
         let own = key.to_string();
         if let Some(upstream) = &route.upstream {
-            let cluster = self.clusters.settle(&own, upstream, graph, &self.env.clusters);
+            let cluster = match self.clusters.share(upstream, &self.env.clusters) {
+                Some(shared) => {
+                    self.clusters.remove(&own);
+                    shared
+                }
+                None => self.clusters.settle(&own, upstream, graph, &self.env.clusters),
+            };
             return cluster.map(Destination::Cluster).map_err(|error| vec![error.under("/upstream")]);
         }
         self.clusters.remove(&own);
