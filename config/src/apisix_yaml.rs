@@ -79,22 +79,6 @@ pub struct ListedPlugin {
     pub stream: bool,
 }
 
-/// Kinds that have an array of their own, in the order of the docs.
-const KINDS: [Kind; 12] = [
-    Kind::Route,
-    Kind::Service,
-    Kind::Upstream,
-    Kind::Consumer,
-    Kind::ConsumerGroup,
-    Kind::PluginConfig,
-    Kind::GlobalRule,
-    Kind::PluginMetadata,
-    Kind::Ssl,
-    Kind::Proto,
-    Kind::Secret,
-    Kind::StreamRoute,
-];
-
 /// Name of `ssls` before APISIX 3.
 const OLD_SSLS: &str = "ssl";
 const PLUGINS: &str = "plugins";
@@ -295,7 +279,7 @@ impl<'a> Reader<'a> {
     }
 
     fn unknown(&mut self, name: &str, place: &Place) {
-        let known = KINDS.iter().map(|kind| kind.segment()).chain([PLUGINS]);
+        let known = Kind::LISTED.iter().map(|kind| kind.segment()).chain([PLUGINS]);
         let kind = match name {
             CREDENTIALS => ErrorKind::Unsupported {
                 what: "`credentials` beside `consumers`".into(),
@@ -437,7 +421,7 @@ fn kind_of(name: &str) -> Option<Kind> {
     if name == OLD_SSLS {
         return Some(Kind::Ssl);
     }
-    KINDS.into_iter().find(|kind| kind.segment() == name)
+    Kind::LISTED.into_iter().find(|kind| kind.segment() == name)
 }
 
 /// An id as text: numbers are as good.

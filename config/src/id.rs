@@ -68,6 +68,22 @@ impl Kind {
         Kind::StreamRoute,
     ];
 
+    /// The kinds a configuration file has a list of, in the order of the docs; credentials are among the consumers.
+    pub const LISTED: [Kind; 12] = [
+        Kind::Route,
+        Kind::Service,
+        Kind::Upstream,
+        Kind::Consumer,
+        Kind::ConsumerGroup,
+        Kind::PluginConfig,
+        Kind::GlobalRule,
+        Kind::PluginMetadata,
+        Kind::Ssl,
+        Kind::Proto,
+        Kind::Secret,
+        Kind::StreamRoute,
+    ];
+
     /// The name in paths of the Admin API, in store keys and in `apisix.yaml`: `routes`, `ssls`.
     #[must_use]
     pub const fn segment(self) -> &'static str {

@@ -1,6 +1,6 @@
 //! JSON Schema of every resource, made from the types, and errors in words when a value does not fit one.
 //!
-//! The types are the source: doc comments become descriptions, defaults defaults, [`crate::rules`] conditions.
+//! The types are the source: doc comments become descriptions, defaults defaults, `rules.rs` conditions.
 //! A schema is made and compiled once for each type; it is asked only after the typed reading has failed,
 //! because it finds every error instead of the first.
 

@@ -22,7 +22,7 @@ use super::auth::Identity;
 use super::reply::{Reply, invalid_message};
 use super::resource::redact;
 use super::{Admin, MAX_CONFIGS, read, yaml};
-use crate::store::standalone::{Current, KINDS, NewConfig, Standalone, list_of};
+use crate::store::standalone::{Current, NewConfig, Standalone, list_of};
 
 const DIGEST: HeaderName = HeaderName::from_static("x-digest");
 const LAST_MODIFIED: HeaderName = HeaderName::from_static("x-last-modified");
@@ -102,7 +102,7 @@ impl Admin {
             last_modified: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             ..NewConfig::default()
         };
-        for kind in KINDS {
+        for kind in Kind::LISTED {
             let name = format!("{}_conf_version", kind.segment());
             let old = standalone.version(kind);
             let version = match document.value().get(&name) {
@@ -277,7 +277,7 @@ fn document(parts: &request::Parts, body: &Bytes) -> Result<Document, Reply> {
 
 fn show(parts: &request::Parts, current: &Current, identity: Identity<'_>) -> Reply {
     let mut body = Map::new();
-    for kind in KINDS {
+    for kind in Kind::LISTED {
         if let Some(list) = current.lists.get(&kind) {
             let mut list: Value = serde_json::from_slice(list).unwrap_or_default();
             // Whoever may write the configuration must be able to read all of it back; nobody else sees keys.

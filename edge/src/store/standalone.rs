@@ -22,22 +22,6 @@ use super::{
     BoxFuture, DeleteOptions, Feed, Put, PutOptions, Store, StoreError, StoreEvent, StoreStatus, Stored,
 };
 
-/// The kinds a configuration has a list of; credentials are among the consumers.
-pub const KINDS: [Kind; 12] = [
-    Kind::Route,
-    Kind::Service,
-    Kind::Upstream,
-    Kind::Consumer,
-    Kind::ConsumerGroup,
-    Kind::PluginConfig,
-    Kind::GlobalRule,
-    Kind::PluginMetadata,
-    Kind::Ssl,
-    Kind::Proto,
-    Kind::Secret,
-    Kind::StreamRoute,
-];
-
 /// The standalone store.
 pub struct Standalone {
     shared: Arc<Shared>,
@@ -322,7 +306,7 @@ mod tests {
     fn new(digest: &str, version: u64, json: &str) -> NewConfig {
         let document = Document::json("body", json).unwrap();
         let mut new = NewConfig { digest: digest.to_owned(), last_modified: 7, ..NewConfig::default() };
-        for kind in KINDS {
+        for kind in Kind::LISTED {
             if let Some(list) = document.value().get(kind.segment()) {
                 new.versions.insert(kind, version);
                 new.lists.insert(kind, Bytes::from(list.to_string()));
