@@ -212,8 +212,6 @@ impl HttpBody for Filtered {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use super::*;
 
     struct Upper;

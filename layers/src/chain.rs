@@ -202,9 +202,12 @@ enum Progress {
     Waits(Arc<Instance>, Arc<dyn Waits>),
 }
 
+/// The plan of a route, the consumer, and the two merged.
+type MergedPlan = (Arc<Plan>, Arc<Consumer>, Arc<Plan>);
+
 /// Merged plans of routes and consumers, kept by each worker. Bounded: when full it starts again.
 #[derive(Default)]
-struct Merged(HashMap<(usize, usize), (Arc<Plan>, Arc<Consumer>, Arc<Plan>)>);
+struct Merged(HashMap<(usize, usize), MergedPlan>);
 
 const MERGED_LIMIT: usize = 4096;
 
@@ -493,8 +496,6 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use std::sync::Mutex;
 
     use http::StatusCode;

@@ -140,14 +140,17 @@ pub trait Definition: Sized + 'static {
 /// A typed check that returns the settings with their defaults.
 pub type Check = fn(&Value) -> Result<Value, Vec<ConfigError>>;
 
+/// Makes the JSON schema of settings.
+pub type MakeSchema = fn() -> Value;
+
 /// How a consumer's settings name the consumer: the key under which a request's credential finds it.
 pub type ConsumerKey = fn(&Value) -> Option<String>;
 
 /// What a plugin has besides its settings.
 #[derive(Default)]
 pub struct Extras {
-    pub(crate) consumer: Option<(Check, fn() -> Value, ConsumerKey)>,
-    pub(crate) metadata: Option<(Check, fn() -> Value)>,
+    pub(crate) consumer: Option<(Check, MakeSchema, ConsumerKey)>,
+    pub(crate) metadata: Option<(Check, MakeSchema)>,
 }
 
 impl Extras {

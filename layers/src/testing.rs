@@ -1,6 +1,8 @@
 //! What tests of layers, plugins and roles need: exchanges, an inner service that answers at once, and the run of one
 //! plugin around it.
 
+#![allow(clippy::expect_used, reason = "tests")]
+
 use std::future::{Ready, ready};
 use std::net::SocketAddr;
 use std::rc::Rc;

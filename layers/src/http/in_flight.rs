@@ -85,8 +85,6 @@ impl<S: HttpService> Service<Exchange> for InFlight<S> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use super::*;
     use crate::testing::{exchange, service};
 

@@ -64,8 +64,6 @@ impl<S: HttpService> Service<Exchange> for Counted<S> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use super::*;
     use crate::error::{Error, Reason};
     use crate::testing::{exchange, service};

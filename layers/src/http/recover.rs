@@ -123,8 +123,6 @@ impl<F: Future<Output = Result<Exchange, Fault>>> Future for RecoverFuture<F> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
-
     use super::*;
     use crate::testing::{exchange, service};
 

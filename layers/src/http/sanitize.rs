@@ -276,8 +276,6 @@ impl HttpBody for Limited {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use super::*;
     use crate::testing::{ExchangeBuilder, exchange};
 

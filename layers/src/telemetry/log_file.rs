@@ -160,8 +160,6 @@ fn write_lines(sink: &Sink, mut out: Box<dyn Write + Send>, lines: &Receiver<Mes
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use super::*;
 
     #[test]

@@ -266,10 +266,7 @@ impl UpstreamService {
     ) -> Result<Connected, Error> {
         let settings = &state.settings;
         let endpoint = peer.picked.endpoint();
-        let name = match settings.tls() {
-            Some(_) => Some(tls_client::host_of(peer.host.to_str().unwrap_or_default())),
-            None => None,
-        };
+        let name = settings.tls().map(|_| tls_client::host_of(peer.host.to_str().unwrap_or_default()));
         let key = Key { endpoint: endpoint.id(), transport: settings.transport(), name };
         match settings.protocol() {
             Protocol::Http1 => {

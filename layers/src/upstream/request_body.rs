@@ -244,7 +244,7 @@ impl HttpBody for RequestBody {
             Source::Empty => SizeHint::with_exact(0),
             Source::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             // Asked before the first byte is read, to choose the framing.
-            Source::Streamed { stream, .. } => stream.hint.clone(),
+            Source::Streamed { stream, .. } => stream.hint,
         }
     }
 }
