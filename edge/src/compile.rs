@@ -69,13 +69,16 @@ impl Env {
     }
 }
 
+/// The plugins of one object, built.
+type Instances = Arc<[Arc<Instance>]>;
+
 /// Keeps the compiled form of all resources and brings it up to date.
 pub struct Compiler {
     env: Env,
     carry: Carry,
     clusters: Clusters,
     /// The plugins of every object that has some.
-    plugins: HashMap<ResourceKey, Result<Arc<[Arc<Instance>]>, Vec<ConfigError>>>,
+    plugins: HashMap<ResourceKey, Result<Instances, Vec<ConfigError>>>,
     consumers: BTreeMap<ResourceKey, Vec<Recognised>>,
     routes: Table<Target>,
     body_readers: HashSet<Arc<str>>,
@@ -393,7 +396,7 @@ impl Compiler {
         graph: &Graph,
         owner: &ResourceKey,
         plugins: &Plugins,
-    ) -> Result<Arc<[Arc<Instance>]>, Vec<ConfigError>> {
+    ) -> Result<Instances, Vec<ConfigError>> {
         let upstreams = UpstreamsOf {
             owner,
             clusters: &self.clusters,
@@ -448,7 +451,7 @@ impl Compiler {
                 priority: meta.priority.unwrap_or(registration.priority),
                 source: source.clone(),
                 filter,
-                error_response: meta.error_response.as_ref().map(|own| ErrorResponse::from(own)),
+                error_response: meta.error_response.as_ref().map(ErrorResponse::from),
                 hooks,
             }));
         }
@@ -624,7 +627,7 @@ impl Compiler {
                 return;
             }
         };
-        let plugins: Arc<[Arc<Instance>]> = merge::instances([&own[..], of_group]).into();
+        let plugins: Instances = merge::instances([&own[..], of_group]).into();
         let labels: Arc<[(Box<str>, Box<str>)]> = consumer
             .labels
             .iter()

@@ -122,6 +122,10 @@ impl Running {
                     next = events.try_recv().ok();
                     if next.is_none() && taken > 1 && !waited {
                         waited = true;
+                        #[expect(
+                            clippy::disallowed_methods,
+                            reason = "no worker: this thread only compiles"
+                        )]
                         std::thread::sleep(DEBOUNCE);
                         next = events.try_recv().ok();
                     }

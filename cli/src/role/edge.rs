@@ -43,11 +43,11 @@ impl Edge {
     }
 }
 
+/// What is done once the gateway serves, with the addresses it serves on.
+pub type Ready = Box<dyn FnOnce(&edge::app::Addresses) + Send>;
+
 /// Runs the gateway until it is told to stop. `ready` is told once, when it serves.
-pub fn serve(
-    process: Process,
-    ready: Option<Box<dyn FnOnce(&edge::app::Addresses) + Send>>,
-) -> Result<ExitCode> {
+pub fn serve(process: Process, ready: Option<Ready>) -> Result<ExitCode> {
     crate::logging::start(&process);
     for notice in &process.not_applicable {
         output::note(&format!("not applicable: {notice}"));
