@@ -805,3 +805,6 @@ fn rejected_entry(graph: &Graph, rejected: &Rejected) -> Option<Entry<Target>> {
     };
     refused_entry(graph, &rejected.key, &item, &route, Some(&rejected.errors))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,4 @@
-//! `postern docs`: the tables in the documentation that follow from the code: settings of plugins, metrics.
+//! `postern docs`: the generated parts of the plugin pages, from the plugins' schemas.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,16 +11,17 @@ use crate::output;
 /// Arguments of `postern docs`.
 #[derive(Args)]
 pub struct Docs {
-    /// The folder of the plugin pages.
-    #[arg(default_value = "docs/plugins")]
+    /// The folder of the documentation; the plugin pages are in its `plugins`.
+    #[arg(default_value = "docs")]
     folder: PathBuf,
 }
 
 impl Docs {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
-        plugins::docs::write(&self.folder)
-            .with_context(|| format!("the pages in {} cannot be written", self.folder.display()))?;
+        let pages = self.folder.join("plugins");
+        plugins::docs::write(&pages)
+            .with_context(|| format!("the pages in {} cannot be written", pages.display()))?;
         Ok(ExitCode::from(output::OK))
     }
 }

@@ -1,0 +1,151 @@
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use config::{Change, PluginCatalog};
+use serde_json::json;
+
+use super::*;
+
+struct Bench {
+    graph: Graph,
+    compiler: Compiler,
+    catalog: plugins::Catalog,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let process = Process::defaults(std::path::Path::new("."));
+        let env = Env::new(&process, Arc::default(), runtime.handle().clone()).unwrap();
+        Self {
+            graph: Graph::new(),
+            compiler: Compiler::new(env),
+            catalog: plugins::Catalog::new(None),
+            runtime,
+        }
+    }
+
+    fn put(&mut self, path: &str, value: Value) -> Snapshot {
+        let key = ResourceKey::from_path(path).unwrap();
+        let index = self.graph.len() as u64 + 1;
+        self.change(Change::Put { key, value, created_index: index, modified_index: index })
+    }
+
+    fn delete(&mut self, path: &str) -> Snapshot {
+        self.change(Change::Delete { key: ResourceKey::from_path(path).unwrap(), modified_index: 99 })
+    }
+
+    fn change(&mut self, change: Change) -> Snapshot {
+        let _context = self.runtime.enter();
+        let catalog: &dyn PluginCatalog = &self.catalog;
+        let changed = self.graph.apply(change, catalog);
+        self.compiler.compile(&self.graph, changed)
+    }
+}
+
+fn target(snapshot: &Snapshot, id: &str) -> Arc<Target> {
+    snapshot.routes.value(id).unwrap_or_else(|| panic!("route {id} is not in the table")).clone()
+}
+
+fn cluster(target: &Target) -> Arc<Cluster> {
+    match &target.destination {
+        Destination::Cluster(cluster) => cluster.clone(),
+        Destination::Nothing(reason) => panic!("no upstream: {reason:?}"),
+    }
+}
+
+fn upstream(nodes: &[&str]) -> Value {
+    let nodes: serde_json::Map<_, _> = nodes.iter().map(|node| ((*node).to_owned(), json!(1))).collect();
+    json!({ "nodes": nodes })
+}
+
+#[test]
+fn an_edit_of_an_upstream_touches_no_route() {
+    let mut bench = Bench::new();
+    bench.put("upstreams/1", upstream(&["127.0.0.1:1"]));
+    let before = target(&bench.put("routes/1", json!({"uri": "/a", "upstream_id": "1"})), "1");
+    let after = target(&bench.put("upstreams/1", upstream(&["127.0.0.1:2", "127.0.0.1:3"])), "1");
+    assert!(Arc::ptr_eq(&before, &after));
+    assert_eq!(cluster(&after).endpoints().len(), 2);
+}
+
+#[test]
+fn an_upstream_that_comes_and_goes_is_noticed_by_its_routes() {
+    let mut bench = Bench::new();
+    let missing = target(&bench.put("routes/1", json!({"uri": "/a", "upstream_id": "1"})), "1");
+    assert!(matches!(missing.destination, Destination::Nothing(Reason::UpstreamMissing)));
+    cluster(&target(&bench.put("upstreams/1", upstream(&["127.0.0.1:1"])), "1"));
+    let gone = target(&bench.delete("upstreams/1"), "1");
+    assert!(matches!(gone.destination, Destination::Nothing(Reason::UpstreamMissing)));
+}
+
+#[test]
+fn a_service_serves_all_its_routes_and_the_route_wins() {
+    let mut bench = Bench::new();
+    let plugins = json!({"cors": {}, "ip-restriction": {"whitelist": ["10.0.0.0/8"]}});
+    bench.put("services/1", json!({"upstream": upstream(&["127.0.0.1:1"]), "plugins": plugins}));
+    bench.put("routes/1", json!({"uri": "/a", "service_id": "1"}));
+    let own = json!({"uri": "/b", "service_id": "1", "plugins": {"cors": {"max_age": 1}}});
+    let snapshot = bench.put("routes/2", own);
+    let told = |id| {
+        let target = target(&snapshot, id);
+        let sources: Vec<_> =
+            target.plan.instances().iter().map(|i| format!("{} of {}", i.name, i.source.0)).collect();
+        sources.join(", ")
+    };
+    assert_eq!(told("1"), "cors of services/1, ip-restriction of services/1");
+    assert_eq!(told("2"), "cors of routes/2, ip-restriction of services/1");
+    assert!(Arc::ptr_eq(&cluster(&target(&snapshot, "1")), &cluster(&target(&snapshot, "2"))));
+    let after = bench.put("services/1", json!({"upstream": upstream(&["127.0.0.1:2"])}));
+    assert!(target(&after, "1").plan.instances().is_empty(), "the edit of the service counts for its routes");
+}
+
+#[test]
+fn a_route_that_is_refused_keeps_its_place_and_says_why() {
+    let mut bench = Bench::new();
+    let broken =
+        json!({"uri": "/a", "plugins": {"no-such-plugin": {}}, "upstream": upstream(&["127.0.0.1:1"])});
+    let refused = target(&bench.put("routes/1", broken), "1");
+    assert!(refused.refused.as_deref().is_some_and(|why| why.contains("no-such-plugin")));
+    let mended =
+        target(&bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])})), "1");
+    assert!(mended.refused.is_none());
+}
+
+#[test]
+fn routes_with_the_same_inline_upstream_of_one_address_share_it() {
+    let mut bench = Bench::new();
+    bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])}));
+    bench.put("routes/2", json!({"uri": "/b", "upstream": upstream(&["127.0.0.1:1"])}));
+    bench.put("routes/3", json!({"uri": "/c", "upstream": upstream(&["127.0.0.1:1", "127.0.0.1:2"])}));
+    let snapshot =
+        bench.put("routes/4", json!({"uri": "/d", "upstream": upstream(&["127.0.0.1:1", "127.0.0.1:2"])}));
+    let of = |id| cluster(&target(&snapshot, id));
+    assert!(Arc::ptr_eq(&of("1"), &of("2")));
+    assert!(!Arc::ptr_eq(&of("3"), &of("4")), "a balance belongs to one route");
+    let moved = bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:9"])}));
+    assert_eq!(cluster(&target(&moved, "1")).endpoints().first().unwrap().address.port(), 9);
+    assert_eq!(cluster(&target(&moved, "2")).endpoints().first().unwrap().address.port(), 1);
+}
+
+#[test]
+fn a_disabled_route_is_not_in_the_table() {
+    let mut bench = Bench::new();
+    bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])}));
+    let snapshot =
+        bench.put("routes/1", json!({"uri": "/a", "status": 0, "upstream": upstream(&["127.0.0.1:1"])}));
+    assert!(snapshot.routes.is_empty());
+}
+
+#[test]
+fn a_consumer_is_found_by_its_key_and_forgotten_with_it() {
+    let mut bench = Bench::new();
+    bench.put("consumers/jack", json!({"username": "jack", "plugins": {"key-auth": {"key": "k1"}}}));
+    let consumers = bench.compiler.env.consumers.clone();
+    assert_eq!(&*consumers.find("key-auth", "k1").unwrap().name, "jack");
+    bench.put("consumers/jack/credentials/c", json!({"plugins": {"key-auth": {"key": "k2"}}}));
+    assert_eq!(consumers.find("key-auth", "k2").unwrap().credential_id.as_deref(), Some("c"));
+    bench.delete("consumers/jack");
+    assert!(consumers.find("key-auth", "k1").is_none());
+}
