@@ -1,5 +1,3 @@
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
-
 use config::{Change, PluginCatalog};
 use serde_json::json;
 
