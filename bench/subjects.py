@@ -234,6 +234,7 @@ class Postern(Subject):
                 "control": {"ip": "127.0.0.1", "port": self.control},
                 "status": {"ip": "127.0.0.1", "port": self.status},
             },
+            "plugin_attr": {"prometheus": {"export_addr": {"ip": "127.0.0.1", "port": free_port()}}},
             "nginx_config": {"worker_processes": 1, "http": {"enable_access_log": False}},
             "deployment": deployment,
             "postern": {"data_dir": os.path.join(self.folder, "data")},

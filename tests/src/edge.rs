@@ -60,6 +60,8 @@ pub struct Edge {
     pub admin: SocketAddr,
     pub control: SocketAddr,
     pub status: SocketAddr,
+    /// Where Prometheus reads; only open when the plugin is in use.
+    pub metrics: SocketAddr,
     /// The HTTP listener that expects PROXY protocol; only open with [`EdgeBuilder::proxy_protocol`].
     pub proxied: SocketAddr,
     /// `config.yaml`, `apisix.yaml`, the data directory and the output are in here.
@@ -367,10 +369,12 @@ impl EdgeBuilder {
     pub fn launch(self) -> Edge {
         let holder = tempfile::Builder::new().prefix("postern-e2e-").tempdir().expect("a folder");
         let folder = holder.path().to_owned();
-        let ports: Vec<Port> = std::iter::repeat_with(Port::free).take(6).collect();
-        let [http, https, admin, control, status, proxied] = &ports[..] else { unreachable!("six ports") };
+        let ports: Vec<Port> = std::iter::repeat_with(Port::free).take(7).collect();
+        let [http, https, admin, control, status, proxied, metrics] = &ports[..] else {
+            unreachable!("seven ports")
+        };
         let mut config = self.example.clone();
-        merge(&mut config, self.process_config(http, https, admin, control, status, proxied, &folder));
+        merge(&mut config, self.process_config(&ports, &folder));
         merge(&mut config, self.config.clone());
         // JSON is YAML: what is tested of the YAML reader has tests of its own.
         let config = serde_json::to_string_pretty(&config).expect("JSON");
@@ -388,6 +392,7 @@ impl EdgeBuilder {
             admin: admin.addr(),
             control: control.addr(),
             status: status.addr(),
+            metrics: metrics.addr(),
             proxied: proxied.addr(),
             folder,
             builder: self,
@@ -399,17 +404,10 @@ impl EdgeBuilder {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one port per listener of the gateway")]
-    fn process_config(
-        &self,
-        http: &Port,
-        https: &Port,
-        admin: &Port,
-        control: &Port,
-        status: &Port,
-        proxied: &Port,
-        folder: &Path,
-    ) -> Value {
+    fn process_config(&self, ports: &[Port], folder: &Path) -> Value {
+        let [http, https, admin, control, status, proxied, metrics] = ports else {
+            unreachable!("seven ports")
+        };
         let listen = |port: &Port| json!({"ip": "127.0.0.1", "port": port.number()});
         let mut config = json!({
             "apisix": {
@@ -420,6 +418,7 @@ impl EdgeBuilder {
                 "status": listen(status),
             },
             "nginx_config": {"worker_processes": 1},
+            "plugin_attr": {"prometheus": {"export_addr": listen(metrics)}},
             "postern": {"data_dir": folder.join("data")},
         });
         if self.proxy_protocol {

@@ -44,7 +44,7 @@ impl Transcript {
     }
 
     fn assert_golden(self, name: &str) {
-        assert_golden(&format!("admin/{name}.txt"), &self.text);
+        assert_golden(&format!("admin_api/{name}.txt"), &self.text);
     }
 }
 

@@ -266,7 +266,8 @@ impl Write for Sink {
 /// Writes the current set into the file. Called on a blocking thread; `None`: nothing to keep yet.
 pub type Source = Arc<dyn Fn(&SnapshotFile) -> Option<io::Result<()>> + Send + Sync>;
 
-/// Keeps a snapshot file up to date: a second after a change, less often when writing takes long.
+/// Keeps a snapshot file up to date: at once after a change, but not more than once a second, and less often when
+/// writing takes long.
 pub struct Keeper {
     wake: Arc<Wake>,
     task: tokio::task::JoinHandle<()>,
@@ -305,7 +306,7 @@ impl Drop for Keeper {
 }
 
 async fn keep(file: SnapshotFile, source: Source, wake: Arc<Wake>) {
-    let mut delay = DELAY;
+    let mut next = tokio::time::Instant::now();
     let mut kept = false;
     loop {
         if tokio::time::timeout(CONFIRM, wake.changed.notified()).await.is_err() {
@@ -315,7 +316,7 @@ async fn keep(file: SnapshotFile, source: Source, wake: Arc<Wake>) {
             }
             continue;
         }
-        tokio::time::sleep(delay).await;
+        tokio::time::sleep_until(next).await;
         let started = Instant::now();
         let written = {
             let (file, source) = (file.clone(), Arc::clone(&source));
@@ -331,7 +332,7 @@ async fn keep(file: SnapshotFile, source: Source, wake: Arc<Wake>) {
             Ok(None) | Err(_) => {}
         }
         // At most a twentieth of the time goes into snapshots.
-        delay = (started.elapsed() * 20).max(DELAY);
+        next = tokio::time::Instant::now() + (started.elapsed() * 20).max(DELAY);
     }
 }
 
