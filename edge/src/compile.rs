@@ -410,11 +410,20 @@ impl Compiler {
         for (name, settings) in plugins.iter() {
             let under = format!("/plugins/{}", config::error::escape(name));
             let meta = Meta::of(settings);
-            if meta.is_disabled() {
-                continue;
-            }
             // Names that are harmless to leave out have passed the check of the object and have no registration.
             let Some(registration) = self.env.plugins.get(name.as_str()) else { continue };
+            if meta.is_disabled() {
+                // It takes part in no phase, and its place from the same plugin of a weaker object.
+                built.push(Arc::new(Instance {
+                    name: registration.name,
+                    priority: registration.priority,
+                    source: source.clone(),
+                    filter: None,
+                    error_response: None,
+                    hooks: Hooks::default(),
+                }));
+                continue;
+            }
             let mut settings = settings.clone();
             if let Some(fields) = settings.as_object_mut() {
                 fields.remove(META);
@@ -596,38 +605,14 @@ impl Compiler {
             return;
         };
         let Resource::Consumer(consumer) = &consumer_item.resource else { return };
-        // The consumer's own plugins are merged with its group's; those that authenticate only say who it is.
-        let group = consumer.group_id.as_ref().map(|id| id.key(Kind::ConsumerGroup));
-        if let Some(missing) = group.as_ref().filter(|key| graph.get(key).is_none()) {
-            self.refuse(key, vec![missing_reference("/group_id", missing)]);
-            return;
-        }
-        let is_auth = |name: &str| {
-            self.env.plugins.get(name).is_some_and(|registration| (registration.extras)().authenticates())
-        };
-        let mut acting = Plugins::default();
-        for (name, settings) in consumer.plugins.iter().flat_map(|plugins| plugins.iter()) {
-            if !is_auth(name) {
-                acting.insert(name.clone(), settings.clone());
-            }
-        }
-        let own = match self.build(graph, &consumer_item.key, &acting) {
-            Ok(own) => own,
+        let (plugins, refused) = match self.plugins_of_consumer(graph, consumer, &consumer_item.key) {
+            Ok(plugins) => (plugins, None),
             Err(errors) => {
+                let told: Vec<String> = errors.iter().map(ToString::to_string).collect();
                 self.refuse(key, errors);
-                return;
+                (Arc::default(), Some(told.join("; ").into_boxed_str()))
             }
         };
-        let of_group: &[Arc<Instance>] = match group.as_ref().and_then(|key| self.plugins.get(key)) {
-            None => &[],
-            Some(Ok(instances)) => instances,
-            Some(Err(_)) => {
-                let error = unusable(&group.unwrap_or_else(|| key.clone()));
-                self.refuse(key, vec![error]);
-                return;
-            }
-        };
-        let plugins: Instances = merge::instances([&own[..], of_group]).into();
         let labels: Arc<[(Box<str>, Box<str>)]> = consumer
             .labels
             .iter()
@@ -648,6 +633,7 @@ impl Compiler {
                 plugins: plugins.clone(),
                 credential_id: credential_id.clone(),
                 auth: Arc::new(settings),
+                refused: refused.clone(),
             }),
         };
         let mut found = Vec::new();
@@ -662,6 +648,35 @@ impl Compiler {
             }
         }
         self.consumers.insert(key.clone(), found);
+    }
+
+    /// The consumer's own plugins merged with its group's; those that authenticate only say who it is.
+    fn plugins_of_consumer(
+        &self,
+        graph: &Graph,
+        consumer: &config::consumer::Consumer,
+        owner: &ResourceKey,
+    ) -> Result<Instances, Vec<ConfigError>> {
+        let group = consumer.group_id.as_ref().map(|id| id.key(Kind::ConsumerGroup));
+        if let Some(missing) = group.as_ref().filter(|key| graph.get(key).is_none()) {
+            return Err(vec![missing_reference("/group_id", missing)]);
+        }
+        let is_auth = |name: &str| {
+            self.env.plugins.get(name).is_some_and(|registration| (registration.extras)().authenticates())
+        };
+        let mut acting = Plugins::default();
+        for (name, settings) in consumer.plugins.iter().flat_map(|plugins| plugins.iter()) {
+            if !is_auth(name) {
+                acting.insert(name.clone(), settings.clone());
+            }
+        }
+        let own = self.build(graph, owner, &acting)?;
+        let of_group: &[Arc<Instance>] = match group.as_ref().and_then(|key| self.plugins.get(key)) {
+            None => &[],
+            Some(Ok(instances)) => instances,
+            Some(Err(_)) => return Err(vec![unusable(group.as_ref().unwrap_or(owner))]),
+        };
+        Ok(merge::instances([&own[..], of_group]).into())
     }
 
     fn publish_consumers(&self) {

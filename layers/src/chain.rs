@@ -266,7 +266,10 @@ impl<S> PluginChain<S> {
             cursor.stage = match cursor.stage {
                 Stage::GlobalRewrite => Stage::Rewrite,
                 Stage::Rewrite => {
-                    add_consumer(merged, x);
+                    if let Err(error) = add_consumer(merged, x) {
+                        rescue::rescue(x, error);
+                        return Progress::Replied;
+                    }
                     Stage::AddedRewrite
                 }
                 Stage::AddedRewrite => Stage::GlobalAccess,
@@ -277,10 +280,17 @@ impl<S> PluginChain<S> {
     }
 }
 
-fn add_consumer(merged: &RefCell<Merged>, x: &mut Exchange) {
-    let Some(consumer) = x.consumer.clone().filter(|consumer| !consumer.plugins.is_empty()) else { return };
-    let base = x.plan.take().unwrap_or_default();
-    x.plan = Some(merged.borrow_mut().plan(base, &consumer));
+/// Merges what the recognised consumer adds.
+fn add_consumer(merged: &RefCell<Merged>, x: &mut Exchange) -> Result<(), Error> {
+    let Some(consumer) = x.consumer.clone() else { return Ok(()) };
+    if let Some(why) = &consumer.refused {
+        return Err(Error::new(Reason::ConsumerRefused).detail(why.to_string()));
+    }
+    if !consumer.plugins.is_empty() {
+        let base = x.plan.take().unwrap_or_default();
+        x.plan = Some(merged.borrow_mut().plan(base, &consumer));
+    }
+    Ok(())
 }
 
 fn run_steps(plan: &Plan, steps: &[(u16, Step)], x: &mut Exchange, index: &mut usize) -> Option<Progress> {
@@ -634,6 +644,7 @@ mod tests {
             plugins: plugins.into(),
             credential_id: None,
             auth: Arc::new(Value::Null),
+            refused: None,
         })
     }
 

@@ -28,6 +28,9 @@ pub struct Consumer {
     pub credential_id: Option<Arc<str>>,
     /// The settings of the authentication plugin on the consumer or the credential.
     pub auth: Arc<Value>,
+    /// Why the consumer may not act: its group is missing, or a plugin of it or its group is refused. Its requests
+    /// are answered 503 (APISIX 2.4, step 4).
+    pub refused: Option<Box<str>>,
 }
 
 impl fmt::Debug for Consumer {

@@ -63,6 +63,8 @@ reasons! {
     ServiceNotFound "service_not_found" 404 Gateway "proxy_configuration_error",
     /// The matched route was set aside because a part of its configuration is refused.
     RouteRefused "route_refused" 503 Gateway "proxy_configuration_error",
+    /// The recognised consumer was set aside because its group or a plugin of it is missing or refused.
+    ConsumerRefused "consumer_refused" 503 Gateway "proxy_configuration_error",
     /// A plugin answered.
     Plugin "plugin" 403 Gateway "http_request_denied",
     /// A plugin failed where it may not let the request pass.

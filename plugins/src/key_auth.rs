@@ -201,6 +201,7 @@ mod tests {
                 plugins: Arc::from([]),
                 credential_id: credential.map(Into::into),
                 auth: Arc::new(Value::Null),
+                refused: None,
             })
         };
         let mut table = ConsumerTable::default();
