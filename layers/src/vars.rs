@@ -287,23 +287,38 @@ impl Vars for State {
         let Var::PostArgPath(path) = var else { return None };
         let body = self.slot::<BufferedBody>()?;
         match &body.json {
-            Some(json) => json_path(json, path).cloned(),
+            Some(json) => json_path(json, path),
             None => argument(std::str::from_utf8(&body.bytes).ok()?, path)
                 .map(|text| Value::String(text.into_owned())),
         }
     }
 }
 
-/// Follows `a.b[0].c` into a JSON value.
-fn json_path<'a>(json: &'a Value, path: &str) -> Option<&'a Value> {
-    path.split('.').try_fold(json, |value, step| {
+/// Follows `a.b[0].c` into a JSON value; `[*]` stands for every element, and what is found then is a list.
+fn json_path(json: &Value, path: &str) -> Option<Value> {
+    let mut found = vec![json];
+    for step in path.split('.') {
         let (name, indices) = step.split_once('[').unwrap_or((step, ""));
-        let value = if name.is_empty() { value } else { value.get(name)? };
-        indices
-            .split('[')
-            .filter(|index| !index.is_empty())
-            .try_fold(value, |value, index| value.get(index.trim_end_matches(']').parse::<usize>().ok()?))
-    })
+        if !name.is_empty() {
+            found = found.into_iter().filter_map(|value| value.get(name)).collect();
+        }
+        for index in
+            indices.split('[').filter(|index| !index.is_empty()).map(|index| index.trim_end_matches(']'))
+        {
+            found = match index {
+                "*" => found.into_iter().filter_map(Value::as_array).flatten().collect(),
+                _ => {
+                    let index: usize = index.parse().ok()?;
+                    found.into_iter().filter_map(|value| value.get(index)).collect()
+                }
+            };
+        }
+    }
+    match &found[..] {
+        [] => None,
+        [one] if !path.contains("[*]") => Some((*one).clone()),
+        all => Some(all.iter().copied().cloned().collect()),
+    }
 }
 
 /// The name of this machine.
@@ -339,6 +354,8 @@ mod tests {
         let json = serde_json::json!({"a": {"b": [{"c": 7}, 8]}});
         assert_eq!(json_path(&json, "a.b[0].c").unwrap(), 7);
         assert_eq!(json_path(&json, "a.b[1]").unwrap(), 8);
+        assert_eq!(json_path(&json, "a.b[*]").unwrap(), serde_json::json!([{"c": 7}, 8]));
+        assert_eq!(json_path(&json, "a.b[*].c").unwrap(), serde_json::json!([7]));
         assert!(json_path(&json, "a.x").is_none());
         assert!(json_path(&json, "a.b[9]").is_none());
     }

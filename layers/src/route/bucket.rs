@@ -376,10 +376,12 @@ impl<'t, T> Head<'t, T> {
 type Required<'r> = (&'r Var, Vec<&'r str>);
 
 /// What rules a route out by text alone. Variables of the body are left out: asking for one makes the gateway
-/// wait for the body, which only a route that is really tried may do.
+/// wait for the body, which only a route that is really tried may do. So are parameters of the URI, which only a
+/// route that is tried captures.
 fn required<T>(route: &Route<T>) -> Vec<Required<'_>> {
     let vars = route.vars.as_ref().map(|vars| vars.required()).unwrap_or_default();
-    vars.into_iter().filter(|(var, _)| !var.is_typed() && !var.needs_body()).collect()
+    let settled = |var: &Var| !var.is_typed() && !var.needs_body() && !matches!(var, Var::UriParam(_));
+    vars.into_iter().filter(|(var, _)| settled(var)).collect()
 }
 
 fn for_each_lane<T>(route: &Route<T>, slot: u8, texts: &[&str], mut visit: impl FnMut(&[u8])) {

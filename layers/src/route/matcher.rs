@@ -3,17 +3,20 @@
 //! Everything that can be prepared is (bit sets, merged address ranges, compiled expressions); trying a route
 //! compares and never allocates. [`Route::admits`] decides, and [`Route::refusal`] says the same in words.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use config::Expr;
+use config::var::{Var, Vars};
 use http::Method;
 use ipnet::IpNet;
+use serde_json::Value;
 use smallvec::SmallVec;
 
 use super::host::HostPattern;
-use super::uri::Uri;
+use super::uri::{Params, Uri};
 use super::{Entry, Mode, Request};
 
 /// A set of the methods a route may name.
@@ -182,9 +185,30 @@ pub(super) struct Route<T> {
     hosts_decide: bool,
     remote_addrs: Option<Box<AddrSet>>,
     pub(super) vars: Option<Box<Expr>>,
+    /// `vars` asks for what the URI captured.
+    asks_for_params: bool,
     pub(super) priority: i64,
     pub(super) order: u64,
     pub(super) value: Arc<T>,
+}
+
+/// The variables of a request while a route is tried: its parameters are those this route would capture.
+struct WithParams<'r> {
+    params: Params,
+    request: &'r Request<'r>,
+}
+
+impl Vars for WithParams<'_> {
+    fn get<'a>(&'a self, var: &Var) -> Option<Cow<'a, str>> {
+        match var {
+            Var::UriParam(name) => self.params.value(name, self.request.path).map(String::from_utf8_lossy),
+            _ => self.request.vars.get(var),
+        }
+    }
+
+    fn value(&self, var: &Var) -> Option<Value> {
+        self.request.vars.value(var)
+    }
 }
 
 impl<T> Route<T> {
@@ -196,8 +220,10 @@ impl<T> Route<T> {
                 uris.push(Uri::new(text, mode));
             }
         }
+        let asks = |vars: &Expr| vars.vars().iter().any(|var| matches!(var, Var::UriParam(_)));
         Route {
             id: entry.id,
+            asks_for_params: entry.vars.as_ref().is_some_and(asks),
             hosts_decide: mode != Mode::HostUri && !entry.hosts.is_empty(),
             hosts: entry.hosts.into(),
             uris,
@@ -225,10 +251,20 @@ impl<T> Route<T> {
         if self.hosts_decide && self.matched_host(request).is_none() {
             return Err(Predicate::Host);
         }
-        if self.vars.as_ref().is_some_and(|vars| !vars.eval(request.vars)) {
+        if self.vars.as_ref().is_some_and(|vars| !self.with_params(uri, request, |of| vars.eval(of))) {
             return Err(Predicate::Vars);
         }
         Ok(())
+    }
+
+    /// Shows `look` the variables of the request, with what this URI captures if the route asks for it.
+    fn with_params<R>(&self, uri: &Uri, request: &Request<'_>, look: impl FnOnce(&dyn Vars) -> R) -> R {
+        if self.asks_for_params {
+            let params = uri.capture(request.path).unwrap_or_default();
+            look(&WithParams { params, request })
+        } else {
+            look(request.vars)
+        }
     }
 
     /// The first of the route's host patterns that matches.
@@ -254,7 +290,8 @@ impl<T> Route<T> {
             }
             Predicate::Vars => {
                 let vars = self.vars.as_ref();
-                vars.and_then(|vars| vars.first_failed(request.vars)).unwrap_or_default()
+                vars.and_then(|vars| self.with_params(uri, request, |of| vars.first_failed(of)))
+                    .unwrap_or_default()
             }
         }
     }
