@@ -47,7 +47,7 @@ routes:
   - id: one
     uri: /one
     prioritty: 5
-    upstream_id: none
+    upstream: {type: roundrobin, nodes: {\"127.0.0.1:1980\": 1}}
   - id: two
     uri: /two
     methods: [FETCH]
@@ -60,6 +60,9 @@ routes:
       limit-count: {count: -1, time_window: 60}
       uri-rewrite: {}
     upstream: {type: roundrobin, nodes: {\"127.0.0.1:1980\": 1}}
+  - id: four
+    uri: /four
+    service_id: nowhere
 #END
 ",
     );
@@ -72,6 +75,7 @@ routes:
         (10, "best"),
         (15, "count"),
         (16, "proxy-rewrite"), // the plugin that was meant
+        (20, "nowhere"),
     ] {
         let found =
             told.lines().any(|text| text.contains(&format!("apisix.yaml:{line}")) && text.contains(what));
@@ -80,7 +84,6 @@ routes:
     for pointer in ["/routes/0/prioritty", "/routes/1/methods/0", "/routes/1/upstream/type"] {
         assert!(told.contains(pointer), "{pointer} in:\n{told}");
     }
-    assert!(told.contains("none"), "the dangling reference is told:\n{told}");
 }
 
 #[test]

@@ -87,25 +87,44 @@ async fn settings_of_one_plugin_are_replaced_whole_and_not_mixed() {
 async fn the_consumer_is_stronger_than_its_group_and_the_group_than_the_route() {
     let origin = echo::start().await;
     let key = |name: &str| json!({"key-auth": {"key": name}});
+    let answer = |place: &str| json!({"response-rewrite": {"headers": {"set": {"X-From": place}}}});
     let edge = start(
         Edge::file()
-            .resource("consumer_groups", json!({"id": "g", "plugins": from("group")}))
+            .resource("consumer_groups", json!({"id": "g", "plugins": answer("group")}))
             .resource(
                 "consumers",
                 json!({"username": "ann", "group_id": "g",
-                                          "plugins": with(key("ann"), from("consumer"))}),
+                                          "plugins": with(key("ann"), answer("consumer"))}),
             )
             .resource("consumers", json!({"username": "bob", "group_id": "g", "plugins": key("bob")}))
             .resource("consumers", json!({"username": "cat", "plugins": key("cat")}))
             .route(json!({"id": "r", "uri": "/*", "upstream_id": "u",
-                          "plugins": with(from("route"), json!({"key-auth": {}}))})),
+                          "plugins": with(answer("route"), json!({"key-auth": {}}))})),
         &origin,
     )
     .await;
-    let ask = async |key: &str| seen(&edge.send(Call::get("/").header("apikey", key)).await);
-    assert_eq!(ask("ann").await, r#"["consumer"]"#);
-    assert_eq!(ask("bob").await, r#"["group"]"#);
-    assert_eq!(ask("cat").await, r#"["route"]"#);
+    for (key, place) in [("ann", "consumer"), ("bob", "group"), ("cat", "route")] {
+        let answer = edge.send(Call::get("/").header("apikey", key)).await.expect_status(200);
+        assert_eq!(answer.header("x-from"), Some(place), "{key}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_route_has_rewritten_before_the_consumer_was_known_is_not_rewritten_again() {
+    let origin = echo::start().await;
+    let plugins = with(json!({"key-auth": {"key": "ann"}}), from("consumer"));
+    let edge = start(
+        Edge::file()
+            .resource("consumers", json!({"username": "ann", "plugins": plugins}))
+            .route(json!({"id": "1", "uri": "/both", "upstream_id": "u",
+                          "plugins": with(from("route"), json!({"key-auth": {}}))}))
+            .route(json!({"id": "2", "uri": "/added", "upstream_id": "u", "plugins": {"key-auth": {}}})),
+        &origin,
+    )
+    .await;
+    let ask = async |path: &str| seen(&edge.send(Call::get(path).header("apikey", "ann")).await);
+    assert_eq!(ask("/both").await, r#"["route"]"#);
+    assert_eq!(ask("/added").await, r#"["consumer"]"#);
 }
 
 #[tokio::test]
