@@ -19,14 +19,21 @@ pub(crate) fn endpoint(node: &Node) -> Option<Endpoint> {
     })
 }
 
+/// The endpoints of `nodes` where all of them are addresses; none where one is a name and must be watched.
+pub fn endpoints(nodes: &[Node]) -> Option<Endpoints> {
+    let list = nodes.iter().map(endpoint).collect::<Option<_>>()?;
+    Some(Endpoints { list, ..Endpoints::default() })
+}
+
 /// A receiver that already holds all there will ever be; its `changed()` reports a closed channel.
-pub fn watch(nodes: &[Node]) -> Watch {
-    let list = nodes.iter().filter_map(endpoint).collect();
-    watch::channel(Arc::new(Endpoints { list, ..Endpoints::default() })).1
+pub(crate) fn watch(endpoints: Endpoints) -> Watch {
+    watch::channel(Arc::new(endpoints)).1
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
     use super::*;
 
     fn node(host: &str, weight: u32) -> Node {
@@ -35,10 +42,14 @@ mod tests {
 
     #[test]
     fn addresses_are_published_at_once_in_order() {
-        let watch = watch(&[node("10.0.0.1", 3), node("[::1]", 1), node("fe80::1", 0)]);
-        let endpoints = watch.borrow();
+        let endpoints = endpoints(&[node("10.0.0.1", 3), node("[::1]", 1), node("fe80::1", 0)]).unwrap();
         let addrs: Vec<_> = endpoints.list.iter().map(|e| (e.addr.to_string(), e.weight)).collect();
         assert_eq!(addrs, [("10.0.0.1:80".into(), 3), ("[::1]:80".into(), 1), ("[fe80::1]:80".into(), 0)]);
         assert!(endpoints.settled());
+    }
+
+    #[test]
+    fn a_name_among_them_must_be_watched() {
+        assert_eq!(endpoints(&[node("10.0.0.1", 1), node("a.test", 1)]), None);
     }
 }

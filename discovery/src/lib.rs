@@ -41,8 +41,8 @@ impl Discovery {
     /// otherwise with `pending` names until each has been answered or has failed for the first time.
     /// `min_ttl` is a floor for these names in place of the one in the settings.
     pub fn watch(&self, nodes: &[Node], min_ttl: Option<Duration>) -> Watch {
-        if nodes.iter().all(|node| literal(&node.host).is_some()) {
-            return fixed::watch(nodes);
+        if let Some(endpoints) = fixed::endpoints(nodes) {
+            return fixed::watch(endpoints);
         }
         dns::watch(&self.names, &self.runtime, nodes, min_ttl)
     }

@@ -395,7 +395,7 @@ fn start_workers(
         // A worker without requests lets go of former snapshots all the same.
         let idle = view.clone();
         context.on_tick(move || idle.refresh());
-        let upstream = UpstreamService::new(context, show_status, &shared);
+        let upstream = UpstreamService::new(show_status, &shared);
         stack::build(&stack_settings, view, upstream)
     });
     let workers = workers.map_err(StartError::system("the workers cannot be started"))?;

@@ -21,8 +21,10 @@ impl Default for Allowance {
     }
 }
 
-/// The counters of one upstream.
+/// The counters of one upstream, on a cache line of their own: every request writes here, and what stands beside them
+/// in a cluster is only read.
 #[derive(Debug)]
+#[repr(align(64))]
 pub struct Budget {
     epoch: Instant,
     requests: Window,
@@ -63,7 +65,6 @@ impl Default for Budget {
 
 /// Events of this second and the one before, each as `second << 32 | count`.
 #[derive(Debug, Default)]
-#[repr(align(64))]
 struct Window([AtomicU64; 2]);
 
 impl Window {

@@ -9,10 +9,10 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::ArcSwap;
 use config::error::ConfigError;
 use config::upstream::Upstream;
-use discovery::{Discovery, Endpoints, Node, Watch};
+use discovery::{Discovery, Endpoint, Endpoints, Node, Watch};
 use hashbrown::HashMap;
 use serde::Serialize;
 use tokio::runtime::Handle;
@@ -25,7 +25,7 @@ use super::health::{Report, Source};
 use super::picker::{Peer, PickKey, Picker, Tried};
 use super::pool::Keepalive;
 use super::probe::Probes;
-use super::round_robin::Cursor;
+use super::round_robin::CursorCell;
 use super::settings::Settings;
 use super::tls_client::{ClientPem, TlsClients};
 use crate::error::Reason;
@@ -61,6 +61,45 @@ pub struct State {
 }
 
 impl State {
+    /// Nothing to pick yet.
+    fn new(settings: Arc<Settings>) -> Self {
+        Self { settings, picker: Picker::default(), peers: Vec::new(), unresolved: false }
+    }
+
+    /// The state of `endpoints`; those that were there before keep what is known of them.
+    fn of(settings: Arc<Settings>, endpoints: &Endpoints, before: &[Peer], cursor: &CursorCell) -> Self {
+        let peers = if endpoints.list.is_empty() && endpoints.pending > 0 {
+            // New names are still asked for: until they answer, the former addresses serve.
+            before.to_vec()
+        } else {
+            peers(&endpoints.list, before)
+        };
+        let picker = Picker::new(settings.algorithm, &peers, settings.fail_open, cursor);
+        let unresolved = endpoints.pending > 0 || !endpoints.failures.is_empty();
+        Self { picker, peers, unresolved, settings }
+    }
+
+    /// The endpoints it was made of, where all of them are addresses.
+    fn endpoints(&self) -> Endpoints {
+        let endpoint = |peer: &Peer| Endpoint {
+            addr: peer.state.addr(),
+            host: peer.state.host().clone(),
+            weight: peer.weight,
+            siblings: peer.siblings,
+            priority: peer.priority,
+        };
+        Endpoints { list: self.peers.iter().map(endpoint).collect(), ..Endpoints::default() }
+    }
+
+    /// The next endpoint for another attempt: one that was not tried. An upstream of one endpoint is asked there again,
+    /// as often as `retries` says.
+    pub(crate) fn pick_again(&self, key: &PickKey, tried: &Tried) -> Option<Picked> {
+        match &*self.peers {
+            [_] => self.picker.pick(key, &Tried::default()),
+            _ => self.picker.pick(key, tried),
+        }
+    }
+
     /// The next endpoint that was not tried.
     pub(crate) fn pick(&self, key: &PickKey, tried: &Tried) -> Option<Picked> {
         self.picker.pick(key, tried)
@@ -82,14 +121,25 @@ impl State {
     }
 }
 
-/// What the control side keeps for one cluster.
+/// What the control side keeps for one cluster. Its lock is held over every change of the state, so that an edit,
+/// a new address and a new verdict never overtake each other.
+#[derive(Default)]
 struct Control {
+    /// There where a node is a name.
+    names: Option<Box<Names>>,
+    /// Waits for what can change by itself: addresses and verdicts.
+    follower: Option<JoinHandle<()>>,
+    /// There where endpoints are probed.
+    probes: Option<Box<Probes>>,
+    /// A verdict flipped: the picker is old.
+    flipped: Arc<Notify>,
+}
+
+/// Nodes of which at least one is a name, and the addresses behind them.
+struct Names {
     nodes: Vec<Node>,
     min_ttl: Option<Duration>,
     watch: Watch,
-    /// Follows names and verdicts; there is none where neither can change.
-    follower: Option<JoinHandle<()>>,
-    probes: Probes,
 }
 
 impl Drop for Control {
@@ -105,10 +155,9 @@ pub struct Cluster {
     key: Box<str>,
     state: ArcSwap<State>,
     pub(crate) budget: Budget,
-    cursor: Arc<Cursor>,
-    /// A verdict flipped: the picker is old.
-    flipped: Arc<Notify>,
-    control: Mutex<Option<Control>>,
+    cursor: CursorCell,
+    /// None where nothing can change by itself: among a hundred thousand small upstreams most are so.
+    control: Mutex<Option<Box<Control>>>,
 }
 
 impl fmt::Debug for Cluster {
@@ -156,22 +205,16 @@ impl Cluster {
         client: Option<ClientPem>,
         env: &ClusterEnv,
     ) -> Result<Arc<Self>, ConfigError> {
-        let settings = Settings::compile(upstream, client.as_ref(), env, None)?;
+        let settings = Arc::new(Settings::compile(upstream, client.as_ref(), env, None)?);
         let nodes = nodes(upstream)?;
-        let min_ttl = min_ttl(upstream);
-        let watch = env.discovery.watch(&nodes, min_ttl);
-        let cursor = Arc::<Cursor>::default();
-        let state = state(Arc::new(settings), &watch.borrow(), &[], &cursor);
         let cluster = Arc::new(Self {
             key: key.into(),
-            state: ArcSwap::from_pointee(state),
+            state: ArcSwap::from_pointee(State::new(settings.clone())),
             budget: Budget::new(),
-            cursor,
-            flipped: Arc::default(),
-            control: Mutex::new(None),
+            cursor: CursorCell::default(),
+            control: Mutex::default(),
         });
-        let control = Control { nodes, min_ttl, watch, follower: None, probes: Probes::default() };
-        cluster.follow(control, env);
+        cluster.settle(settings, nodes, min_ttl(upstream), env);
         Ok(cluster)
     }
 
@@ -185,24 +228,102 @@ impl Cluster {
         client: Option<ClientPem>,
         env: &ClusterEnv,
     ) -> Result<(), ConfigError> {
-        let before = self.state.load_full();
-        let settings = Settings::compile(upstream, client.as_ref(), env, Some(&before.settings))?;
-        let (nodes, min_ttl) = (nodes(upstream)?, min_ttl(upstream));
-        let kept =
-            self.control().take().filter(|control| control.nodes == nodes && control.min_ttl == min_ttl);
-        let watch = match &kept {
-            Some(control) => control.watch.clone(),
-            None => env.discovery.watch(&nodes, min_ttl),
-        };
-        if !settings.checks.any() {
-            before.peers.iter().for_each(|peer| peer.state.health.reset());
-        }
-        let state = state(Arc::new(settings), &watch.borrow(), &before.peers, &self.cursor);
-        self.state.store(Arc::new(state));
-        // Probes are matched with the endpoints anew; those of endpoints and checks that stay go on.
-        let probes = kept.map(|mut control| std::mem::take(&mut control.probes)).unwrap_or_default();
-        self.follow(Control { nodes, min_ttl, watch, follower: None, probes }, env);
+        let before = self.state.load_full().settings.clone();
+        let settings = Settings::compile(upstream, client.as_ref(), env, Some(&before))?;
+        self.settle(Arc::new(settings), nodes(upstream)?, min_ttl(upstream), env);
         Ok(())
+    }
+
+    /// Makes these the settings and nodes, and sees that what changes by itself is followed.
+    fn settle(
+        self: &Arc<Self>,
+        settings: Arc<Settings>,
+        nodes: Vec<Node>,
+        min_ttl: Option<Duration>,
+        env: &ClusterEnv,
+    ) {
+        let mut guard = self.control();
+        if !settings.checks.any() {
+            self.state.load().peers.iter().for_each(|peer| peer.state.health.reset());
+        }
+        let literal = discovery::fixed::endpoints(&nodes);
+        if let Some(endpoints) = literal.as_ref().filter(|_| !settings.checks.any()) {
+            *guard = None;
+            self.publish(None, settings, endpoints, &env.control);
+            return;
+        }
+        let control = guard.get_or_insert_default();
+        // The former names are let go of only at the end: those that stay must not lose their addresses in between.
+        let former = control.names.take();
+        let endpoints = match literal {
+            Some(endpoints) => endpoints,
+            None => {
+                let same = |names: &&Names| names.nodes == nodes && names.min_ttl == min_ttl;
+                let mut watch = match former.as_deref().filter(same) {
+                    Some(names) => names.watch.clone(),
+                    None => env.discovery.watch(&nodes, min_ttl),
+                };
+                let endpoints = Endpoints::clone(&watch.borrow_and_update());
+                control.names = Some(Box::new(Names { nodes, min_ttl, watch }));
+                endpoints
+            }
+        };
+        let checks = settings.checks.clone();
+        self.publish(Some(control), settings, &endpoints, &env.control);
+        let follower = Follower {
+            cluster: Arc::downgrade(self),
+            watch: control.names.as_ref().map(|names| names.watch.clone()),
+            flipped: control.flipped.clone(),
+            parole: checks.active.is_none() && checks.passive.is_some(),
+            runtime: env.control.clone(),
+        };
+        if let Some(former) = control.follower.replace(env.control.spawn(follower.run())) {
+            former.abort();
+        }
+        drop(former);
+    }
+
+    /// Replaces the state. Whoever calls this holds the lock.
+    fn publish(
+        &self,
+        control: Option<&mut Control>,
+        settings: Arc<Settings>,
+        endpoints: &Endpoints,
+        runtime: &Handle,
+    ) {
+        let before = self.state.load_full();
+        let next = State::of(settings, endpoints, &before.peers, &self.cursor);
+        match (before.picker.degraded(), next.picker.degraded()) {
+            (false, true) if next.settings.fail_open => {
+                tracing::error!(upstream = %self.key, "every node is unhealthy; all of them are used");
+            }
+            (false, true) => tracing::error!(upstream = %self.key, "every node is unhealthy; none is used"),
+            (true, false) => tracing::info!(upstream = %self.key, "not every node is unhealthy any more"),
+            _ => {}
+        }
+        if let Some(control) = control {
+            match &next.settings.checks.active {
+                Some(active) => {
+                    let endpoints = next.peers.iter().map(|peer| &peer.state);
+                    let probes = control.probes.get_or_insert_default();
+                    probes.settle(&self.key, active, endpoints, &control.flipped, runtime);
+                }
+                None => control.probes = None,
+            }
+        }
+        self.state.store(Arc::new(next));
+    }
+
+    /// Builds the picker again: an address or a verdict has changed.
+    fn refresh(&self, runtime: &Handle) {
+        let mut guard = self.control();
+        let Some(control) = guard.as_deref_mut() else { return };
+        let state = self.state.load_full();
+        let endpoints = match &control.names {
+            Some(names) => Endpoints::clone(&names.watch.borrow()),
+            None => state.endpoints(),
+        };
+        self.publish(Some(control), state.settings.clone(), &endpoints, runtime);
     }
 
     /// The key of the object that holds the upstream.
@@ -215,9 +336,10 @@ impl Cluster {
         self.state.load().settings.scheme()
     }
 
-    /// What a request goes by.
-    pub(crate) fn state(&self) -> Guard<Arc<State>> {
-        self.state.load()
+    /// What a request goes by. Whole and not a guard: an attempt may take long, and guards that are held make the next
+    /// ones slow.
+    pub(crate) fn state(&self) -> Arc<State> {
+        self.state.load_full()
     }
 
     /// `http`, `https` or `tcp` where endpoints are probed, `passive` where only live traffic judges them.
@@ -254,8 +376,10 @@ impl Cluster {
     /// The names among its nodes that do not resolve now, with the resolver's words.
     pub fn unresolved(&self) -> Vec<(String, String)> {
         let control = self.control();
-        let Some(control) = control.as_ref() else { return Vec::new() };
-        let endpoints = control.watch.borrow();
+        let Some(names) = control.as_ref().and_then(|control| control.names.as_ref()) else {
+            return Vec::new();
+        };
+        let endpoints = names.watch.borrow();
         endpoints
             .failures
             .iter()
@@ -270,7 +394,7 @@ impl Cluster {
 
     /// Waits until every name was answered, or has failed once.
     pub async fn resolved(&self) {
-        let watch = self.control().as_ref().map(|control| control.watch.clone());
+        let watch = self.control().as_ref().and_then(|control| Some(control.names.as_ref()?.watch.clone()));
         if let Some(mut watch) = watch {
             // The sender ends with the target; then there is nothing to wait for.
             let _ = watch.wait_for(|endpoints| endpoints.settled()).await;
@@ -282,7 +406,7 @@ impl Cluster {
         let Some(judge) = &state.settings.checks.passive else { return };
         if let Some(flip) = endpoint.health.report(Source::Passive, report, &judge.limits) {
             tracing::warn!(upstream = %self.key, endpoint = %endpoint, from = flip.from.as_str(), to = flip.to.as_str(), "health changed by live traffic");
-            self.flipped.notify_one();
+            self.flipped();
         }
     }
 
@@ -293,50 +417,14 @@ impl Cluster {
         }
     }
 
-    fn control(&self) -> MutexGuard<'_, Option<Control>> {
+    fn flipped(&self) {
+        if let Some(control) = self.control().as_ref() {
+            control.flipped.notify_one();
+        }
+    }
+
+    fn control(&self) -> MutexGuard<'_, Option<Box<Control>>> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Starts what keeps the cluster up to date, where something can change by itself.
-    fn follow(self: &Arc<Self>, mut control: Control, env: &ClusterEnv) {
-        let state = self.state.load();
-        let named = control.nodes.iter().any(|node| discovery::literal(&node.host).is_none());
-        let checked = state.settings.checks.any();
-        control.probes.settle(
-            &self.key,
-            &state.settings.checks,
-            &peers_of(&state),
-            &self.flipped,
-            &env.control,
-        );
-        if named || checked {
-            let follower = follow(
-                Arc::downgrade(self),
-                control.watch.clone(),
-                self.flipped.clone(),
-                env.control.clone(),
-            );
-            control.follower = Some(env.control.spawn(follower));
-        }
-        *self.control() = Some(control);
-    }
-
-    /// Builds the picker again, with the endpoints that discovery says.
-    fn refresh(&self, endpoints: &Endpoints, runtime: &Handle) {
-        let before = self.state.load_full();
-        let mut control = self.control();
-        // An edit replaces the control block and the state under this lock's neighbourhood; the newer one wins.
-        let Some(control) = control.as_mut() else { return };
-        if !Arc::ptr_eq(&before, &self.state.load()) {
-            return;
-        }
-        let settings = before.settings.clone();
-        let next = state(settings, endpoints, &before.peers, &self.cursor);
-        if next.picker.degraded() && !before.picker.degraded() {
-            tracing::error!(upstream = %self.key, "every node is unhealthy; all of them are used");
-        }
-        control.probes.settle(&self.key, &next.settings.checks, &peers_of(&next), &self.flipped, runtime);
-        self.state.store(Arc::new(next));
     }
 
     /// Endpoints that nothing probes get another chance.
@@ -349,34 +437,50 @@ impl Cluster {
             flipped |= peer.state.health.parole(&judge.limits).is_some();
         }
         if flipped {
-            self.flipped.notify_one();
+            self.flipped();
         }
     }
 }
 
-/// Follows names and verdicts for as long as the cluster lives.
-async fn follow(cluster: Weak<Cluster>, mut watch: Watch, flipped: Arc<Notify>, runtime: Handle) {
-    let mut parole = tokio::time::interval(PAROLE);
-    parole.tick().await;
-    let mut named = true;
-    loop {
-        tokio::select! {
-            changed = watch.changed(), if named => named = changed.is_ok(),
-            () = flipped.notified() => {}
-            _ = parole.tick() => {
-                let Some(cluster) = cluster.upgrade() else { return };
-                cluster.parole();
-                continue;
+/// Follows names and verdicts. The cluster ends it.
+struct Follower {
+    cluster: Weak<Cluster>,
+    watch: Option<Watch>,
+    flipped: Arc<Notify>,
+    /// Nothing probes, so time must bring endpoints back.
+    parole: bool,
+    runtime: Handle,
+}
+
+impl Follower {
+    async fn run(mut self) {
+        let mut parole = tokio::time::interval(PAROLE);
+        parole.tick().await;
+        loop {
+            tokio::select! {
+                () = changed(&mut self.watch) => {}
+                () = self.flipped.notified() => {}
+                _ = parole.tick(), if self.parole => {
+                    let Some(cluster) = self.cluster.upgrade() else { return };
+                    cluster.parole();
+                    continue;
+                }
             }
+            let Some(cluster) = self.cluster.upgrade() else { return };
+            cluster.refresh(&self.runtime);
         }
-        let Some(cluster) = cluster.upgrade() else { return };
-        let endpoints = watch.borrow_and_update().clone();
-        cluster.refresh(&endpoints, &runtime);
     }
 }
 
-fn peers_of(state: &State) -> Vec<Arc<EndpointState>> {
-    state.peers.iter().map(|peer| peer.state.clone()).collect()
+/// Waits for other addresses; for ever where there can be none.
+async fn changed(watch: &mut Option<Watch>) {
+    if let Some(names) = watch {
+        if names.changed().await.is_ok() {
+            return;
+        }
+        *watch = None;
+    }
+    std::future::pending().await
 }
 
 /// The nodes as discovery knows them.
@@ -405,23 +509,29 @@ fn min_ttl(upstream: &Upstream) -> Option<Duration> {
     upstream.dns.as_ref().map(|dns| Duration::from_secs(dns.min_ttl.get().into()))
 }
 
-/// The state of these endpoints; those that were there before keep theirs.
-fn state(settings: Arc<Settings>, endpoints: &Endpoints, before: &[Peer], cursor: &Arc<Cursor>) -> State {
-    let known: HashMap<&EndpointKey, &Arc<EndpointState>> =
-        before.iter().map(|peer| (peer.state.key(), &peer.state)).collect();
-    let peers: Vec<Peer> = endpoints
-        .list
+/// Endpoints as peers; one that was there before is the same still, and two of one key are one.
+fn peers(endpoints: &[Endpoint], before: &[Peer]) -> Vec<Peer> {
+    let mut known: HashMap<EndpointKey, Arc<EndpointState>> = HashMap::new();
+    // One endpoint is the rule among many small upstreams and needs no map.
+    if endpoints.len() > 1 || before.len() > 1 {
+        known.extend(before.iter().map(|peer| (peer.state.key().clone(), peer.state.clone())));
+    }
+    let mut state = |endpoint: &Endpoint| {
+        let key = EndpointKey { addr: endpoint.addr, host: endpoint.host.clone() };
+        match before {
+            [only] if *only.state.key() == key => return only.state.clone(),
+            _ if endpoints.len() == 1 && known.is_empty() => return Arc::new(EndpointState::new(key)),
+            _ => {}
+        }
+        known.entry(key).or_insert_with_key(|key| Arc::new(EndpointState::new(key.clone()))).clone()
+    };
+    endpoints
         .iter()
-        .map(|endpoint| {
-            let key = EndpointKey { addr: endpoint.addr, host: endpoint.host.clone() };
-            let state = match known.get(&key) {
-                Some(state) => Arc::clone(state),
-                None => Arc::new(EndpointState::new(key)),
-            };
-            Peer { state, weight: endpoint.weight, siblings: endpoint.siblings, priority: endpoint.priority }
+        .map(|endpoint| Peer {
+            state: state(endpoint),
+            weight: endpoint.weight,
+            siblings: endpoint.siblings,
+            priority: endpoint.priority,
         })
-        .collect();
-    let picker = Picker::new(settings.algorithm, &peers, settings.fail_open, cursor);
-    let unresolved = endpoints.pending > 0 || !endpoints.failures.is_empty();
-    State { picker, peers, unresolved, settings }
+        .collect()
 }

@@ -16,6 +16,9 @@ use super::health::Health;
 /// Numbers endpoints for connection pools and tried sets; never reused in a process.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
+/// Ports that a `Host` leaves out under one scheme or another.
+const DEFAULT_PORTS: [u16; 2] = [80, 443];
+
 /// What makes two endpoints the same over edits and DNS changes. The host counts, because two names that
 /// share an address may be two services.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -29,8 +32,9 @@ pub struct EndpointKey {
 pub struct EndpointState {
     id: u64,
     key: EndpointKey,
-    host_only: HeaderValue,
     host_and_port: HeaderValue,
+    /// Only where the port is one that a scheme leaves out.
+    host_only: Option<Box<HeaderValue>>,
     counters: Counters,
     /// Latency average for `ewma`.
     pub latency: Latency,
@@ -63,8 +67,8 @@ impl EndpointState {
         };
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            host_only: value(&bare),
             host_and_port: value(&full),
+            host_only: DEFAULT_PORTS.contains(&key.addr.port()).then(|| Box::new(value(&bare))),
             key,
             counters: Counters::default(),
             latency: Latency::default(),
@@ -92,7 +96,10 @@ impl EndpointState {
 
     /// The `Host` to send for `pass_host: node`: with the port unless it is `default_port`.
     pub fn authority(&self, default_port: u16) -> &HeaderValue {
-        if self.key.addr.port() == default_port { &self.host_only } else { &self.host_and_port }
+        match &self.host_only {
+            Some(host) if self.key.addr.port() == default_port => host,
+            _ => &self.host_and_port,
+        }
     }
 
     /// Requests under way, on all workers.

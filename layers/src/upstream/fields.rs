@@ -4,6 +4,7 @@
 //! the ones a `Connection` field names. A peer cannot use that to strip what the gateway itself added, nor the
 //! fields that frame the message. Whatever crosses is already valid: the parser on each side saw to it.
 
+use http::StatusCode;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 /// Fields that a `Connection` field cannot take away: framing, routing, and what the gateway adds.
@@ -110,6 +111,32 @@ pub(crate) fn sanitize_response(headers: &mut HeaderMap) {
         let own: Vec<HeaderName> = headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
         own.iter().for_each(|name| drop(headers.remove(name)));
     }
+}
+
+/// What is wrong with the head of an answer in a way that hyper lets pass. `switch` says whether a protocol switch was
+/// asked for.
+///
+/// # Errors
+/// The defect, in words for the log.
+pub(crate) fn check_response(
+    status: StatusCode,
+    headers: &HeaderMap,
+    switch: bool,
+) -> Result<(), &'static str> {
+    if status == StatusCode::SWITCHING_PROTOCOLS && !(switch && headers.contains_key(header::UPGRADE)) {
+        return Err("a protocol switch that nobody asked for");
+    }
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let Some(coding) = codings.next() else { return Ok(()) };
+    if headers.contains_key(header::CONTENT_LENGTH) {
+        // Which one the peer means cannot be known.
+        return Err("Transfer-Encoding with Content-Length");
+    }
+    if codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked") {
+        // The coding would be taken off the head and left on the body.
+        return Err("a Transfer-Encoding besides chunked");
+    }
+    Ok(())
 }
 
 /// `timeout=N` of a `Keep-Alive` field, in seconds: how long the peer keeps an idle connection.

@@ -5,7 +5,6 @@
 //! A request that is not idempotent and of which bytes were sent is never repeated. A budget keeps retries from
 //! becoming a storm.
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -30,7 +29,7 @@ use super::response_body::{self, Lease, Leased};
 use super::send::{self, Failure, Http1, Http2, Http2Stream, Protocol, Route, Switching, Wait};
 use super::settings::PassHost;
 use super::tls_client;
-use super::tunnel::Tunnels;
+use super::tunnel;
 use crate::body::Body;
 use crate::chain;
 use crate::error::{Blame, Error, Fault, Reason};
@@ -38,7 +37,6 @@ use crate::exchange::{Answered, Attempt, Exchange};
 use crate::local::LocalBox;
 use crate::target::{Destination, Timeouts};
 use crate::telemetry::metrics::Metrics;
-use crate::worker::context::WorkerContext;
 
 const UPSTREAM_STATUS: HeaderName = HeaderName::from_static("x-apisix-upstream-status");
 
@@ -46,7 +44,6 @@ const UPSTREAM_STATUS: HeaderName = HeaderName::from_static("x-apisix-upstream-s
 #[derive(Clone)]
 pub struct UpstreamService {
     pool: Pool,
-    tunnels: Rc<Tunnels>,
     metrics: Arc<Metrics>,
     /// `X-APISIX-Upstream-Status` on every answer, not only on errors.
     show_status: bool,
@@ -54,13 +51,8 @@ pub struct UpstreamService {
 
 impl UpstreamService {
     /// The service of one worker.
-    pub fn new(context: &WorkerContext, show_status: bool, metrics: &Arc<Metrics>) -> Self {
-        Self {
-            pool: Pool::default(),
-            tunnels: context.slot(Tunnels::default),
-            metrics: metrics.clone(),
-            show_status,
-        }
+    pub fn new(show_status: bool, metrics: &Arc<Metrics>) -> Self {
+        Self { pool: Pool::default(), metrics: metrics.clone(), show_status }
     }
 }
 
@@ -78,7 +70,14 @@ impl Service<Exchange> for UpstreamService {
         Box::pin(async move {
             match service.forward(&mut x).await {
                 Ok(()) => Ok(x),
-                Err(error) => Err(Fault { exchange: x, error }),
+                Err(error) => {
+                    if error.reason().blame() == Blame::Upstream
+                        && let Some(statuses) = service.statuses(&x)
+                    {
+                        x.response_headers.insert(UPSTREAM_STATUS, statuses);
+                    }
+                    Err(Fault { exchange: x, error })
+                }
             }
         })
     }
@@ -88,7 +87,6 @@ impl Service<Exchange> for UpstreamService {
 struct Job {
     cluster: Arc<Cluster>,
     outgoing: Outgoing,
-    timeouts: Timeouts,
     idempotent: bool,
     upgrade: Option<HeaderValue>,
     on_upgrade: Option<OnUpgrade>,
@@ -106,6 +104,14 @@ enum Connected {
     Http2 { stream: Http2Stream, reused: bool },
 }
 
+impl Connected {
+    fn is_reused(&self) -> bool {
+        match self {
+            Self::Http1 { reused, .. } | Self::Http2 { reused, .. } => *reused,
+        }
+    }
+}
+
 impl UpstreamService {
     async fn forward(&self, x: &mut Exchange) -> Result<(), Error> {
         let Some(cluster) = x.cluster().cloned() else {
@@ -117,8 +123,7 @@ impl UpstreamService {
         };
         let started = Instant::now();
         cluster.budget.request(started);
-        let state = cluster.state();
-        let state: &State = &state;
+        let mut state = cluster.state();
         let key =
             PickKey { hash: state.settings.hash_key.as_ref().map_or(0, |key| key.hash(x)), now: started };
         let mut tried = Tried::default();
@@ -132,7 +137,6 @@ impl UpstreamService {
         let upgrade = fields::wanted_upgrade(&x.request.headers).filter(|_| websocket).cloned();
         let mut job = Job {
             outgoing: Outgoing::new(std::mem::take(&mut x.request_body)),
-            timeouts: x.target.as_ref().and_then(|target| target.timeout).unwrap_or(state.settings.timeouts),
             idempotent: send::is_idempotent(x.forward.method.as_ref().unwrap_or(&x.request.method)),
             on_upgrade: upgrade.as_ref().and_then(|_| x.request.extensions.remove::<OnUpgrade>()),
             upgrade,
@@ -140,9 +144,9 @@ impl UpstreamService {
         };
         let mut left = state.retries();
         let until = state.settings.retry_timeout.map(|limit| started + limit);
-        let mut peer = Peer { host: host(x, state, picked.endpoint())?, picked };
+        let mut peer = Peer { host: host(x, &state, picked.endpoint()), picked };
         loop {
-            let error = match self.attempt(x, state, &mut job, peer, until).await {
+            let error = match self.attempt(x, &state, &mut job, peer).await {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
@@ -153,8 +157,10 @@ impl UpstreamService {
             if until.is_some_and(|until| until <= now) {
                 return Err(Error::new(Reason::RetryTimeout).because(error));
             }
+            // What has become known since then counts: a verdict, another address, an edit.
+            state = cluster.state();
             let key = PickKey { now, ..key };
-            let Some(picked) = state.pick(&key, &tried) else { return Err(error) };
+            let Some(picked) = state.pick_again(&key, &tried) else { return Err(error) };
             if !job.cluster.budget.retry(now, state.settings.allowance) {
                 self.metrics.retry_budget_exhausted.inc();
                 return Err(error.detail("the retry budget is used up"));
@@ -163,43 +169,33 @@ impl UpstreamService {
             left -= 1;
             tried.add(picked.endpoint());
             x.balancer = Some(picked.endpoint().addr());
-            peer = Peer { host: host(x, state, picked.endpoint())?, picked };
+            peer = Peer { host: host(x, &state, picked.endpoint()), picked };
         }
     }
 
     /// One attempt at one endpoint; a reused connection that died at once is replaced by a fresh one within it.
-    async fn attempt(
-        &self,
-        x: &mut Exchange,
-        state: &State,
-        job: &mut Job,
-        peer: Peer,
-        until: Option<Instant>,
-    ) -> Result<(), Error> {
+    async fn attempt(&self, x: &mut Exchange, state: &State, job: &mut Job, peer: Peer) -> Result<(), Error> {
         let started = Instant::now();
         let endpoint = peer.picked.endpoint().clone();
-        let mut timeouts = job.timeouts;
-        if let Some(until) = until {
-            let rest = until.saturating_duration_since(started);
-            timeouts.connect = timeouts.connect.min(rest);
-            timeouts.read = timeouts.read.min(rest);
-        }
-        let mut fresh = false;
+        let timeouts = x.target.as_ref().and_then(|target| target.timeout).unwrap_or(state.settings.timeouts);
+        let mut fresh = None;
         let mut connect = Duration::ZERO;
         let result = loop {
-            let connected = match self.connect(state, job, &peer, &timeouts, fresh).await {
+            let dialled = Instant::now();
+            let connected = match self.connect(state, &peer, &timeouts, fresh).await {
                 Ok(connected) => connected,
                 Err(error) => break Err(error),
             };
-            connect = started.elapsed();
-            let reused = matches!(
-                connected,
-                Connected::Http1 { reused: true, .. } | Connected::Http2 { reused: true, .. }
-            );
+            let reused = connected.is_reused();
+            if !reused {
+                connect = dialled.elapsed();
+            }
             match self.exchange(x, state, job, &peer, connected, &timeouts).await {
                 Ok(answer) => break Ok(answer),
                 // The peer closed an idle connection just as it was used: nothing was lost, so nothing is counted.
-                Err(failure) if reused && !fresh && job.may_go_again(&failure) => fresh = true,
+                Err(failure) if reused && fresh.is_none() && job.may_go_again(&failure) => {
+                    fresh = Some(Instant::now());
+                }
                 Err(failure) => break Err(job.judge(failure)),
             }
         };
@@ -212,23 +208,30 @@ impl UpstreamService {
                 endpoint.latency.observe(took, Instant::now());
                 job.cluster.report_status(state, &endpoint, answer.response.status().as_u16());
                 job.outgoing.settle();
-                self.answer(x, state, job, peer, answer, &timeouts)
+                self.answer(x, state, job, peer, answer, &timeouts);
+                Ok(())
             }
             Err(error) => {
+                let reason = error.reason();
                 // A client that broke off says nothing about the endpoint.
-                if error.reason().blame() == Blame::Upstream {
+                if reason.blame() == Blame::Upstream {
                     endpoint.failed();
-                    let timed_out = matches!(
-                        error.reason(),
-                        Reason::ConnectTimeout | Reason::SendTimeout | Reason::ReadTimeout
-                    );
-                    let report = if timed_out { Report::Timeout } else { Report::TcpFailure };
-                    job.cluster.report(state, &endpoint, report);
+                    // With `pass_host: pass` the client chose the name that the certificate was checked against.
+                    let clients =
+                        reason == Reason::TlsCertificate && state.settings.pass_host == PassHost::Pass;
+                    if !clients {
+                        let report = if is_timeout(reason) { Report::Timeout } else { Report::TcpFailure };
+                        job.cluster.report(state, &endpoint, report);
+                    }
                 }
                 Err(error)
             }
         }
     }
+}
+
+fn is_timeout(reason: Reason) -> bool {
+    matches!(reason, Reason::ConnectTimeout | Reason::SendTimeout | Reason::ReadTimeout)
 }
 
 /// A response head, and the connection it came over.
@@ -238,84 +241,82 @@ struct Answer {
 }
 
 impl Job {
-    /// Whether a failure on a reused connection may be made good on a fresh one: the peer was silent, and nothing that
-    /// must not be repeated was sent.
+    /// Whether a failure on a reused connection may be made good on a fresh one: the peer did nothing with the request,
+    /// or it was silent and the request may be repeated. A time-out is no dead connection.
     fn may_go_again(&self, failure: &Failure) -> bool {
-        let closed = matches!(failure.error.reason(), Reason::UpstreamClosed | Reason::ConnectFailed);
-        closed && failure.silent && (failure.unsent || self.idempotent) && self.outgoing.replayable()
+        let reason = failure.error.reason();
+        let dead = failure.unsent || (failure.silent && reason == Reason::UpstreamClosed && self.idempotent);
+        dead && reason.blame() == Blame::Upstream && !is_timeout(reason) && self.outgoing.replayable()
     }
 
     /// The failure of an attempt, and whether another endpoint may be tried.
     fn judge(&self, failure: Failure) -> Error {
         match self.outgoing.client_failed() {
             Some(reason) => Error::new(reason).because(failure.error),
-            None => failure.error.retryable(failure.unsent || self.idempotent),
+            None => {
+                // What is the client's fault is no better elsewhere.
+                let theirs = failure.error.reason().blame() == Blame::Upstream;
+                failure.error.retryable(theirs && (failure.unsent || self.idempotent))
+            }
         }
     }
 }
 
 impl UpstreamService {
-    /// An idle connection, a stream on a shared one, or a new connection.
+    /// An idle connection, a stream on a shared one, or a new connection. `fresh` is the moment at which one that was
+    /// reused turned out dead: only a connection made since then will do.
     async fn connect(
         &self,
         state: &State,
-        job: &Job,
         peer: &Peer,
         timeouts: &Timeouts,
-        fresh: bool,
+        fresh: Option<Instant>,
     ) -> Result<Connected, Error> {
         let settings = &state.settings;
         let endpoint = peer.picked.endpoint();
-        let name = settings.tls().map(|_| tls_client::host_of(peer.host.to_str().unwrap_or_default()));
+        let name = tls_name(state, &peer.host);
         let key = Key { endpoint: endpoint.id(), transport: settings.transport(), name };
-        match settings.protocol() {
-            Protocol::Http1 => {
-                if !fresh && let Some(connection) = self.pool.take(key) {
-                    return Ok(Connected::Http1 { connection, reused: true });
-                }
-                let io = open(state, endpoint, name, timeouts).await?;
-                Ok(Connected::Http1 { connection: Http1::start(io).await?, reused: false })
+        if settings.protocol() == Protocol::Http1 {
+            if fresh.is_none()
+                && let Some(connection) = self.pool.take(key)
+            {
+                return Ok(Connected::Http1 { connection, reused: true });
             }
-            Protocol::Http2 => loop {
-                match self.pool.claim(key) {
-                    Claim::Stream(stream) if fresh => {
-                        // The one that just failed, or one as old: new streams go elsewhere.
-                        stream.connection().retire();
-                        stream.finish();
-                    }
-                    Claim::Stream(stream) => return Ok(Connected::Http2 { stream, reused: true }),
-                    Claim::Wait(dial) => {
-                        let waited = tokio::time::timeout(timeouts.connect, dial.wait()).await;
-                        match waited {
-                            Err(_) => return Err(Error::new(Reason::ConnectTimeout).retryable(true)),
-                            Ok(Some(reason)) => return Err(Error::new(reason).retryable(true)),
-                            Ok(None) if fresh => {
-                                if let Claim::Stream(stream) = self.pool.claim(key) {
-                                    return Ok(Connected::Http2 { stream, reused: false });
-                                }
-                            }
-                            Ok(None) => {}
-                        }
-                    }
-                    Claim::Dial(dialing) => {
-                        let started = async {
-                            let io = open(state, endpoint, name, timeouts).await?;
-                            Http2::start(io).await
-                        };
-                        return match started.await {
-                            Ok(connection) => {
-                                let stream = dialing.connected(&connection, settings.keepalive);
-                                Ok(Connected::Http2 { stream, reused: false })
-                            }
-                            Err(error) => {
-                                dialing.failed(error.reason());
-                                Err(error)
-                            }
-                        };
+            let io = open(state, endpoint, name, timeouts.connect).await?;
+            return Ok(Connected::Http1 { connection: Http1::start(io).await?, reused: false });
+        }
+        let timeout = || Error::new(Reason::ConnectTimeout).retryable(true);
+        let until = tokio::time::Instant::now() + timeouts.connect;
+        // Each turn either returns, waits for another request's connection, or retires one: it cannot spin.
+        loop {
+            match self.pool.claim(key) {
+                Claim::Stream(stream) if fresh.is_some_and(|since| stream.connection().born() < since) => {
+                    // As old as the one that was dead, and likely so too: new streams go elsewhere.
+                    stream.connection().retire();
+                    stream.finish();
+                }
+                Claim::Stream(stream) => return Ok(Connected::Http2 { stream, reused: fresh.is_none() }),
+                Claim::Wait(dial) => {
+                    let waited = tokio::time::timeout_at(until, dial.wait()).await;
+                    if let Some(reason) = waited.map_err(|_| timeout())? {
+                        return Err(Error::new(reason).retryable(true));
                     }
                 }
-                debug_assert!(job.outgoing.replayable());
-            },
+                Claim::Dial(dialing) => {
+                    let left = until.saturating_duration_since(tokio::time::Instant::now());
+                    let started = async { Http2::start(open(state, endpoint, name, left).await?).await };
+                    return match started.await {
+                        Ok(connection) => {
+                            let stream = dialing.connected(&connection, settings.keepalive);
+                            Ok(Connected::Http2 { stream, reused: false })
+                        }
+                        Err(error) => {
+                            dialing.failed(error.reason());
+                            Err(error)
+                        }
+                    };
+                }
+            }
         }
     }
 
@@ -346,7 +347,15 @@ impl UpstreamService {
             Connected::Http1 { connection, .. } => connection.send(request, &wait).await?,
             Connected::Http2 { stream, .. } => stream.send(request, &wait).await?,
         };
-        Ok(Answer { response, connection: connected })
+        let switched = job.upgrade.is_some() && matches!(connected, Connected::Http1 { .. });
+        // An answer that cannot be trusted ends its connection.
+        match fields::check_response(response.status(), response.headers(), switched) {
+            Ok(()) => Ok(Answer { response, connection: connected }),
+            Err(defect) => {
+                let error = Error::new(Reason::UpstreamProtocol).detail(defect);
+                Err(Failure { error, unsent: false, silent: false })
+            }
+        }
     }
 
     /// Takes the answer over into the exchange.
@@ -358,49 +367,46 @@ impl UpstreamService {
         peer: Peer,
         answer: Answer,
         timeouts: &Timeouts,
-    ) -> Result<(), Error> {
+    ) {
         let (mut head, incoming) = answer.response.into_parts();
-        if let Some(coding) = head.headers.get(header::TRANSFER_ENCODING) {
-            if head.headers.contains_key(header::CONTENT_LENGTH) {
-                // Two lengths: which one the peer means cannot be known, so the connection goes with the answer.
-                return Err(
-                    Error::new(Reason::UpstreamProtocol).detail("Transfer-Encoding with Content-Length")
-                );
-            }
-            if !coding.as_bytes().eq_ignore_ascii_case(b"chunked")
-                || head.headers.get_all(header::TRANSFER_ENCODING).iter().count() > 1
-            {
-                // The coding would be taken off the head and left on the body.
-                return Err(
-                    Error::new(Reason::UpstreamProtocol).detail("a Transfer-Encoding besides chunked")
-                );
-            }
-        }
-        if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            return self.switch(x, job, peer, head, answer.connection, timeouts);
-        }
-        fields::sanitize_response(&mut head.headers);
-        if self.show_status || head.status.is_server_error() {
-            head.headers.insert(UPSTREAM_STATUS, HeaderValue::from(head.status.as_u16()));
-        }
         let connection = match answer.connection {
+            Connected::Http1 { connection, .. } if head.status == StatusCode::SWITCHING_PROTOCOLS => {
+                return self.switch(x, job, peer, head, connection, timeouts);
+            }
             Connected::Http1 { connection, .. } => Leased::Http1 {
                 connection,
                 transport: state.settings.transport(),
-                name: state
-                    .settings
-                    .tls()
-                    .map(|_| tls_client::host_of(peer.host.to_str().unwrap_or_default()).into()),
+                name: tls_name(state, &peer.host).map(Into::into),
                 keepalive: state.settings.keepalive,
                 pool: self.pool.clone(),
             },
             Connected::Http2 { stream, .. } => Leased::Http2(stream),
         };
+        fields::sanitize_response(&mut head.headers);
+        if let Some(statuses) = self.statuses(x) {
+            head.headers.insert(UPSTREAM_STATUS, statuses);
+        }
         let body = response_body::body(incoming, Lease { picked: peer.picked, connection }, timeouts.read);
         head.version = http::Version::default();
         x.response = Response::from_parts(head, body);
         x.answered = Answered::Upstream;
-        Ok(())
+    }
+
+    /// `X-APISIX-Upstream-Status`: the statuses of all attempts, if the last one is an error or they are always shown.
+    /// An attempt without an answer counts with the status that the gateway gives for it.
+    fn statuses(&self, x: &Exchange) -> Option<HeaderValue> {
+        let status = |attempt: &Attempt| {
+            attempt.status.or(attempt.failed.map(|reason| reason.status().as_u16())).unwrap_or_default()
+        };
+        let last = status(x.attempts.last()?);
+        if !self.show_status && last < 500 {
+            return None;
+        }
+        if x.attempts.len() == 1 {
+            return Some(HeaderValue::from(last));
+        }
+        let all: Vec<String> = x.attempts.iter().map(|attempt| status(attempt).to_string()).collect();
+        HeaderValue::try_from(all.join(", ")).ok()
     }
 
     /// The upstream agreed to another protocol: from here on bytes go both ways.
@@ -410,34 +416,30 @@ impl UpstreamService {
         job: &mut Job,
         peer: Peer,
         mut head: http::response::Parts,
-        connection: Connected,
+        connection: Http1,
         timeouts: &Timeouts,
-    ) -> Result<(), Error> {
-        let not_asked =
-            || Error::new(Reason::UpstreamProtocol).detail("a protocol switch that nobody asked for");
-        let (Some(client), Connected::Http1 { connection, .. }) = (job.on_upgrade.take(), connection) else {
-            return Err(not_asked());
-        };
-        let protocol = head.headers.get(header::UPGRADE).cloned().ok_or_else(not_asked)?;
+    ) {
+        let protocol = head.headers.get(header::UPGRADE).cloned();
         fields::sanitize_response(&mut head.headers);
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        head.headers.insert(header::UPGRADE, protocol);
-        let tunnel = carry(self.tunnels.clone(), client, connection.switch(), peer.picked, timeouts.read);
-        tokio::task::spawn_local(tunnel);
+        head.headers.extend(protocol.map(|protocol| (header::UPGRADE, protocol)));
+        if let Some(client) = job.on_upgrade.take() {
+            let tunnel = carry(client, connection.switch(), peer.picked, timeouts.read);
+            tokio::task::spawn_local(tunnel);
+        }
         x.response = Response::from_parts(head, Body::Empty);
         x.answered = Answered::Upstream;
-        Ok(())
     }
 }
 
 /// Carries a tunnel from the moment both sides have switched. The endpoint counts as active for as long.
-async fn carry(tunnels: Rc<Tunnels>, client: OnUpgrade, upstream: Switching, picked: Picked, idle: Duration) {
+async fn carry(client: OnUpgrade, upstream: Switching, picked: Picked, idle: Duration) {
     let (Ok(client), Some(upstream)) = tokio::join!(client, upstream.upgraded()) else {
         tracing::debug!(endpoint = %picked.endpoint(), "a protocol switch came to nothing");
         return;
     };
     let early: Bytes = upstream.early;
-    let ended = tunnels.run(TokioIo::new(client), upstream.io, early, idle).await;
+    let ended = tunnel::run(TokioIo::new(client), upstream.io, early, idle).await;
     tracing::debug!(endpoint = %picked.endpoint(), ?ended, "tunnel ended");
 }
 
@@ -446,28 +448,36 @@ async fn open(
     state: &State,
     endpoint: &EndpointState,
     name: Option<&str>,
-    timeouts: &Timeouts,
+    limit: Duration,
 ) -> Result<Io, Error> {
     let tls = match (state.settings.tls(), name) {
         (Some(config), Some(name)) => {
             let name = tls_client::server_name(name).ok_or_else(|| {
-                Error::new(Reason::TlsFailed).detail("the host sent upstream is no TLS server name")
+                // Whoever chose the host is to blame; with `pass_host: pass` that is the client.
+                let passed = state.settings.pass_host == PassHost::Pass;
+                let reason = if passed { Reason::BadHost } else { Reason::TlsFailed };
+                Error::new(reason).detail("the host sent upstream is no TLS server name")
             })?;
             Some((config.clone(), name))
         }
         _ => None,
     };
-    connect::connect(endpoint.addr(), tls, timeouts.connect).await
+    connect::connect(endpoint.addr(), tls, limit).await
+}
+
+/// The name under which TLS is spoken: the host that is sent, without its port.
+fn tls_name<'a>(state: &State, host: &'a HeaderValue) -> Option<&'a str> {
+    state.settings.tls().map(|_| tls_client::host_of(host.to_str().unwrap_or_default()))
 }
 
 /// The `Host` that the endpoint is sent. APISIX `pass_host`.
-fn host(x: &Exchange, state: &State, endpoint: &EndpointState) -> Result<HeaderValue, Error> {
+fn host(x: &Exchange, state: &State, endpoint: &EndpointState) -> HeaderValue {
     match &state.settings.pass_host {
-        PassHost::Rewrite(host) => Ok(host.clone()),
-        PassHost::Node => Ok(endpoint.authority(state.settings.default_port()).clone()),
+        PassHost::Rewrite(host) => HeaderValue::clone(host),
+        PassHost::Node => endpoint.authority(state.settings.default_port()).clone(),
         PassHost::Pass => {
             let asked = x.forward.host.as_ref().or_else(|| x.request.headers.get(header::HOST));
-            Ok(asked.unwrap_or_else(|| endpoint.authority(state.settings.default_port())).clone())
+            asked.unwrap_or_else(|| endpoint.authority(state.settings.default_port())).clone()
         }
     }
 }

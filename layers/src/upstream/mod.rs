@@ -21,6 +21,6 @@ pub mod round_robin;
 pub(crate) mod send;
 pub mod settings;
 pub mod tls_client;
-pub mod tunnel;
+pub(crate) mod tunnel;
 
 pub use pool::Keepalive;

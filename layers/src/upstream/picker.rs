@@ -15,7 +15,7 @@ use super::ewma::Ewma;
 use super::least_conn::LeastConn;
 use super::priority::Levels;
 use super::random::Random;
-use super::round_robin::{Cursor, RoundRobin};
+use super::round_robin::{CursorCell, RoundRobin};
 
 /// How endpoints are chosen. APISIX `type`, and `random` as an extension.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -86,11 +86,11 @@ pub(crate) enum Balancer {
 
 impl Balancer {
     /// `peers` must not be empty; weights of 0 have been dealt with.
-    pub(crate) fn new(algorithm: Algorithm, peers: Vec<Peer>, cursor: &Arc<Cursor>) -> Self {
+    pub(crate) fn new(algorithm: Algorithm, peers: Vec<Peer>, cursor: &CursorCell) -> Self {
         match <[Peer; 1]>::try_from(peers) {
             Ok([peer]) => Self::Single(peer),
             Err(peers) => match algorithm {
-                Algorithm::RoundRobin => Self::RoundRobin(RoundRobin::new(peers, Arc::clone(cursor))),
+                Algorithm::RoundRobin => Self::RoundRobin(RoundRobin::new(peers, cursor)),
                 Algorithm::Chash => Self::Ring(Ring::new(peers)),
                 Algorithm::Ewma => Self::Ewma(Ewma::new(peers)),
                 Algorithm::LeastConn => Self::LeastConn(LeastConn::new(peers)),
@@ -112,7 +112,7 @@ impl Balancer {
 }
 
 /// The endpoints of a cluster at one moment, ready to be picked from.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Picker {
     levels: Levels,
     peers: usize,
@@ -122,7 +122,7 @@ pub struct Picker {
 impl Picker {
     /// Build from every endpoint of an upstream. Unusable ones are left out; when that leaves none,
     /// `fail_open` says whether all of them are used.
-    pub fn new(algorithm: Algorithm, peers: &[Peer], fail_open: bool, cursor: &Arc<Cursor>) -> Self {
+    pub fn new(algorithm: Algorithm, peers: &[Peer], fail_open: bool, cursor: &CursorCell) -> Self {
         // A node of weight 0 is drained: it comes in only where every node has weight 0.
         let drained = peers.iter().any(|peer| peer.weight > 0);
         let eligible = || peers.iter().filter(|peer| !drained || peer.weight > 0);
@@ -193,7 +193,7 @@ pub(crate) mod tests {
     }
 
     fn picker(algorithm: Algorithm, peers: &[Peer]) -> Picker {
-        Picker::new(algorithm, peers, true, &Arc::default())
+        Picker::new(algorithm, peers, true, &CursorCell::default())
     }
 
     const ALL: [Algorithm; 5] =
@@ -235,7 +235,7 @@ pub(crate) mod tests {
             sick(&peers[1]);
             let open = picker(algorithm, &peers);
             assert_eq!((open.len(), open.degraded()), (3, true), "{algorithm:?}");
-            let closed = Picker::new(algorithm, &peers, false, &Arc::default());
+            let closed = Picker::new(algorithm, &peers, false, &CursorCell::default());
             assert_eq!((closed.len(), closed.degraded()), (0, true), "{algorithm:?}");
         }
     }

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use super::endpoint::EndpointState;
 use super::picker::{Algorithm, Balancer, Peer, PickKey, Tried};
-use super::round_robin::Cursor;
+use super::round_robin::CursorCell;
 
 /// One balancer per priority, highest first.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Levels(Box<[Balancer]>);
 
 impl Levels {
-    pub(crate) fn new(algorithm: Algorithm, mut peers: Vec<Peer>, cursor: &Arc<Cursor>) -> Self {
+    pub(crate) fn new(algorithm: Algorithm, mut peers: Vec<Peer>, cursor: &CursorCell) -> Self {
         // Stable, so that equal priorities keep the configured order.
         peers.sort_by_key(|peer| std::cmp::Reverse(peer.priority));
         let levels = peers

@@ -3,7 +3,9 @@
 //! A probe is a connection of its own. Its result goes into the endpoint's counters like any other; only a changed
 //! verdict wakes whoever builds the picker.
 
+use std::borrow::Cow;
 use std::io;
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +20,7 @@ use tokio_rustls::TlsConnector;
 
 use super::endpoint::{EndpointKey, EndpointState};
 use super::health::{Report, Source};
-use super::settings::{Active, Checks};
+use super::settings::Active;
 use super::tls_client;
 
 /// Bytes of an answer that are read for its status line.
@@ -27,53 +29,62 @@ const STATUS_LINE: usize = 1024;
 /// The running probes of one cluster. Dropped, they end.
 #[derive(Default)]
 pub(crate) struct Probes {
-    running: HashMap<EndpointKey, (Arc<Active>, JoinHandle<()>)>,
-    places: Option<Arc<Semaphore>>,
+    running: HashMap<EndpointKey, Probe>,
+    /// How they probe, and how many of them may at once.
+    how: Option<(Arc<Active>, Arc<Semaphore>)>,
+}
+
+/// The probe of one endpoint.
+struct Probe {
+    endpoint: Arc<EndpointState>,
+    task: JoinHandle<()>,
 }
 
 impl Drop for Probes {
     fn drop(&mut self) {
-        self.running.values().for_each(|(_, task)| task.abort());
+        self.running.values().for_each(|probe| probe.task.abort());
     }
 }
 
 impl Probes {
     /// Probes exactly these endpoints in this way. What is probed so already goes on undisturbed.
-    pub(crate) fn settle(
+    pub(crate) fn settle<'a>(
         &mut self,
         upstream: &str,
-        checks: &Checks,
-        endpoints: &[Arc<EndpointState>],
+        active: &Arc<Active>,
+        endpoints: impl Iterator<Item = &'a Arc<EndpointState>>,
         flipped: &Arc<Notify>,
         runtime: &Handle,
     ) {
         let mut before = std::mem::take(&mut self.running);
-        if let Some(active) = &checks.active {
-            for endpoint in endpoints {
-                let kept = before.remove(endpoint.key()).and_then(|(how, task)| {
-                    if *how == **active {
-                        return Some((how, task));
-                    }
-                    task.abort();
-                    None
-                });
-                let probe = kept.unwrap_or_else(|| {
-                    let places = self
-                        .places
-                        .get_or_insert_with(|| Arc::new(Semaphore::new(active.concurrency.max(1))));
-                    let task = run(
-                        upstream.into(),
-                        active.clone(),
-                        endpoint.clone(),
-                        flipped.clone(),
-                        places.clone(),
-                    );
-                    (active.clone(), runtime.spawn(task))
-                });
-                self.running.insert(endpoint.key().clone(), probe);
+        let (how, places) = match self.how.take() {
+            Some(same) if *same.0 == **active => same,
+            _ => {
+                before.drain().for_each(|(_, probe)| probe.task.abort());
+                (active.clone(), Arc::new(Semaphore::new(active.concurrency.max(1))))
             }
+        };
+        for endpoint in endpoints {
+            // Two nodes of one address are one endpoint, and probed once.
+            if self.running.contains_key(endpoint.key()) {
+                continue;
+            }
+            let kept = before.remove(endpoint.key()).and_then(|probe| {
+                if Arc::ptr_eq(&probe.endpoint, endpoint) {
+                    return Some(probe);
+                }
+                probe.task.abort();
+                None
+            });
+            let probe = kept.unwrap_or_else(|| {
+                let (flipped, places) = (flipped.clone(), places.clone());
+                let task = run(upstream.into(), how.clone(), endpoint.clone(), flipped, places);
+                Probe { endpoint: endpoint.clone(), task: runtime.spawn(task) }
+            });
+            self.running.insert(endpoint.key().clone(), probe);
         }
-        before.values().for_each(|(_, task)| task.abort());
+        before.values().for_each(|probe| probe.task.abort());
+        self.how = Some((how, places));
     }
 }
 
@@ -121,13 +132,17 @@ async fn probe(check: &Active, endpoint: &EndpointState) -> io::Result<Option<u1
         address.set_port(port);
     }
     let stream = TcpStream::connect(address).await?;
-    let host = check.host.as_deref().unwrap_or(endpoint.host());
     let Some((before, after)) = &check.request else { return Ok(None) };
-    let request = [before, host, after].concat();
+    let host = match check.host.as_deref().unwrap_or(endpoint.host()) {
+        // In a `Host` field, IPv6 stands in brackets.
+        bare if bare.parse::<Ipv6Addr>().is_ok() => Cow::from(format!("[{bare}]")),
+        host => Cow::from(host),
+    };
+    let request = [before, &*host, after].concat();
     match &check.tls {
         None => ask(stream, request.as_bytes()).await.map(Some),
         Some(tls) => {
-            let name: ServerName<'static> = tls_client::server_name(host).ok_or_else(|| {
+            let name: ServerName<'static> = tls_client::server_name(&host).ok_or_else(|| {
                 io::Error::new(io::ErrorKind::InvalidInput, "the host is no TLS server name")
             })?;
             let stream = TlsConnector::from(tls.clone()).connect(name, stream).await?;

@@ -4,8 +4,8 @@
 //! A pick takes the next place of the cycle from one shared counter, so 3:1 gives 75/25 in every window of 4
 //! however many threads pick.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::endpoint::EndpointState;
 use super::picker::{Peer, Tried};
@@ -19,6 +19,17 @@ const MAX_CYCLE: u64 = 1 << 14;
 #[repr(align(64))]
 pub struct Cursor(AtomicUsize);
 
+/// Where a cluster keeps its cursor, made when there is something to take turns between: most small upstreams have one
+/// node and need none.
+#[derive(Debug, Default)]
+pub struct CursorCell(OnceLock<Arc<Cursor>>);
+
+impl CursorCell {
+    fn cursor(&self) -> Arc<Cursor> {
+        Arc::clone(self.0.get_or_init(Arc::default))
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct RoundRobin {
     peers: Box<[Peer]>,
@@ -27,9 +38,9 @@ pub(crate) struct RoundRobin {
 }
 
 impl RoundRobin {
-    pub(crate) fn new(peers: Vec<Peer>, cursor: Arc<Cursor>) -> Self {
+    pub(crate) fn new(peers: Vec<Peer>, cursor: &CursorCell) -> Self {
         let cycle = cycle(&whole_weights(&peers));
-        Self { peers: peers.into(), cycle, cursor }
+        Self { peers: peers.into(), cycle, cursor: cursor.cursor() }
     }
 
     pub(crate) fn pick(&self, tried: &Tried) -> Option<&Arc<EndpointState>> {
@@ -130,7 +141,7 @@ mod tests {
     #[test]
     fn threads_share_one_cycle() {
         let list = peers(&[3, 1]);
-        let balancer = RoundRobin::new(list.clone(), Arc::default());
+        let balancer = RoundRobin::new(list.clone(), &CursorCell::default());
         let heavy = list.first().map_or(0, |peer| peer.state.id());
         let picks = |_| {
             (0..1000)

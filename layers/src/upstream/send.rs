@@ -349,6 +349,7 @@ struct Link2 {
     peer_limit: Cell<usize>,
     retired: Cell<bool>,
     idle_since: Cell<Instant>,
+    born: Instant,
 }
 
 /// A connection task that remembers how many streams the peer allows.
@@ -409,6 +410,7 @@ impl Http2 {
             peer_limit: Cell::new(connection.current_max_send_streams()),
             retired: Cell::new(false),
             idle_since: Cell::new(Instant::now()),
+            born: Instant::now(),
         });
         tokio::task::spawn_local(Http2Driver { connection, link: Rc::clone(&link) });
         Ok(Self { sender, link })
@@ -427,6 +429,11 @@ impl Http2 {
     /// Give it no new streams; those under way finish.
     pub(crate) fn retire(&self) {
         self.link.retired.set(true);
+    }
+
+    /// When it was made.
+    pub(crate) fn born(&self) -> Instant {
+        self.link.born
     }
 
     pub(crate) fn served(&self) -> u32 {

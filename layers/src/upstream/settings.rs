@@ -3,8 +3,8 @@
 //! Everything that can be wrong is found here, on the control thread. Settings that decide which connections
 //! may be shared (scheme and TLS identity) carry a number that changes when they do.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use config::error::ConfigError;
@@ -31,6 +31,12 @@ use crate::target::Timeouts;
 /// Numbers transports for connection pools; never reused in a process.
 static NEXT_TRANSPORT: AtomicU64 = AtomicU64::new(1);
 
+/// The transport without TLS over HTTP/1: most upstreams have it, and their endpoints tell them apart.
+static PLAIN: LazyLock<Arc<Transport>> = LazyLock::new(|| {
+    let number = NEXT_TRANSPORT.fetch_add(1, Ordering::Relaxed);
+    Arc::new(Transport { number, scheme: Scheme::Http, http2: false, tls: None, client: None, config: None })
+});
+
 /// Which `Host` an upstream gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PassHost {
@@ -39,7 +45,7 @@ pub enum PassHost {
     /// The node's own.
     Node,
     /// Always this.
-    Rewrite(HeaderValue),
+    Rewrite(Box<HeaderValue>),
 }
 
 /// What `chash` goes by.
@@ -146,7 +152,7 @@ impl PartialEq for Active {
 #[derive(Clone, Debug, Default)]
 pub struct Checks {
     pub active: Option<Arc<Active>>,
-    pub passive: Option<Judge>,
+    pub passive: Option<Arc<Judge>>,
 }
 
 /// What connections to an upstream have in common.
@@ -164,7 +170,7 @@ struct Transport {
 #[derive(Debug)]
 pub struct Settings {
     pub algorithm: Algorithm,
-    pub hash_key: Option<HashKey>,
+    pub hash_key: Option<Box<HashKey>>,
     pub pass_host: PassHost,
     /// Further tries; none means one for every other endpoint.
     pub retries: Option<u32>,
@@ -200,7 +206,7 @@ impl Settings {
         let transport = Transport::compile(upstream, client, &env.tls, previous.map(|old| &old.transport))?;
         Ok(Self {
             algorithm: algorithm(upstream.algorithm),
-            hash_key: hash_key(upstream)?,
+            hash_key: hash_key(upstream)?.map(Box::new),
             pass_host: pass_host(upstream)?,
             retries: upstream.retries,
             retry_timeout: upstream
@@ -274,6 +280,9 @@ impl Transport {
             && (old.scheme, old.http2, &old.tls, &old.client) == (scheme, http2, &upstream.tls, &client)
         {
             return Ok(Arc::clone(old));
+        }
+        if (scheme, http2, &upstream.tls) == (Scheme::Http, false, &None) {
+            return Ok(Arc::clone(&PLAIN));
         }
         let mut transport = Self {
             number: NEXT_TRANSPORT.fetch_add(1, Ordering::Relaxed),
@@ -372,7 +381,7 @@ fn pass_host(upstream: &Upstream) -> Result<PassHost, ConfigError> {
         WirePassHost::Rewrite => {
             let host = upstream.upstream_host.as_deref().map_or("", |host| host.as_str());
             let invalid = |_| ConfigError::invalid("/upstream_host", "write a host, as host or host:port");
-            PassHost::Rewrite(HeaderValue::from_str(host).map_err(invalid)?)
+            PassHost::Rewrite(Box::new(HeaderValue::from_str(host).map_err(invalid)?))
         }
     })
 }
@@ -383,7 +392,7 @@ impl Checks {
         let active = checks.active.as_deref().map(|check| Active::compile(check, upstream, transport, tls));
         let passive = checks.passive.as_deref().map(|check| {
             let (healthy, unhealthy) = (check.healthy(), check.unhealthy());
-            Judge {
+            Arc::new(Judge {
                 healthy: Statuses::new(healthy.http_statuses.iter().map(|status| status.get())),
                 unhealthy: Statuses::new(unhealthy.http_statuses.iter().map(|status| status.get())),
                 limits: Limits {
@@ -393,7 +402,7 @@ impl Checks {
                     timeouts: small(unhealthy.timeouts.get()),
                 },
                 connections_only: check.kind == CheckType::Tcp,
-            }
+            })
         });
         Ok(Self { active: active.transpose()?.map(Arc::new), passive })
     }

@@ -2,18 +2,16 @@
 //!
 //! An idle tunnel holds no buffers: bytes are read into one buffer of the worker and written on at once; only
 //! what the other side does not take is kept, and then nothing more is read. A tunnel does not end with a
-//! configuration change; a drain counts tunnels and closes those that are left at its deadline.
+//! configuration change. The worker counts tunnels and cuts the client's side when a drain is over, which ends the other.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::io;
 use std::pin::{Pin, pin};
-use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 /// Bytes read at once.
@@ -25,103 +23,50 @@ thread_local! {
 
 /// How a tunnel ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub(crate) enum Ended {
     /// Both sides finished.
     Finished,
     /// One side broke.
     Broken,
     /// Nothing moved for the idle limit.
     Idle,
-    /// The gateway drains.
-    Closed,
 }
 
-/// The open tunnels of one worker.
-#[derive(Clone, Debug, Default)]
-pub struct Tunnels(Rc<Registry>);
-
-#[derive(Debug, Default)]
-struct Registry {
-    open: Cell<usize>,
-    closing: Cell<bool>,
-    close: Notify,
-}
-
-impl Tunnels {
-    /// How many are open.
-    pub fn open(&self) -> usize {
-        self.0.open.get()
-    }
-
-    /// End all of them, also those that are opened from now on: the drain's deadline is over.
-    pub fn close(&self) {
-        self.0.closing.set(true);
-        self.0.close.notify_waiters();
-    }
-
-    /// Carry bytes between `client` and `upstream`. `early` are bytes that came from the upstream with its
-    /// answer.
-    pub async fn run<C, U>(&self, client: C, upstream: U, early: Bytes, idle: Duration) -> Ended
-    where
-        C: AsyncRead + AsyncWrite,
-        U: AsyncRead + AsyncWrite,
-    {
-        let _open = Open::new(&self.0);
-        let closed = self.0.close.notified();
-        let mut closed = pin!(closed);
-        closed.as_mut().enable();
-        if self.0.closing.get() {
-            return Ended::Closed;
+/// Carry bytes between `client` and `upstream`. `early` are bytes that came from the upstream with its answer.
+pub(crate) async fn run<C, U>(client: C, upstream: U, early: Bytes, idle: Duration) -> Ended
+where
+    C: AsyncRead + AsyncWrite,
+    U: AsyncRead + AsyncWrite,
+{
+    let (mut client, mut upstream) = (pin!(client), pin!(upstream));
+    let mut down = Direction { held: early, ..Direction::default() };
+    let mut up = Direction::default();
+    let mut deadline = Instant::now() + idle;
+    let mut timer = pin!(sleep_until(deadline));
+    std::future::poll_fn(|cx| {
+        let ends = [
+            down.poll(cx, upstream.as_mut(), client.as_mut()),
+            up.poll(cx, client.as_mut(), upstream.as_mut()),
+        ];
+        if ends.iter().any(|end| matches!(end, Poll::Ready(Err(_)))) {
+            return Poll::Ready(Ended::Broken);
         }
-        let (mut client, mut upstream) = (pin!(client), pin!(upstream));
-        let mut down = Direction { held: early, ..Direction::default() };
-        let mut up = Direction::default();
-        let mut deadline = Instant::now() + idle;
-        let mut timer = pin!(sleep_until(deadline));
-        std::future::poll_fn(|cx| {
-            let ends = [
-                down.poll(cx, upstream.as_mut(), client.as_mut()),
-                up.poll(cx, client.as_mut(), upstream.as_mut()),
-            ];
-            if ends.iter().any(|end| matches!(end, Poll::Ready(Err(_)))) {
-                return Poll::Ready(Ended::Broken);
+        if ends.iter().all(Poll::is_ready) {
+            return Poll::Ready(Ended::Finished);
+        }
+        // The timer is not moved with every byte; it looks at the deadline when it fires.
+        if std::mem::take(&mut down.moved) | std::mem::take(&mut up.moved) {
+            deadline = Instant::now() + idle;
+        }
+        loop {
+            ready!(timer.as_mut().poll(cx));
+            if Instant::now() >= deadline {
+                return Poll::Ready(Ended::Idle);
             }
-            if ends.iter().all(Poll::is_ready) {
-                return Poll::Ready(Ended::Finished);
-            }
-            if closed.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Ended::Closed);
-            }
-            // The timer is not moved with every byte; it looks at the deadline when it fires.
-            if std::mem::take(&mut down.moved) | std::mem::take(&mut up.moved) {
-                deadline = Instant::now() + idle;
-            }
-            loop {
-                ready!(timer.as_mut().poll(cx));
-                if Instant::now() >= deadline {
-                    return Poll::Ready(Ended::Idle);
-                }
-                timer.as_mut().reset(deadline);
-            }
-        })
-        .await
-    }
-}
-
-/// Counts a tunnel while it is open.
-struct Open<'a>(&'a Registry);
-
-impl<'a> Open<'a> {
-    fn new(registry: &'a Registry) -> Self {
-        registry.open.set(registry.open.get() + 1);
-        Self(registry)
-    }
-}
-
-impl Drop for Open<'_> {
-    fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
-    }
+            timer.as_mut().reset(deadline);
+        }
+    })
+    .await
 }
 
 /// One direction: what was read and not yet taken, and how far it is.
@@ -191,22 +136,19 @@ impl Direction {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
+    use std::cell::Cell;
+    use std::rc::Rc;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
     use super::*;
 
-    fn start(
-        tunnels: &Tunnels,
-        idle: Duration,
-        room: usize,
-    ) -> (DuplexStream, DuplexStream, JoinHandle<Ended>) {
+    fn start(idle: Duration, room: usize) -> (DuplexStream, DuplexStream, JoinHandle<Ended>) {
         let (client, inner_client) = duplex(room);
         let (upstream, inner_upstream) = duplex(room);
-        let tunnels = tunnels.clone();
         let early = Bytes::from_static(b"hello ");
-        let run = async move { tunnels.run(inner_client, inner_upstream, early, idle).await };
-        (client, upstream, spawn_local(run))
+        (client, upstream, spawn_local(run(inner_client, inner_upstream, early, idle)))
     }
 
     #[tokio::test]
@@ -214,13 +156,11 @@ mod tests {
         let local = LocalSet::new();
         local
             .run_until(async {
-                let tunnels = Tunnels::default();
-                let (mut client, mut upstream, ended) = start(&tunnels, Duration::from_secs(60), 64);
+                let (mut client, mut upstream, ended) = start(Duration::from_secs(60), 64);
                 upstream.write_all(b"client").await.unwrap();
                 let mut got = [0; 12];
                 client.read_exact(&mut got).await.unwrap();
                 assert_eq!(&got, b"hello client", "what came with the answer comes first");
-                assert_eq!(tunnels.open(), 1);
 
                 // More than either pipe holds, while nobody reads at first.
                 let sent = vec![7; 200_000];
@@ -243,7 +183,6 @@ mod tests {
                 assert_eq!(rest, b"bye", "the other direction lives on after a half close");
                 drop(client);
                 assert_eq!(ended.await.unwrap(), Ended::Finished);
-                assert_eq!(tunnels.open(), 0);
             })
             .await;
     }
@@ -253,8 +192,7 @@ mod tests {
         let local = LocalSet::new();
         local
             .run_until(async {
-                let tunnels = Tunnels::default();
-                let (mut client, mut upstream, ended) = start(&tunnels, Duration::from_secs(10), 64);
+                let (mut client, mut upstream, ended) = start(Duration::from_secs(10), 64);
                 for _ in 0..5 {
                     tokio::time::sleep(Duration::from_secs(8)).await;
                     client.write_all(b"x").await.unwrap();
@@ -268,18 +206,58 @@ mod tests {
             .await;
     }
 
+    /// A client's side that the worker cuts when a drain is over.
+    struct Cut(DuplexStream, Rc<Cell<bool>>);
+
+    impl AsyncRead for Cut {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if self.1.get() {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
+            Pin::new(&mut self.0).poll_read(cx, buffer)
+        }
+    }
+
+    impl AsyncWrite for Cut {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
     #[tokio::test]
-    async fn a_drain_closes_what_is_left() {
+    async fn a_client_that_is_cut_takes_the_upstream_with_it() {
         let local = LocalSet::new();
         local
             .run_until(async {
-                let tunnels = Tunnels::default();
-                let (_client, _upstream, ended) = start(&tunnels, Duration::from_secs(60), 64);
-                tokio::task::yield_now().await;
-                tunnels.close();
-                assert_eq!(ended.await.unwrap(), Ended::Closed);
-                let (_client, _upstream, late) = start(&tunnels, Duration::from_secs(60), 64);
-                assert_eq!(late.await.unwrap(), Ended::Closed);
+                let (mut client, inner_client) = duplex(64);
+                let (mut upstream, inner_upstream) = duplex(64);
+                let cut = Rc::new(Cell::new(false));
+                let inner_client = Cut(inner_client, cut.clone());
+                let idle = Duration::from_secs(60);
+                let ended = spawn_local(run(inner_client, inner_upstream, Bytes::new(), idle));
+                client.write_all(b"x").await.unwrap();
+                assert_eq!(upstream.read_u8().await.unwrap(), b'x');
+                cut.set(true);
+                // The worker wakes the reader; here a byte does.
+                client.write_all(b"y").await.unwrap();
+                assert_eq!(ended.await.unwrap(), Ended::Broken);
+                assert_eq!(upstream.read(&mut [0]).await.unwrap(), 0, "the upstream sees the end");
             })
             .await;
     }
