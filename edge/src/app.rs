@@ -172,6 +172,10 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     let opened = open_store(process)?;
     let running = running(process, catalog, &metrics)?;
     let in_flight = InFlightCount::default();
+    // Sockets are bound first, so that a taken port is told at once, and accept when there is something to serve.
+    let mut bound = Addresses::default();
+    let listeners =
+        if process.serves_traffic() { listen(process, &running, &mut bound)? } else { Vec::new() };
     let interfaces = Interfaces::start(process, &running, &opened, &metrics, &export).await?;
 
     let events = opened.store.watch();
@@ -185,15 +189,13 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         })
         .map_err(StartError::system("the thread that compiles cannot be started"))?;
 
-    let mut addresses = interfaces.addresses();
+    let addresses = Addresses { http: bound.http, https: bound.https, ..interfaces.addresses() };
     if !process.serves_traffic() {
         ready(&addresses);
         interfaces.ready();
         stop.told().await;
         return Ok(());
     }
-    // Sockets are bound early, so that a taken port is told at once, and accept when there is something to serve.
-    let listeners = listen(process, &running, &mut addresses)?;
     tokio::select! {
         () = configured(&running) => {}
         () = stop.told() => return Ok(()),

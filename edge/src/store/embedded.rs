@@ -45,6 +45,8 @@ pub const LOG_BYTES: u64 = 32 << 20;
 
 /// Writes put into one transaction at most: bounds how long the first of them waits.
 const BATCH: usize = 1024;
+/// How long another process may hold the database before that is an error.
+const HELD: Duration = Duration::from_secs(2);
 /// Pages kept in memory. Reads are rare, the data path does none.
 const CACHE: usize = 16 << 20;
 /// How often a file that failed is opened again.
@@ -119,7 +121,7 @@ impl Embedded {
         let path = data_dir.join(FILE);
         let snapshot = SnapshotFile::new(data_dir, "embedded", "");
         let lost = !path.exists();
-        let (database, fallback) = match open_database(&path) {
+        let (database, fallback) = match open_when_free(&path) {
             Ok(database) => (Some(database), None),
             Err(OpenError::InUse) => {
                 return Err(StoreError::Unavailable(format!(
@@ -882,6 +884,18 @@ enum OpenError {
 }
 
 /// Open or create the file, readable by the owner alone, with all tables there.
+/// Opens the database. A process that is about to end may hold it for a moment yet.
+#[expect(clippy::disallowed_methods, reason = "at start, off the workers; there is no event to wait for")]
+fn open_when_free(path: &Path) -> Result<Database, OpenError> {
+    let until = Instant::now() + HELD;
+    loop {
+        match open_database(path) {
+            Err(OpenError::InUse) if Instant::now() < until => thread::sleep(HELD / 40),
+            opened => return opened,
+        }
+    }
+}
+
 fn open_database(path: &Path) -> Result<Database, OpenError> {
     let damaged = |error: &dyn std::fmt::Display| OpenError::Damaged(error.to_string());
     let file = OpenOptions::new()

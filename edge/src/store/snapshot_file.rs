@@ -10,6 +10,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -116,7 +117,9 @@ impl SnapshotFile {
         if let Some(directory) = self.path.parent() {
             prepare_data_dir(directory)?;
         }
-        let new = self.path.with_extension("new");
+        // A name of its own for each writer: one of them must not move away what another still writes.
+        static WRITERS: AtomicU64 = AtomicU64::new(0);
+        let new = self.path.with_extension(format!("new{}", WRITERS.fetch_add(1, Ordering::Relaxed) % 8));
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         let mut objects = Sink { out: BufWriter::with_capacity(1 << 18, file), sum: Sha256::new() };
         objects.write_all(MAGIC)?;
