@@ -169,6 +169,10 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     })?;
     let metrics = Arc::new(Metrics::new(export.settings.clone()));
     let catalog: Arc<dyn PluginCatalog> = Arc::new(plugins::Catalog::new(process.plugins.as_deref()));
+    let unknown: Vec<_> = process.plugins.iter().flat_map(|list| plugins::Catalog::unknown(list)).collect();
+    if !unknown.is_empty() {
+        tracing::info!(?unknown, "`plugins` names plugins that are not offered");
+    }
     let opened = open_store(process)?;
     let running = running(process, catalog, &metrics)?;
     let in_flight = InFlightCount::default();

@@ -361,8 +361,8 @@ pub fn before_proxy(x: &mut Exchange) -> bool {
 fn respond(x: &mut Exchange) {
     x.responded = Some(std::time::Instant::now());
     let early = std::mem::take(&mut x.response_headers);
-    for (name, value) in early.iter() {
-        x.response.headers_mut().insert(name.clone(), value.clone());
+    for (name, value) in early {
+        x.response.headers_mut().insert(name, value);
     }
     rescue::proxy_status(x);
     let plans = [x.global_plan.take(), x.plan.take()];

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, Uri, request};
+use http::{HeaderName, HeaderValue, Request, Response, Uri, request};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use smallvec::SmallVec;
 
@@ -195,7 +195,7 @@ pub struct State {
     /// What plugins changed for the upstream.
     pub forward: Forward,
     /// Fields that plugins add to whatever answer is sent. Each replaces a field of the same name.
-    pub response_headers: HeaderMap,
+    pub response_headers: Vec<(HeaderName, HeaderValue)>,
     /// The answer.
     pub response: Response<Body>,
     /// Who gave the answer.
@@ -243,7 +243,7 @@ impl Exchange {
             uri_params: Params::default(),
             consumer: None,
             forward: Forward::default(),
-            response_headers: HeaderMap::new(),
+            response_headers: Vec::new(),
             response: Response::new(Body::Empty),
             answered: Answered::No,
             error: None,

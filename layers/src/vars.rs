@@ -156,8 +156,10 @@ impl State {
             Var::ServerProtocol => Some(Cow::Borrowed(self.protocol())),
             Var::ServerAddr => owned(self.conn.local.ip().to_string()),
             Var::ServerPort => owned(self.conn.local.port().to_string()),
-            Var::RemoteAddr => owned(self.remote_addr.to_string()),
-            Var::RealipRemoteAddr | Var::ProxyProtocolAddr => owned(self.conn.peer.ip().to_string()),
+            Var::RemoteAddr if self.remote_addr != self.conn.peer.ip() => owned(self.remote_addr.to_string()),
+            Var::RemoteAddr | Var::RealipRemoteAddr | Var::ProxyProtocolAddr => {
+                self.conn.forwarded.peer.to_str().ok().map(Cow::Borrowed)
+            }
             Var::RemotePort | Var::RealipRemotePort | Var::ProxyProtocolPort => {
                 owned(self.conn.peer.port().to_string())
             }

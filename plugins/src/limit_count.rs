@@ -20,6 +20,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{Number, json};
 
+use crate::support::headers;
 use crate::support::numbers::number;
 use crate::support::reply::{self, Canned};
 
@@ -382,8 +383,7 @@ fn header_names(metadata: &Metadata, prefix: Option<&str>) -> Result<[HeaderName
             Some(prefix) => base.replacen("RateLimit-", &format!("{prefix}-RateLimit-"), 1),
             None => base.to_owned(),
         };
-        HeaderName::from_bytes(name.as_bytes())
-            .map_err(|_| ConfigError::invalid("", format!("`{name}` is not the name of a header field")))
+        headers::name(&name, "").map_err(|error| ConfigError::new("", error.kind))
     };
     Ok([name(&metadata.limit_header)?, name(&metadata.remaining_header)?, name(&metadata.reset_header)?])
 }
@@ -463,7 +463,7 @@ fn tell(x: &mut Exchange, names: &[HeaderName; 3], count: u64, verdict: &Verdict
     };
     let [limit, remaining, at] = names;
     for (name, value) in [(limit, number(count)), (remaining, number(verdict.remaining)), (at, reset)] {
-        x.response_headers.insert(name, value);
+        x.response_headers.push((name.clone(), value));
     }
 }
 

@@ -16,7 +16,7 @@ use regex::bytes::Captures;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::support::captures::{RegexUri, Replacement};
+use crate::support::captures::{RegexUri, Replacement, Text};
 use crate::support::headers::{self, Scalar, Value};
 use crate::support::uri;
 
@@ -211,9 +211,9 @@ fn fixed_or_made(source: &str, raw: bool) -> Result<Path, ConfigError> {
     }
     let (path, query) = Replacement::with_variables(source).split_query();
     if let (Some(literal), None, false) = (path.as_literal(), &query, raw) {
-        let mut escaped = String::new();
+        let mut escaped = Text::new();
         uri::escape_path(&mut escaped, literal.as_bytes());
-        if let Ok(fixed) = PathAndQuery::try_from(escaped) {
+        if let Ok(fixed) = PathAndQuery::try_from(&*escaped) {
             return Ok(Path::Fixed(fixed));
         }
     }
@@ -270,10 +270,10 @@ impl Rewrite for ProxyRewrite {
         match &self.path {
             // Captures borrow the path, which fields are not allowed to change meanwhile: it is copied.
             Path::Matched(rules) => {
-                let subject: Box<str> = if self.raw { x.request_uri().into() } else { x.path().into() };
-                let matched = rules.iter().find_map(|rule| Some((rule, rule.captures(subject.as_bytes())?)));
+                let subject = Text::from_slice(if self.raw { x.request_uri() } else { x.path() }.as_bytes());
+                let matched = rules.iter().find_map(|rule| Some((rule, rule.captures(&subject)?)));
                 if let Some((rule, captures)) = &matched {
-                    let (path, query) = rule.replace(subject.as_bytes(), captures, &**x);
+                    let (path, query) = rule.replace(&subject, captures, &**x);
                     x.forward.uri = self.target(&path, query.as_deref(), x);
                 } else if self.raw {
                     x.forward.uri = PathAndQuery::try_from(&*subject).ok();
@@ -294,10 +294,10 @@ impl Rewrite for ProxyRewrite {
                 self.change_fields(x, None);
             }
             Path::Made(path, query) => {
-                let mut rendered = Vec::with_capacity(64);
+                let mut rendered = Text::new();
                 path.render(&**x, None, &mut rendered);
                 let query = query.as_ref().map(|query| {
-                    let mut rendered = Vec::new();
+                    let mut rendered = Text::new();
                     query.render(&**x, None, &mut rendered);
                     rendered
                 });
@@ -317,13 +317,13 @@ impl ProxyRewrite {
         if !self.raw {
             return uri::target(path, query, x);
         }
-        let mut out = String::with_capacity(path.len() + query.map_or(0, <[u8]>::len) + 1);
+        let mut out = Text::new();
         uri::escape_controls(&mut out, path);
         if let Some(query) = query {
-            out.push('?');
+            out.push(b'?');
             uri::escape_controls(&mut out, query);
         }
-        PathAndQuery::try_from(out).ok()
+        PathAndQuery::try_from(&*out).ok()
     }
 
     fn change_fields(&self, x: &mut Exchange, captures: Option<&Captures<'_>>) {

@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::support::captures::{RegexUri, Replacement};
+use crate::support::captures::{RegexUri, Replacement, Text};
 use crate::support::reply::{self, Canned};
 use crate::support::uri;
 
@@ -134,7 +134,7 @@ fn came_by_http(x: &State) -> bool {
 
 impl Rewrite for Redirect {
     fn rewrite(&self, x: &mut Exchange) -> Flow {
-        let mut path = Vec::with_capacity(128);
+        let mut path = Text::new();
         let mut query = None;
         let mut answer = &self.answer;
         match &self.to {
@@ -162,7 +162,7 @@ impl Rewrite for Redirect {
         }
         let location = self.location(&path, query.as_deref(), x);
         let mut response = answer.response();
-        if let Ok(location) = HeaderValue::try_from(location) {
+        if let Ok(location) = HeaderValue::from_bytes(&location) {
             response.headers_mut().insert(header::LOCATION, location);
         }
         Flow::Reply(response)
@@ -170,12 +170,12 @@ impl Rewrite for Redirect {
 }
 
 impl Redirect {
-    fn location(&self, path: &[u8], query: Option<&[u8]>, x: &State) -> String {
+    fn location(&self, path: &[u8], query: Option<&[u8]>, x: &State) -> Text {
         let (path, query) = match query {
             Some(query) => (path, Some(query)),
             None => uri::split_query(path),
         };
-        let mut out = String::with_capacity(path.len() + query.map_or(0, <[u8]>::len) + 16);
+        let mut out = Text::new();
         if self.encode {
             uri::escape_path(&mut out, path);
         } else {
@@ -183,14 +183,14 @@ impl Redirect {
             uri::escape_controls(&mut out, path);
         }
         if let Some(query) = query {
-            out.push('?');
+            out.push(b'?');
             uri::escape_controls(&mut out, query);
         }
         if self.append_query
             && let Some(own) = x.request.uri.query()
         {
-            out.push(if query.is_some() { '&' } else { '?' });
-            out.push_str(own);
+            out.push(if query.is_some() { b'&' } else { b'?' });
+            out.extend_from_slice(own.as_bytes());
         }
         out
     }

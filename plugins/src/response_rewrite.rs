@@ -332,7 +332,7 @@ impl CompiledFilter {
         for captures in self.pattern.captures_iter(text).take(limit) {
             let found = captures.get(0)?;
             out.extend_from_slice(text.get(done..found.start())?);
-            self.replacement.render(&NoVars, Some(&captures), &mut out);
+            self.replacement.pieces(&NoVars, Some(&captures), |piece| out.extend_from_slice(piece));
             done = found.end();
         }
         // Without a match nothing was written; a match of nothing at the start writes its replacement.

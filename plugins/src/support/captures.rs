@@ -7,6 +7,10 @@ use config::pattern;
 use config::template::{Piece, Template};
 use config::var::{Var, Vars};
 use regex::bytes::{Captures, Regex};
+use smallvec::SmallVec;
+
+/// A text that is put together for one request. Short ones, which is most, stay on the stack.
+pub type Text = SmallVec<[u8; 128]>;
 
 /// A text that takes captures and, if it was read so, variables.
 #[derive(Clone, Debug, Default)]
@@ -100,18 +104,28 @@ impl Replacement {
     }
 
     /// Appends the text. A capture that does not exist adds nothing, nor does a variable without a value.
-    pub fn render<V: Vars + ?Sized>(&self, vars: &V, captures: Option<&Captures<'_>>, out: &mut Vec<u8>) {
+    pub fn render<V: Vars + ?Sized>(&self, vars: &V, captures: Option<&Captures<'_>>, out: &mut Text) {
+        self.pieces(vars, captures, |piece| out.extend_from_slice(piece));
+    }
+
+    /// Gives the text piece by piece.
+    pub fn pieces<V: Vars + ?Sized>(
+        &self,
+        vars: &V,
+        captures: Option<&Captures<'_>>,
+        mut write: impl FnMut(&[u8]),
+    ) {
         for part in &self.parts {
             match part {
-                Part::Literal(text) => out.extend_from_slice(text.as_bytes()),
+                Part::Literal(text) => write(text.as_bytes()),
                 Part::Capture(number) => {
                     if let Some(found) = captures.and_then(|captures| captures.get(*number)) {
-                        out.extend_from_slice(found.as_bytes());
+                        write(found.as_bytes());
                     }
                 }
                 Part::Variable(var, default) => {
                     if let Some(value) = vars.get(var).as_deref().or(default.as_deref()) {
-                        out.extend_from_slice(value.as_bytes());
+                        write(value.as_bytes());
                     }
                 }
             }
@@ -165,9 +179,9 @@ impl RegexUri {
         subject: &[u8],
         captures: &Captures<'_>,
         vars: &V,
-    ) -> (Vec<u8>, Option<Vec<u8>>) {
+    ) -> (Text, Option<Text>) {
         let (start, end) = captures.get(0).map_or((0, 0), |found| (found.start(), found.end()));
-        let mut path = Vec::with_capacity(subject.len() + 32);
+        let mut path = Text::new();
         path.extend_from_slice(subject.get(..start).unwrap_or_default());
         self.path.render(vars, Some(captures), &mut path);
         let rest = subject.get(end..).unwrap_or_default();
@@ -175,7 +189,7 @@ impl RegexUri {
             path.extend_from_slice(rest);
             return (path, None);
         };
-        let mut out = Vec::new();
+        let mut out = Text::new();
         query.render(vars, Some(captures), &mut out);
         out.extend_from_slice(rest);
         (path, Some(out))
@@ -194,9 +208,9 @@ mod tests {
         let captures = rule.captures(subject.as_bytes())?;
         let (mut out, query) = rule.replace(subject.as_bytes(), &captures, &*x);
         if let Some(query) = query {
-            out.extend([b" query ", &query[..]].concat());
+            out.extend_from_slice(&[b" query ", &query[..]].concat());
         }
-        Some(String::from_utf8(out).unwrap())
+        Some(String::from_utf8(out.to_vec()).unwrap())
     }
 
     #[test]

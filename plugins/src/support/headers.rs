@@ -1,6 +1,7 @@
 //! Header fields that the configuration sets: names checked once, values with variables and captures.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 
 use config::error::ConfigError;
 use config::var::Vars;
@@ -9,7 +10,7 @@ use regex::bytes::Captures;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use super::captures::Replacement;
+use super::captures::{Replacement, Text};
 
 /// A value as it is written: text or a number.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,10 +54,29 @@ pub type Fields = BTreeMap<String, Scalar>;
 /// # Errors
 /// No field can have that name. The error stands at `pointer`.
 pub fn name(name: &str, pointer: &str) -> Result<HeaderName, ConfigError> {
-    HeaderName::from_bytes(name.trim().as_bytes()).map_err(|_| {
+    HeaderName::from_bytes(name.trim().as_bytes()).map(lasting).map_err(|_| {
         let pointer = format!("{pointer}/{}", config::error::escape(name));
         ConfigError::invalid(pointer, format!("`{name}` is not the name of a header field"))
     })
+}
+
+/// Names that are kept for as long as the process lives.
+const LASTING: usize = 4096;
+
+/// The same name, of which a copy touches no counter that workers share: the first few thousand that any
+/// configuration writes live as long as the process.
+fn lasting(name: HeaderName) -> HeaderName {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = names.get(name.as_str()) {
+        return HeaderName::from_static(known);
+    }
+    if names.len() >= LASTING || name.as_str().len() > 128 {
+        return name;
+    }
+    let known: &'static str = Box::leak(name.as_str().into());
+    names.insert(known);
+    HeaderName::from_static(known)
 }
 
 /// The value of a field, compiled.
@@ -91,15 +111,11 @@ impl Value {
             // A copy, not a clone: a clone counts references where all workers do.
             Value::Literal(value) => HeaderValue::from_bytes(value.as_bytes()).ok(),
             Value::Made(replacement) => {
-                let mut out = Vec::with_capacity(32);
+                let mut out = Text::new();
                 replacement.render(vars, captures, &mut out);
                 // Variables may hold what the client sent: no line ends in a field.
                 out.retain(|byte| *byte >= 0x20 && *byte != 0x7f);
-                if out.is_empty() {
-                    None
-                } else {
-                    HeaderValue::from_maybe_shared(bytes::Bytes::from(out)).ok()
-                }
+                if out.is_empty() { None } else { HeaderValue::from_bytes(&out).ok() }
             }
         }
     }

@@ -14,7 +14,12 @@ pub fn number(n: u64) -> HeaderValue {
     let values = VALUES.get_or_init(|| {
         (0..KNOWN).map(|n| HeaderValue::from_static(Box::leak(n.to_string().into_boxed_str()))).collect()
     });
-    usize::try_from(n).ok().and_then(|n| values.get(n)).cloned().unwrap_or_else(|| HeaderValue::from(n))
+    usize::try_from(n).ok().and_then(|n| values.get(n)).cloned().unwrap_or_else(|| written(n))
+}
+
+fn written(n: u64) -> HeaderValue {
+    let mut digits = itoa::Buffer::new();
+    HeaderValue::from_str(digits.format(n)).unwrap_or_else(|_| HeaderValue::from(n))
 }
 
 #[cfg(test)]

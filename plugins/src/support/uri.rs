@@ -4,6 +4,8 @@ use http::uri::PathAndQuery;
 use layers::exchange::State;
 use layers::http::normalize::normalize_query;
 
+use super::captures::Text;
+
 /// What nginx escapes when it writes a path: what would end the path or is never sent raw.
 fn is_safe(byte: u8) -> bool {
     byte.is_ascii_graphic()
@@ -12,18 +14,18 @@ fn is_safe(byte: u8) -> bool {
 
 const HEX: &[u8; 16] = b"0123456789ABCDEF";
 
-fn push_escaped(out: &mut String, byte: u8) {
-    out.push('%');
+fn push_escaped(out: &mut Text, byte: u8) {
+    out.push(b'%');
     for digit in [byte >> 4, byte & 15] {
-        out.push(char::from(HEX.get(usize::from(digit)).copied().unwrap_or(b'0')));
+        out.push(HEX.get(usize::from(digit)).copied().unwrap_or(b'0'));
     }
 }
 
 /// Appends a decoded path in the form in which it is sent. A percent sign is a percent sign: `%` becomes `%25`.
-pub fn escape_path(out: &mut String, path: &[u8]) {
+pub fn escape_path(out: &mut Text, path: &[u8]) {
     for byte in path {
         if is_safe(*byte) {
-            out.push(char::from(*byte));
+            out.push(*byte);
         } else {
             push_escaped(out, *byte);
         }
@@ -31,10 +33,10 @@ pub fn escape_path(out: &mut String, path: &[u8]) {
 }
 
 /// Appends text that is a URI already; only what no header field can hold is escaped.
-pub fn escape_controls(out: &mut String, text: &[u8]) {
+pub fn escape_controls(out: &mut Text, text: &[u8]) {
     for byte in text {
         if byte.is_ascii_graphic() {
-            out.push(char::from(*byte));
+            out.push(*byte);
         } else {
             push_escaped(out, *byte);
         }
@@ -53,21 +55,20 @@ pub fn split_query(uri: &[u8]) -> (&[u8], Option<&[u8]>) {
 /// behind it.
 pub fn target(path: &[u8], query: Option<&[u8]>, x: &State) -> Option<PathAndQuery> {
     let own = x.request.uri.query();
-    let mut out =
-        String::with_capacity(path.len() + query.map_or(0, <[u8]>::len) + own.map_or(0, str::len) + 2);
+    let mut out = Text::new();
     if path.first() != Some(&b'/') {
-        out.push('/');
+        out.push(b'/');
     }
     escape_path(&mut out, path);
     if let Some(query) = query {
-        out.push('?');
-        out.push_str(&normalize_query(query));
+        out.push(b'?');
+        out.extend_from_slice(normalize_query(query).as_bytes());
     }
     if let Some(own) = own {
-        out.push(if query.is_some() { '&' } else { '?' });
-        out.push_str(own);
+        out.push(if query.is_some() { b'&' } else { b'?' });
+        out.extend_from_slice(own.as_bytes());
     }
-    PathAndQuery::try_from(out).ok()
+    PathAndQuery::try_from(&*out).ok()
 }
 
 #[cfg(test)]
@@ -97,8 +98,8 @@ mod tests {
 
     #[test]
     fn controls_do_not_get_into_a_field() {
-        let mut out = String::new();
+        let mut out = Text::new();
         escape_controls(&mut out, "https://a/b%20c?d=\r\nX: y\u{e9}".as_bytes());
-        assert_eq!(out, "https://a/b%20c?d=%0D%0AX:%20y%C3%A9");
+        assert_eq!(&*out, b"https://a/b%20c?d=%0D%0AX:%20y%C3%A9");
     }
 }
