@@ -535,3 +535,6 @@ fn peers(endpoints: &[Endpoint], before: &[Peer]) -> Vec<Peer> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -481,3 +481,6 @@ fn host(x: &Exchange, state: &State, endpoint: &EndpointState) -> HeaderValue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,11 +6,10 @@
 //! crosses threads, and a configuration change closes nothing that is in use.
 
 use std::cell::RefCell;
-use std::hash::{Hash, Hasher};
 use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 
-use hashbrown::{Equivalent, HashMap};
+use hashbrown::HashMap;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
 
@@ -38,38 +37,17 @@ pub(crate) struct Key<'a> {
     pub(crate) endpoint: u64,
     /// Number of the scheme and TLS identity; edits of an upstream that change them change it.
     pub(crate) transport: u64,
-    /// TLS name, where there is TLS.
+    /// TLS name, where there is TLS. Often the client chooses it, so it does not open a pool of its own: limits hold for
+    /// all names together.
     pub(crate) name: Option<&'a str>,
 }
 
-#[derive(Debug, PartialEq, Eq)]
-struct OwnedKey {
-    endpoint: u64,
-    transport: u64,
-    name: Option<Box<str>>,
-}
+/// A key without its name.
+type Place = (u64, u64);
 
-impl Hash for Key<'_> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.endpoint, self.transport, self.name).hash(state);
-    }
-}
-
-impl Hash for OwnedKey {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.endpoint, self.transport, self.name.as_deref()).hash(state);
-    }
-}
-
-impl Equivalent<OwnedKey> for Key<'_> {
-    fn equivalent(&self, key: &OwnedKey) -> bool {
-        self.endpoint == key.endpoint && self.transport == key.transport && self.name == key.name.as_deref()
-    }
-}
-
-impl From<Key<'_>> for OwnedKey {
-    fn from(key: Key<'_>) -> Self {
-        Self { endpoint: key.endpoint, transport: key.transport, name: key.name.map(Into::into) }
+impl Key<'_> {
+    fn place(&self) -> Place {
+        (self.endpoint, self.transport)
     }
 }
 
@@ -79,13 +57,14 @@ pub struct Pool(Rc<RefCell<Inner>>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    idle: HashMap<OwnedKey, Vec<Idle>>,
-    shared: HashMap<OwnedKey, Shared>,
+    idle: HashMap<Place, Vec<Idle>>,
+    shared: HashMap<Place, Shared>,
     sweeping: bool,
 }
 
 #[derive(Debug)]
 struct Idle {
+    name: Option<Box<str>>,
     connection: Http1,
     since: Instant,
     expires: Option<Instant>,
@@ -93,8 +72,37 @@ struct Idle {
 
 #[derive(Debug, Default)]
 struct Shared {
-    connections: SmallVec<[(Http2, Keepalive); 1]>,
-    dialing: Option<Rc<Dial>>,
+    connections: SmallVec<[Open; 1]>,
+    dialing: SmallVec<[Dialled; 1]>,
+}
+
+/// A connection in the making, and the name it is made under.
+type Dialled = (Option<Box<str>>, Rc<Dial>);
+
+#[derive(Debug)]
+struct Open {
+    name: Option<Box<str>>,
+    connection: Http2,
+    keepalive: Keepalive,
+}
+
+impl Shared {
+    fn is_empty(&self) -> bool {
+        self.connections.is_empty() && self.dialing.is_empty()
+    }
+
+    /// Let go of the connections that have been idle the longest while there are more than `size`.
+    fn trim(&mut self, size: usize) {
+        loop {
+            let idle = self.connections.iter().enumerate();
+            let idle = idle.filter_map(|(index, open)| Some((open.connection.idle_since()?, index)));
+            let count = idle.clone().count();
+            match idle.min() {
+                Some((_, oldest)) if count > size => drop(self.connections.swap_remove(oldest)),
+                _ => return,
+            }
+        }
+    }
 }
 
 /// An HTTP/2 connection that is being made; others wait for it instead of making their own.
@@ -124,18 +132,21 @@ pub(crate) enum Claim {
 /// The duty to connect. Dropped without an outcome, the others try for themselves.
 pub(crate) struct Dialing {
     pool: Weak<RefCell<Inner>>,
-    key: OwnedKey,
+    place: Place,
+    name: Option<Box<str>>,
     dial: Rc<Dial>,
 }
 
 impl Dialing {
     /// The connection stands: share it, and take the first stream.
-    pub(crate) fn connected(self, connection: &Http2, keepalive: Keepalive) -> Http2Stream {
+    pub(crate) fn connected(mut self, connection: &Http2, keepalive: Keepalive) -> Http2Stream {
         let stream = connection.stream();
         if let Some(pool) = self.pool.upgrade() {
             let mut inner = pool.borrow_mut();
-            if let Some(shared) = inner.shared.get_mut(&self.key) {
-                shared.connections.push((connection.clone(), keepalive));
+            if let Some(shared) = inner.shared.get_mut(&self.place) {
+                let (name, connection) = (self.name.take(), connection.clone());
+                shared.connections.push(Open { name, connection, keepalive });
+                shared.trim(keepalive.size);
             }
             drop(inner);
             Pool(pool).sweep();
@@ -151,10 +162,14 @@ impl Dialing {
 
 impl Drop for Dialing {
     fn drop(&mut self) {
-        if let Some(pool) = self.pool.upgrade()
-            && let Some(shared) = pool.borrow_mut().shared.get_mut(&self.key)
-        {
-            shared.dialing = None;
+        if let Some(pool) = self.pool.upgrade() {
+            let mut inner = pool.borrow_mut();
+            if let Some(shared) = inner.shared.get_mut(&self.place) {
+                shared.dialing.retain(|(_, dial)| !Rc::ptr_eq(dial, &self.dial));
+                if shared.is_empty() {
+                    inner.shared.remove(&self.place);
+                }
+            }
         }
         self.dial.done.notify_waiters();
     }
@@ -164,9 +179,10 @@ impl Pool {
     /// The most recently used idle connection that is still open.
     pub(crate) fn take(&self, key: Key<'_>) -> Option<Http1> {
         let mut inner = self.0.borrow_mut();
-        let idle = inner.idle.get_mut(&key)?;
+        let idle = inner.idle.get_mut(&key.place())?;
         let now = Instant::now();
-        while let Some(candidate) = idle.pop() {
+        while let Some(youngest) = idle.iter().rposition(|idle| idle.name.as_deref() == key.name) {
+            let candidate = idle.remove(youngest);
             let expired = candidate.expires.is_some_and(|at| at <= now);
             if !expired && candidate.connection.is_ready() {
                 return Some(candidate.connection);
@@ -178,28 +194,27 @@ impl Pool {
     /// Keep a connection whose request and response are finished. It is closed instead when it is not ready for
     /// another request, has served its share, or the pool is full of younger ones.
     pub(crate) fn put(&self, key: Key<'_>, connection: Http1, keepalive: Keepalive) {
-        if !connection.is_ready() || connection.served() >= keepalive.requests {
+        if !connection.is_ready() || connection.served() >= keepalive.requests || keepalive.size == 0 {
             return;
         }
         let now = Instant::now();
         let limit = [keepalive.idle, connection.idle_limit()].into_iter().flatten().min();
-        let idle = Idle { connection, since: now, expires: limit.map(|limit| now + limit) };
+        let idle = Idle {
+            name: key.name.map(Into::into),
+            connection,
+            since: now,
+            expires: limit.map(|limit| now + limit),
+        };
         let mut inner = self.0.borrow_mut();
-        match inner.idle.get_mut(&key) {
-            Some(list) => {
-                if list.len() >= keepalive.size {
-                    list.retain(|idle| !idle.connection.is_closed());
-                }
-                if list.len() >= keepalive.size {
-                    // The oldest is the least likely to be needed.
-                    list.remove(0);
-                }
-                list.push(idle);
-            }
-            None => {
-                inner.idle.insert(key.into(), vec![idle]);
-            }
+        let list = inner.idle.entry(key.place()).or_default();
+        if list.len() >= keepalive.size {
+            list.retain(|idle| !idle.connection.is_closed());
         }
+        if list.len() >= keepalive.size {
+            // The oldest are the least likely to be needed. An edit may have made the pool smaller.
+            list.drain(..list.len() - keepalive.size + 1);
+        }
+        list.push(idle);
         drop(inner);
         self.sweep();
     }
@@ -207,27 +222,20 @@ impl Pool {
     /// A stream on a shared connection, or what to do to get one.
     pub(crate) fn claim(&self, key: Key<'_>) -> Claim {
         let mut inner = self.0.borrow_mut();
-        if !inner.shared.contains_key(&key) {
-            inner.shared.insert(key.into(), Shared::default());
+        let shared = inner.shared.entry(key.place()).or_default();
+        shared.connections.retain(|open| {
+            !open.connection.is_retired() && open.connection.served() < open.keepalive.requests
+        });
+        let mut connections = shared.connections.iter().filter(|open| open.name.as_deref() == key.name);
+        if let Some(open) = connections.find(|open| open.connection.has_room()) {
+            return Claim::Stream(open.connection.stream());
         }
-        let dial = match inner.shared.get_mut(&key) {
-            None => Rc::default(),
-            Some(shared) => {
-                shared.connections.retain(|(connection, keepalive)| {
-                    !connection.is_retired() && connection.served() < keepalive.requests
-                });
-                if let Some((connection, _)) = shared.connections.iter().find(|(open, _)| open.has_room()) {
-                    return Claim::Stream(connection.stream());
-                }
-                if let Some(dial) = &shared.dialing {
-                    return Claim::Wait(Rc::clone(dial));
-                }
-                let dial = Rc::<Dial>::default();
-                shared.dialing = Some(Rc::clone(&dial));
-                dial
-            }
-        };
-        Claim::Dial(Dialing { pool: Rc::downgrade(&self.0), key: key.into(), dial })
+        if let Some((_, dial)) = shared.dialing.iter().find(|(name, _)| name.as_deref() == key.name) {
+            return Claim::Wait(Rc::clone(dial));
+        }
+        let (dial, name) = (Rc::<Dial>::default(), key.name.map(Box::<str>::from));
+        shared.dialing.push((name.clone(), Rc::clone(&dial)));
+        Claim::Dial(Dialing { pool: Rc::downgrade(&self.0), place: key.place(), name, dial })
     }
 
     /// See that idle connections are looked at; the task ends when there are none.
@@ -261,12 +269,69 @@ impl Inner {
             !list.is_empty()
         });
         self.shared.retain(|_, shared| {
-            shared.connections.retain(|(connection, keepalive)| {
-                let idle = connection.idle_since().map(|since| now.saturating_duration_since(since));
-                let expired = idle.zip(keepalive.idle).is_some_and(|(idle, limit)| idle >= limit);
-                !connection.is_retired() && !expired
+            shared.connections.retain(|open| {
+                let idle = open.connection.idle_since().map(|since| now.saturating_duration_since(since));
+                let expired = idle.zip(open.keepalive.idle).is_some_and(|(idle, limit)| idle >= limit);
+                !open.connection.is_retired() && !expired
             });
-            !shared.connections.is_empty() || shared.dialing.is_some()
+            if let Some(size) = shared.connections.iter().map(|open| open.keepalive.size).max() {
+                shared.trim(size);
+            }
+            !shared.is_empty()
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use tokio::net::TcpListener;
+    use tokio::task::LocalSet;
+
+    use super::super::connect;
+    use super::*;
+
+    async fn connection(listener: &TcpListener) -> Http1 {
+        let addr = listener.local_addr().unwrap();
+        let io = connect::connect(addr, None, Duration::from_secs(5)).await.unwrap();
+        let connection = Http1::start(io).await.unwrap();
+        while !connection.is_ready() {
+            tokio::task::yield_now().await;
+        }
+        connection
+    }
+
+    #[tokio::test]
+    async fn names_that_clients_choose_do_not_open_pools_of_their_own() {
+        let test = async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let pool = Pool::default();
+            let keepalive = Keepalive { size: 2, idle: None, requests: 10 };
+            let key = |name| Key { endpoint: 1, transport: 1, name: Some(name) };
+            for name in ["a", "b", "c"] {
+                pool.put(key(name), connection(&listener).await, keepalive);
+            }
+            assert!(pool.take(key("a")).is_none(), "the oldest had to go");
+            assert!(pool.take(Key { name: None, ..key("b") }).is_none(), "a name is never another's");
+            assert!(pool.take(Key { transport: 2, ..key("b") }).is_none(), "nor is an identity");
+            assert!(pool.take(Key { endpoint: 2, ..key("b") }).is_none(), "nor is an endpoint");
+            assert!(pool.take(key("b")).is_some() && pool.take(key("c")).is_some());
+            assert!(pool.take(key("b")).is_none(), "one is taken once");
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_never_made_leaves_nothing_behind() {
+        let pool = Pool::default();
+        let key = Key { endpoint: 1, transport: 1, name: Some("a") };
+        let Claim::Dial(dialing) = pool.claim(key) else { unreachable!("nothing is there yet") };
+        let Claim::Wait(dial) = pool.claim(key) else { unreachable!("somebody dials") };
+        let (outcome, ()) = tokio::join!(dial.wait(), async { dialing.failed(Reason::ConnectFailed) });
+        assert_eq!(outcome, Some(Reason::ConnectFailed));
+        assert!(pool.0.borrow().shared.is_empty());
+        assert!(matches!(pool.claim(key), Claim::Dial(_)));
+        assert!(pool.0.borrow().shared.is_empty(), "given up without an outcome, others may try");
     }
 }
