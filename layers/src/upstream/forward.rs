@@ -74,7 +74,7 @@ impl Service<Exchange> for UpstreamService {
                     if error.reason().blame() == Blame::Upstream
                         && let Some(statuses) = service.statuses(&x)
                     {
-                        x.response_headers.insert(UPSTREAM_STATUS, statuses);
+                        x.response_headers.push((UPSTREAM_STATUS, statuses));
                     }
                     Err(Fault { exchange: x, error })
                 }
