@@ -168,12 +168,12 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         StartError::setting("plugin_attr.prometheus", told.join("; "))
     })?;
     let metrics = Arc::new(Metrics::new(export.settings.clone()));
-    let catalog: Arc<dyn PluginCatalog> = Arc::new(plugins::Catalog::new(process.plugins.as_deref()));
+    let catalog = Arc::new(plugins::Catalog::new(process.plugins.as_deref()));
     let unknown: Vec<_> = process.plugins.iter().flat_map(|list| plugins::Catalog::unknown(list)).collect();
     if !unknown.is_empty() {
         tracing::info!(?unknown, "`plugins` names plugins that are not offered");
     }
-    let opened = open_store(process)?;
+    let opened = open_store(process, &catalog)?;
     let running = running(process, catalog, &metrics)?;
     let in_flight = InFlightCount::default();
     // Sockets are bound first, so that a taken port is told at once, and accept when there is something to serve.
@@ -244,11 +244,16 @@ pub(crate) struct Opened {
     pub(crate) standalone: Option<Arc<Standalone>>,
 }
 
-fn open_store(process: &Process) -> Result<Opened, StartError> {
+fn open_store(process: &Process, catalog: &Arc<plugins::Catalog>) -> Result<Opened, StartError> {
     let data = &process.data_dir;
     let store: Arc<dyn Store> = match &process.provider {
         Provider::Embedded => Arc::new(Embedded::open(data)?),
-        Provider::File { path } => Arc::new(FileStore::new(path, data)),
+        Provider::File { path } => {
+            let (catalog, own) = (catalog.clone(), process.plugins.clone());
+            // A list in the file takes the place of that in config.yaml.
+            let listed = move |names: Option<&[String]>| catalog.relist(names.or(own.as_deref()));
+            Arc::new(FileStore::new(path, data).with_listed(Box::new(listed)))
+        }
         Provider::Etcd(etcd) => {
             if !etcd.tls.verify {
                 tracing::warn!(

@@ -1,6 +1,7 @@
 //! How the configuration model asks about plugins: the list of this crate, cut down to what the operator enables.
 
 use std::collections::HashMap;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use config::error::ConfigError;
 use config::plugin_catalog::{PluginCatalog, PluginSchema};
@@ -11,9 +12,10 @@ use crate::{absent, registrations};
 
 /// The plugins that may be used.
 pub struct Catalog {
-    enabled: Vec<&'static Registration>,
-    by_name: HashMap<&'static str, &'static Registration>,
+    enabled: RwLock<Enabled>,
 }
+
+type Enabled = HashMap<&'static str, &'static Registration>;
 
 impl Default for Catalog {
     fn default() -> Self {
@@ -24,17 +26,21 @@ impl Default for Catalog {
 impl Catalog {
     /// All plugins, or those that `plugins` of `config.yaml` names.
     pub fn new(list: Option<&[String]>) -> Self {
-        let enabled: Vec<&'static Registration> = registrations()
-            .iter()
-            .filter(|registration| list.is_none_or(|list| list.iter().any(|name| name == registration.name)))
-            .collect();
-        let by_name = enabled.iter().map(|registration| (registration.name, *registration)).collect();
-        Self { enabled, by_name }
+        Self { enabled: RwLock::new(enabled(list)) }
     }
 
-    /// The plugins, by priority.
-    pub fn registrations(&self) -> &[&'static Registration] {
-        &self.enabled
+    /// Another list takes the place of the one before: `plugins` of `apisix.yaml`. Objects are judged by it the next
+    /// time they are read.
+    pub fn relist(&self, list: Option<&[String]>) {
+        *self.enabled.write().unwrap_or_else(PoisonError::into_inner) = enabled(list);
+    }
+
+    fn enabled(&self) -> RwLockReadGuard<'_, Enabled> {
+        self.enabled.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn registration(&self, name: &str) -> Option<&'static Registration> {
+        self.enabled().get(name).copied()
     }
 
     /// The names of a `plugins` list that no plugin here has, for a notice at the start.
@@ -46,9 +52,17 @@ impl Catalog {
     }
 }
 
+fn enabled(list: Option<&[String]>) -> Enabled {
+    registrations()
+        .iter()
+        .filter(|registration| list.is_none_or(|list| list.iter().any(|name| name == registration.name)))
+        .map(|registration| (registration.name, registration))
+        .collect()
+}
+
 impl PluginCatalog for Catalog {
     fn check(&self, name: &str, which: PluginSchema, value: &Value) -> Result<Value, Vec<ConfigError>> {
-        let Some(registration) = self.by_name.get(name) else { return Ok(value.clone()) };
+        let Some(registration) = self.registration(name) else { return Ok(value.clone()) };
         let extras = || (registration.extras)();
         let checked = match which {
             PluginSchema::Config => Some((registration.check)(value)),
@@ -62,7 +76,7 @@ impl PluginCatalog for Catalog {
     }
 
     fn schema(&self, name: &str, which: PluginSchema) -> Option<Value> {
-        let registration = self.by_name.get(name)?;
+        let registration = self.registration(name)?;
         match which {
             PluginSchema::Config => Some((registration.schema)()),
             PluginSchema::Consumer => (registration.extras)().consumer_schema(),
@@ -71,21 +85,23 @@ impl PluginCatalog for Catalog {
     }
 
     fn priority(&self, name: &str) -> Option<i32> {
-        self.by_name.get(name).map(|registration| registration.priority)
+        self.registration(name).map(|registration| registration.priority)
     }
 
     fn names(&self) -> Vec<&'static str> {
-        self.enabled.iter().map(|registration| registration.name).collect()
+        let enabled = self.enabled();
+        let names = registrations().iter().map(|registration| registration.name);
+        names.filter(|name| enabled.contains_key(name)).collect()
     }
 
     fn is_auth(&self, name: &str) -> bool {
-        self.by_name.get(name).is_some_and(|registration| (registration.extras)().authenticates())
+        self.registration(name).is_some_and(|registration| (registration.extras)().authenticates())
     }
 
     fn refusal(&self, name: &str) -> Option<String> {
         if registrations().iter().any(|registration| registration.name == name) {
-            let disabled = !self.by_name.contains_key(name);
-            return disabled.then(|| "it is disabled; add it to `plugins` in config.yaml".to_owned());
+            let disabled = self.registration(name).is_none();
+            return disabled.then(|| "it is disabled; add it to the list `plugins`".to_owned());
         }
         absent::advice(name)
     }
@@ -132,13 +148,15 @@ mod tests {
             (&all, "opa", "it exists in APISIX and is not offered yet; take it out"),
             (&all, "key_auth", "did you mean `key-auth`?"),
             (&all, "nonsense", "take it out"),
-            (&few, "request-id", "it is disabled; add it to `plugins` in config.yaml"),
+            (&few, "request-id", "it is disabled; add it to the list `plugins`"),
         ];
         for (catalog, name, words) in cases {
             let error = route(json!({name: {}}), catalog).unwrap_err();
             assert!(error.contains(words) && error.contains(&format!("/plugins/{name}")), "{name}: {error}");
         }
         assert!(route(json!({"key-auth": {}}), &few).is_ok());
+        few.relist(None);
+        assert!(route(json!({"request-id": {}}), &few).is_ok());
     }
 
     #[test]

@@ -167,3 +167,26 @@ async fn connections_to_an_origin_are_kept_over_changes_elsewhere() {
     }
     assert_eq!(origin.connections(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_of_plugins_in_the_file_takes_the_place_of_that_in_config_yaml() {
+    let origin = echo::start().await;
+    let file = |listed: &Value| {
+        json!({
+            "plugins": listed,
+            "routes": [{"id": "1", "uri": "/echoed", "plugins": {"echo": {"body": "hi"}}, "upstream": origin.upstream()}],
+        })
+    };
+    let edge = Edge::file()
+        .config(json!({"plugins": ["key-auth"]}))
+        .resources(file(&json!([{"name": "echo"}])))
+        .start()
+        .await;
+    edge.until_status("/echoed", 200).await;
+    edge.write(&file(&json!([{"name": "cors"}])));
+    let refused = edge.until_status("/echoed", 503).await;
+    let reason = refused.header("proxy-status").unwrap_or_default();
+    assert!(reason.contains("refused"), "{refused:?}");
+    edge.write(&file(&json!([{"name": "cors"}, {"name": "echo"}])));
+    edge.until_status("/echoed", 200).await;
+}

@@ -13,10 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use config::apisix_yaml::ListedPlugin;
 use config::{ApisixYaml, Env, Kind, LocatedError, ProcessEnv, ResourceKey};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -36,6 +36,9 @@ const BURST: Duration = Duration::from_millis(200);
 /// How often the snapshot is marked as current.
 const CONFIRM: Duration = Duration::from_secs(30);
 
+/// Where the snapshot keeps the list `plugins`.
+const PLUGINS: &str = "plugins";
+
 /// The file store. Its task ends with it.
 pub struct FileStore {
     shared: Arc<Shared>,
@@ -47,10 +50,15 @@ struct Shared {
     env: Arc<dyn Env + Send + Sync>,
     feed: Feed,
     snapshot: SnapshotFile,
+    /// Told of the list `plugins` of the file before the objects that it counts for.
+    listed: Option<Listed>,
     state: Mutex<State>,
     /// The directory said something.
     touched: Notify,
 }
+
+/// Takes the list `plugins` of the file: the names of HTTP plugins, if there is a list.
+pub type Listed = Box<dyn Fn(Option<&[String]>) + Send + Sync>;
 
 #[derive(Default)]
 struct State {
@@ -60,7 +68,6 @@ struct State {
     digest: Option<[u8; 32]>,
     /// What of the file could not be read, with its place.
     problems: Vec<LocatedError>,
-    plugins: Option<Vec<ListedPlugin>>,
     told: bool,
 }
 
@@ -91,6 +98,7 @@ impl FileStore {
             env,
             feed: Feed::new(kind),
             snapshot,
+            listed: None,
             state: Mutex::default(),
             touched: Notify::new(),
         });
@@ -103,10 +111,14 @@ impl FileStore {
         self.shared.state().problems.clone()
     }
 
-    /// The list `plugins` of the file, which replaces that of `config.yaml`.
+    /// Calls `listed` with the list `plugins` of the file, which replaces that of `config.yaml`. To be called before
+    /// [`Store::watch`].
     #[must_use]
-    pub fn plugins(&self) -> Option<Vec<ListedPlugin>> {
-        self.shared.state().plugins.clone()
+    pub fn with_listed(mut self, listed: Listed) -> FileStore {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.listed = Some(listed);
+        }
+        self
     }
 
     fn refuse<T: Send + 'static>(&self) -> BoxFuture<'_, Result<T, StoreError>> {
@@ -211,7 +223,12 @@ impl Shared {
                 (item.key.clone(), stored(&item.key, &item.value(), modified))
             })
             .collect();
-        let saved = Saved { revision, items: items.values().cloned().collect(), extra: Value::Null };
+        let names: Option<Vec<String>> = file
+            .plugins
+            .as_ref()
+            .map(|list| list.iter().filter(|p| !p.stream).map(|p| p.name.clone()).collect());
+        let extra = names.as_ref().map_or(Value::Null, |names| json!({ PLUGINS: names }));
+        let saved = Saved { revision, items: items.values().cloned().collect(), extra };
         if let Err(error) = self.snapshot.write(&saved) {
             tracing::warn!(path = %self.snapshot.path().display(), %error, "last-good snapshot not written");
         }
@@ -221,12 +238,18 @@ impl Shared {
             state.items = items;
             state.revision = revision;
             state.digest = Some(digest);
-            state.plugins = file.plugins.clone();
             state.problems = file.errors;
             state.told = true;
         }
+        self.list(names.as_deref());
         self.feed.snapshot(objects, revision);
         Ok(())
+    }
+
+    fn list(&self, names: Option<&[String]>) {
+        if let Some(listed) = &self.listed {
+            listed(names);
+        }
     }
 
     /// Serve what was good before this process started, if the file is not. Blocks.
@@ -236,6 +259,8 @@ impl Shared {
         }
         let (saved, since) = self.snapshot.load()?;
         let (objects, revision) = (saved.items.clone(), saved.revision);
+        let names = saved.extra.get(PLUGINS).and_then(|names| Vec::deserialize(names).ok());
+        self.list(names.as_deref());
         {
             let mut state = self.state();
             state.items = saved.items.into_iter().map(|item| (item.key.clone(), item)).collect();
