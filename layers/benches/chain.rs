@@ -12,8 +12,9 @@ use divan::{AllocProfiler, Bencher, black_box};
 use http::{HeaderName, StatusCode};
 use layers::chain::{Instance, Plan, PluginChain, Source};
 use layers::consumer::Consumer;
+use layers::error::Fault;
 use layers::exchange::Exchange;
-use layers::plugin::{Access, Flow, Hooks, OnResponse, RewriteWaits};
+use layers::plugin::{Access, Around, Flow, Hooks, Next, OnResponse, RewriteWaits};
 use layers::testing::{exchange, service};
 use tower::Service;
 
@@ -51,12 +52,20 @@ impl RewriteWaits for Looks {
     }
 }
 
+impl Around for Looks {
+    async fn around(&self, x: Exchange, next: Next) -> Result<Exchange, Fault> {
+        black_box(x.request.headers.contains_key(&self.field));
+        next.run(x).await
+    }
+}
+
 /// The phases a plugin of the benchmark registers for.
 #[derive(Clone, Copy)]
 enum Phases {
     Access,
     AccessAndResponse,
     Waits,
+    Around,
 }
 
 fn plugin(n: usize, phases: Phases) -> Arc<Instance> {
@@ -69,6 +78,7 @@ fn plugin(n: usize, phases: Phases) -> Arc<Instance> {
             hooks.response(&plugin);
         }
         Phases::Waits => hooks.rewrite_waits(&plugin),
+        Phases::Around => hooks.around(&plugin),
     }
     Arc::new(Instance {
         name: Box::leak(format!("plugin-{n}").into_boxed_str()),
@@ -179,6 +189,17 @@ fn with_consumer(bencher: Bencher<'_, '_>) {
 #[divan::bench(sample_size = 256, args = [1, 5])]
 fn waiting(bencher: Bencher<'_, '_>, plugins: usize) {
     let plan = plan(plugins, Phases::Waits);
+    run(bencher, || {
+        let mut x = request();
+        x.plan.clone_from(&plan);
+        x
+    });
+}
+
+/// Plugins around the upstream call: two boxes for the request and one for each of them. Nobody else pays.
+#[divan::bench(sample_size = 256, args = [1, 2])]
+fn around(bencher: Bencher<'_, '_>, plugins: usize) {
+    let plan = plan(plugins, Phases::Around);
     run(bencher, || {
         let mut x = request();
         x.plan.clone_from(&plan);

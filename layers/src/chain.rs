@@ -3,7 +3,7 @@
 //! The order is APISIX's: global `rewrite`, route `rewrite`, then, if a consumer was recognised, the `rewrite` of what
 //! its plugins add, global `access`, route `access`, the upstream, and on every answer the response and body phases in
 //! the same order. Synchronous steps run without a future; from the first step that waits on, the rest of the request
-//! is one boxed future.
+//! is one boxed future. So is an upstream call that plugins surround.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -24,9 +24,11 @@ use tower::Service;
 use crate::body::Body;
 use crate::consumer::Consumer;
 use crate::error::{Error, Fault, Reason};
-use crate::exchange::{Exchange, State};
+use crate::exchange::{Answered, Exchange, State};
 use crate::local::LocalBox;
-use crate::plugin::{BeforeProxy, Flow, Hooks, OnBody, OnLog, OnResponse, Step, Waits};
+use crate::plugin::{
+    BeforeProxy, Encode, Flow, Hooks, Next, OnBody, OnLog, OnResponse, Step, Surrounding, Surrounds, Waits,
+};
 use crate::rescue;
 
 /// Which object of the configuration a plugin came from.
@@ -84,9 +86,11 @@ pub struct Plan {
     /// The `rewrite` of what a consumer added; the other plugins have run theirs before the consumer was known.
     added_rewrite: List<Step>,
     access: List<Step>,
+    around: List<Arc<dyn Surrounds>>,
     before_proxy: List<Arc<dyn BeforeProxy>>,
     response: List<Arc<dyn OnResponse>>,
     body: List<Arc<dyn OnBody>>,
+    encode: List<Arc<dyn Encode>>,
     log: List<Arc<dyn OnLog>>,
     filtered: bool,
     reads_head: bool,
@@ -118,9 +122,11 @@ impl Plan {
             rewrite: list(&instances, |hooks| &hooks.rewrite),
             added_rewrite: Box::default(),
             access: list(&instances, |hooks| &hooks.access),
+            around: list(&instances, |hooks| &hooks.around),
             before_proxy: list(&instances, |hooks| &hooks.before_proxy),
             response: list(&instances, |hooks| &hooks.response),
             body: list(&instances, |hooks| &hooks.body),
+            encode: list(&instances, |hooks| &hooks.encode),
             log: list(&instances, |hooks| &hooks.log),
             filtered: instances.iter().any(|instance| instance.filter.is_some()),
             reads_head: instances
@@ -327,6 +333,31 @@ fn replied(x: &mut Exchange, by: &Instance, mut response: http::Response<Body>) 
     x.error = Some(Error::new(Reason::Plugin).detail(by.name));
 }
 
+/// The plugins around the upstream call, the innermost first.
+fn surrounding(x: &mut Exchange) -> Surrounding {
+    let mut all = Surrounding::new();
+    for global in [true, false] {
+        let plan = if global { &mut x.global_plan } else { &mut x.plan };
+        if plan.as_ref().is_none_or(|plan| plan.around.is_empty()) {
+            continue;
+        }
+        let plan = plan.take();
+        for (plan, (owner, step)) in
+            plan.iter().flat_map(|plan| plan.around.iter().map(move |step| (plan, step)))
+        {
+            if plan.takes_part(*owner, x) {
+                all.push(step.clone());
+            }
+        }
+        if global {
+            x.global_plan = plan;
+        } else {
+            x.plan = plan;
+        }
+    }
+    all
+}
+
 /// Runs `before_proxy` of all plugins. True when one of them has answered; the upstream is then not asked.
 pub fn before_proxy(x: &mut Exchange) -> bool {
     for global in [true, false] {
@@ -386,6 +417,13 @@ fn respond(x: &mut Exchange) {
             }
         }
     }
+    for plan in plans.iter().flatten() {
+        for (owner, step) in &plan.encode {
+            if plan.takes_part(*owner, x) {
+                step.encode(x);
+            }
+        }
+    }
     let [global, route] = plans;
     x.global_plan = global;
     x.plan = route;
@@ -409,6 +447,14 @@ pub(crate) fn log(x: &mut Exchange) {
             x.plan = plan;
         }
     }
+}
+
+/// The way through `surrounding` to `inner` and back.
+fn next<S>(surrounding: Surrounding, mut inner: S) -> Next
+where
+    S: Service<Exchange, Response = Exchange, Error = Fault> + 'static,
+{
+    Next { inside: surrounding, forward: Box::new(move |x| Box::pin(inner.call(x))) }
 }
 
 fn finish(result: Result<Exchange, Fault>) -> Exchange {
@@ -438,8 +484,13 @@ where
     fn call(&mut self, mut x: Exchange) -> Self::Future {
         let mut cursor = Cursor { stage: Stage::GlobalRewrite, index: 0 };
         match Self::advance(&self.merged, &mut x, &mut cursor) {
-            Progress::Forward if x.answered == crate::exchange::Answered::No => {
-                ChainFuture::Forward { future: self.inner.call(x) }
+            Progress::Forward if x.answered == Answered::No => {
+                let surrounding = surrounding(&mut x);
+                if surrounding.is_empty() {
+                    ChainFuture::Forward { future: self.inner.call(x) }
+                } else {
+                    ChainFuture::Waits { future: next(surrounding, self.inner.clone()).run(x) }
+                }
             }
             Progress::Forward | Progress::Replied => ChainFuture::Replied { exchange: Some(x) },
             Progress::Waits(instance, step) => {
@@ -447,17 +498,23 @@ where
                 let merged = self.merged.clone();
                 ChainFuture::Waits {
                     future: Box::pin(async move {
-                        let mut next = (instance, step);
+                        let mut waits = (instance, step);
                         loop {
-                            let (instance, step) = next;
+                            let (instance, step) = waits;
                             if let Flow::Reply(response) = step.run(&mut x).await {
                                 replied(&mut x, &instance, response);
                                 return Ok(x);
                             }
                             match Self::advance(&merged, &mut x, &mut cursor) {
-                                Progress::Forward => return inner.call(x).await,
-                                Progress::Replied => return Ok(x),
-                                Progress::Waits(instance, step) => next = (instance, step),
+                                Progress::Forward if x.answered == Answered::No => {
+                                    let surrounding = surrounding(&mut x);
+                                    if surrounding.is_empty() {
+                                        return inner.call(x).await;
+                                    }
+                                    return next(surrounding, inner).run(x).await;
+                                }
+                                Progress::Forward | Progress::Replied => return Ok(x),
+                                Progress::Waits(instance, step) => waits = (instance, step),
                             }
                         }
                     }),
@@ -512,7 +569,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::plugin::{Access, AccessWaits, BeforeProxy, OnBody, OnLog, OnResponse, Rewrite, RewriteWaits};
+    use crate::plugin::{
+        Access, AccessWaits, Around, BeforeProxy, OnBody, OnLog, OnResponse, Rewrite, RewriteWaits,
+    };
     use crate::testing::{exchange, field, service, text};
 
     type Diary = Arc<Mutex<Vec<String>>>;
@@ -560,6 +619,26 @@ mod tests {
         async fn access(&self, x: &mut Exchange) -> Flow {
             tokio::task::yield_now().await;
             Access::access(self, x)
+        }
+    }
+
+    impl Around for Diarist {
+        async fn around(&self, mut x: Exchange, next: Next) -> Result<Exchange, Fault> {
+            self.note("before the upstream");
+            if x.request.headers.contains_key("x-answer") {
+                x.response = http::Response::new(Body::from("kept"));
+                x.answered = Answered::Upstream;
+                return Ok(x);
+            }
+            let result = next.run(x).await;
+            self.note(if result.is_ok() { "after the upstream" } else { "after a failure" });
+            result
+        }
+    }
+
+    impl Encode for Diarist {
+        fn encode(&self, _: &mut Exchange) {
+            self.note("encode");
         }
     }
 
@@ -748,6 +827,78 @@ mod tests {
         let filter = Traits { filter: Some(json!([["arg_skip", "==", "no"]])), ..Traits::default() };
         drop(run(vec![], vec![diarist(&diary, "filtered", 20, filter), plain(&diary, "other", 10)]).await);
         assert!(told(&diary).iter().all(|line| line.ends_with("other")));
+    }
+
+    fn surrounds(diary: &Diary, name: &'static str, priority: i32, waits: bool) -> Arc<Instance> {
+        let plugin = Arc::new(Diarist { name, diary: diary.clone(), refuses: false, authenticates: None });
+        let mut hooks = Hooks::default();
+        if waits {
+            hooks.access_waits(&plugin);
+        }
+        hooks.around(&plugin);
+        hooks.response(&plugin);
+        hooks.encode(&plugin);
+        Arc::new(Instance {
+            name,
+            priority,
+            source: Source("routes/1".into()),
+            filter: None,
+            error_response: None,
+            hooks,
+        })
+    }
+
+    #[tokio::test]
+    async fn plugins_around_the_upstream_pass_the_answer_on_in_the_order_of_responses() {
+        for waits in [false, true] {
+            let diary = Diary::default();
+            let route = vec![surrounds(&diary, "high", 20, waits), surrounds(&diary, "low", 10, waits)];
+            let x = run(vec![surrounds(&diary, "global", 1, waits)], route).await;
+            assert_eq!(x.answered, Answered::Upstream);
+            let told: Vec<_> = told(&diary).into_iter().filter(|line| !line.starts_with("access")).collect();
+            assert_eq!(
+                told,
+                [
+                    "before the upstream low",
+                    "before the upstream high",
+                    "before the upstream global",
+                    "after the upstream global",
+                    "after the upstream high",
+                    "after the upstream low",
+                    "response global",
+                    "response high",
+                    "response low",
+                    "encode global",
+                    "encode high",
+                    "encode low",
+                ]
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_plugin_around_the_upstream_may_answer_in_its_place_and_sees_its_failure() {
+        let diary = Diary::default();
+        let plan = Arc::new(Plan::new(vec![surrounds(&diary, "cache", 1, false)]));
+        let mut chain = PluginChain::new(service(|_| Err(Error::new(Reason::ConnectFailed))));
+        let mut x = exchange("GET", "http://a/").header("x-answer", "1").build();
+        x.plan = Some(plan.clone());
+        let mut x = chain.call(x).await.unwrap();
+        assert_eq!((x.status(), &*text(&mut x).await), (200, "kept"));
+        assert_eq!(told(&diary), ["before the upstream cache", "response cache", "encode cache"]);
+        let mut x = exchange("GET", "http://a/").build();
+        x.plan = Some(plan);
+        assert_eq!(chain.call(x).await.unwrap().status(), 502);
+        assert!(told(&diary).contains(&"after a failure cache".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn the_upstream_is_not_surrounded_when_a_plugin_has_answered() {
+        let diary = Diary::default();
+        let refuses = Traits { refuses: true, ..Traits::default() };
+        let route = vec![surrounds(&diary, "cache", 10, false), diarist(&diary, "guard", 20, refuses)];
+        assert_eq!(run(vec![], route).await.status(), 403);
+        assert!(!told(&diary).contains(&"before the upstream cache".to_owned()));
     }
 
     #[tokio::test]

@@ -1,8 +1,9 @@
 //! The plugin interface: one small trait per phase, and a [`Definition`] that registers for the phases it needs.
 //!
 //! Phases run in APISIX's order: `rewrite` of all plugins, then `access` of all, `before_proxy` once a node is chosen,
-//! `response` and `body` on the way back in the same order, `log` when all is over. `build` does everything that can
-//! fail or cost; a request constructs no regex, parses no JSON and formats no constant.
+//! `response` and `body` on the way back in the same order, `encode` on the finished answer, `log` when all is over.
+//! The few plugins that surround the upstream call have [`Around`]. `build` does everything that can fail or cost; a
+//! request constructs no regex, parses no JSON and formats no constant.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -14,10 +15,12 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use smallvec::SmallVec;
 
 use crate::body::{Body, BodyFilter};
 use crate::carry::Carry;
 use crate::consumer::Consumers;
+use crate::error::Fault;
 use crate::exchange::Exchange;
 use crate::local::LocalBox;
 use crate::upstream::cluster::Cluster;
@@ -90,6 +93,40 @@ pub trait BeforeProxy: Send + Sync + 'static {
     fn before_proxy(&self, x: &mut Exchange) -> Flow;
 }
 
+/// Surrounds the upstream call: answers without it, or takes its answer before any other phase sees it. Rare: it costs
+/// the requests of its routes a boxed future. Where several plugins do it, answers pass them in the order of all
+/// response phases, so the one with the highest priority is nearest to the upstream.
+pub trait Around: Send + Sync + 'static {
+    /// Goes on by `next.run(x)`, or not at all. Not called when a plugin has answered before. It names its own
+    /// deadlines; those of the upstream call hold within `next`.
+    fn around(&self, x: Exchange, next: Next) -> impl Future<Output = Result<Exchange, Fault>>;
+}
+
+/// The rest of the way to the upstream and back.
+pub struct Next {
+    pub(crate) inside: Surrounding,
+    pub(crate) forward: Forward,
+}
+
+/// Plugins around the upstream call, the innermost first.
+pub(crate) type Surrounding = SmallVec<[Arc<dyn Surrounds>; 2]>;
+
+/// The upstream call itself.
+pub(crate) type Forward = Box<dyn FnOnce(Exchange) -> LocalBox<'static, Result<Exchange, Fault>>>;
+
+impl Next {
+    /// Asks the upstream. An answer has its head, and its body still to be read.
+    ///
+    /// # Errors
+    /// No node answered, with the exchange as far as it came.
+    pub fn run(mut self, x: Exchange) -> LocalBox<'static, Result<Exchange, Fault>> {
+        match self.inside.pop() {
+            Some(next) => next.run(x, self),
+            None => (self.forward)(x),
+        }
+    }
+}
+
 /// Runs on the head of every answer, the upstream's or our own.
 pub trait OnResponse: Send + Sync + 'static {
     /// May change status and fields of `x.response`.
@@ -100,6 +137,14 @@ pub trait OnResponse: Send + Sync + 'static {
 pub trait OnBody: Send + Sync + 'static {
     /// Returns a filter for this answer, or nothing to let it pass. Called after every plugin's `response`.
     fn body(&self, x: &mut Exchange) -> Option<Box<dyn BodyFilter>>;
+}
+
+/// Runs on the finished answer, after every `response` and `body`: how it is written for the client, such as its
+/// content coding.
+pub trait Encode: Send + Sync + 'static {
+    /// May wrap the body of `x.response` and change the fields that tell of its form. Where it changes the length it
+    /// removes `Content-Length`.
+    fn encode(&self, x: &mut Exchange);
 }
 
 /// Runs when all is over.
@@ -337,6 +382,20 @@ impl<P: Access> Now for AccessNow<P> {
     }
 }
 
+/// A part around the upstream call, without its type.
+pub(crate) trait Surrounds: Send + Sync {
+    fn run(&self, x: Exchange, next: Next) -> LocalBox<'static, Result<Exchange, Fault>>;
+}
+
+struct AroundErased<P>(Arc<P>);
+
+impl<P: Around> Surrounds for AroundErased<P> {
+    fn run(&self, x: Exchange, next: Next) -> LocalBox<'static, Result<Exchange, Fault>> {
+        let plugin = self.0.clone();
+        Box::pin(async move { plugin.around(x, next).await })
+    }
+}
+
 /// One plugin's part in `rewrite` or `access`.
 #[derive(Clone)]
 pub(crate) enum Step {
@@ -349,9 +408,11 @@ pub(crate) enum Step {
 pub struct Hooks {
     pub(crate) rewrite: Vec<Step>,
     pub(crate) access: Vec<Step>,
+    pub(crate) around: Vec<Arc<dyn Surrounds>>,
     pub(crate) before_proxy: Vec<Arc<dyn BeforeProxy>>,
     pub(crate) response: Vec<Arc<dyn OnResponse>>,
     pub(crate) body: Vec<Arc<dyn OnBody>>,
+    pub(crate) encode: Vec<Arc<dyn Encode>>,
     pub(crate) log: Vec<Arc<dyn OnLog>>,
 }
 
@@ -376,6 +437,11 @@ impl Hooks {
         self.access.push(Step::Waits(Arc::new(AccessErased(plugin.clone()))));
     }
 
+    /// Surrounds the upstream call.
+    pub fn around<P: Around>(&mut self, plugin: &Arc<P>) {
+        self.around.push(Arc::new(AroundErased(plugin.clone())));
+    }
+
     /// Takes part in `before_proxy`.
     pub fn before_proxy<P: BeforeProxy>(&mut self, plugin: &Arc<P>) {
         self.before_proxy.push(plugin.clone());
@@ -391,6 +457,11 @@ impl Hooks {
         self.body.push(plugin.clone());
     }
 
+    /// Writes the finished answer for the client.
+    pub fn encode<P: Encode>(&mut self, plugin: &Arc<P>) {
+        self.encode.push(plugin.clone());
+    }
+
     /// Is told when all is over.
     pub fn log<P: OnLog>(&mut self, plugin: &Arc<P>) {
         self.log.push(plugin.clone());
@@ -401,9 +472,11 @@ impl Hooks {
         [
             ("rewrite", self.rewrite.is_empty()),
             ("access", self.access.is_empty()),
+            ("around", self.around.is_empty()),
             ("before_proxy", self.before_proxy.is_empty()),
             ("header_filter", self.response.is_empty()),
             ("body_filter", self.body.is_empty()),
+            ("encode", self.encode.is_empty()),
             ("log", self.log.is_empty()),
         ]
         .into_iter()
