@@ -622,29 +622,31 @@ impl Compiler {
         let custom_id =
             labels.iter().find(|(name, _)| &**name == "custom_id").map(|(_, value)| Arc::from(&**value));
         let credential_id = (key.kind == Kind::Credential).then(|| Arc::from(key.own_id()));
-        let recognised = |plugin: &'static str, settings_key: Option<String>, settings: Value| Recognised {
-            plugin,
-            key: settings_key,
-            consumer: Arc::new(Consumer {
-                name: consumer.username.as_str().into(),
-                group_id: consumer.group_id.as_ref().map(|id| id.as_str().into()),
-                labels: labels.clone(),
-                custom_id: custom_id.clone(),
-                plugins: plugins.clone(),
-                credential_id: credential_id.clone(),
-                auth: Arc::new(settings),
-                refused: refused.clone(),
-            }),
+        let consumer = || Consumer {
+            group_id: consumer.group_id.as_ref().map(|id| id.as_str().into()),
+            labels: labels.clone(),
+            custom_id: custom_id.clone(),
+            plugins: plugins.clone(),
+            credential_id: credential_id.clone(),
+            refused: refused.clone(),
+            ..Consumer::new(consumer.username.as_str())
         };
         let mut found = Vec::new();
         if key.kind == Kind::Consumer {
             // Under no plugin: `anonymous_consumer` finds it by name.
-            found.push(recognised("", None, Value::Null));
+            found.push(Recognised { plugin: "", key: None, consumer: Arc::new(consumer()) });
         }
         for (name, settings) in item.resource.plugins().into_iter().flat_map(|plugins| plugins.iter()) {
             let Some(registration) = self.env.plugins.get(name.as_str()) else { continue };
-            if let Some(settings_key) = (registration.extras)().consumer_key(settings) {
-                found.push(recognised(registration.name, Some(settings_key), settings.clone()));
+            let extras = (registration.extras)();
+            if let Some(settings_key) = extras.consumer_key(settings) {
+                let consumer = Consumer {
+                    auth: Arc::new(settings.clone()),
+                    verifier: extras.consumer_verifier(settings),
+                    ..consumer()
+                };
+                let consumer = Arc::new(consumer);
+                found.push(Recognised { plugin: registration.name, key: Some(settings_key), consumer });
             }
         }
         self.consumers.insert(key.clone(), found);

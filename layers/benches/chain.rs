@@ -168,14 +168,8 @@ fn global_and_route(bencher: Bencher<'_, '_>) {
 fn with_consumer(bencher: Bencher<'_, '_>) {
     let route = plan(5, Phases::Access);
     let consumer = Arc::new(Consumer {
-        name: "jack".into(),
-        group_id: None,
-        labels: Arc::default(),
-        custom_id: None,
         plugins: (5..7).map(|n| plugin(n, Phases::Access)).collect(),
-        credential_id: None,
-        auth: Arc::new(serde_json::Value::Null),
-        refused: None,
+        ..Consumer::new("jack")
     });
     run(bencher, || {
         let mut x = request();

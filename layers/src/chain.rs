@@ -715,16 +715,7 @@ mod tests {
     }
 
     fn consumer(plugins: Vec<Arc<Instance>>) -> Arc<Consumer> {
-        Arc::new(Consumer {
-            name: "jack".into(),
-            group_id: None,
-            labels: Arc::default(),
-            custom_id: None,
-            plugins: plugins.into(),
-            credential_id: None,
-            auth: Arc::new(Value::Null),
-            refused: None,
-        })
+        Arc::new(Consumer { plugins: plugins.into(), ..Consumer::new("jack") })
     }
 
     async fn run(global: Vec<Arc<Instance>>, route: Vec<Arc<Instance>>) -> Exchange {

@@ -3,6 +3,7 @@
 //! The table is published as a whole by the control side; plugins hold [`Consumers`] and look up by the plugin's name
 //! and the credential's key. A change of a consumer recompiles no route.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -28,9 +29,33 @@ pub struct Consumer {
     pub credential_id: Option<Arc<str>>,
     /// The settings of the authentication plugin on the consumer or the credential.
     pub auth: Arc<Value>,
+    /// What the plugin's [`Verifier`](crate::plugin::Verifier) made of them.
+    pub verifier: Option<Arc<dyn Any + Send + Sync>>,
     /// Why the consumer may not act: its group is missing, or a plugin of it or its group is refused. Its requests
     /// are answered 503 (APISIX 2.4, step 4).
     pub refused: Option<Box<str>>,
+}
+
+impl Consumer {
+    /// A consumer of which only the name is known.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            group_id: None,
+            labels: Arc::default(),
+            custom_id: None,
+            plugins: Arc::default(),
+            credential_id: None,
+            auth: Arc::new(Value::Null),
+            verifier: None,
+            refused: None,
+        }
+    }
+
+    /// What credentials are checked against, as the plugin's settings on this consumer say.
+    pub fn verifier<V: Any>(&self) -> Option<&V> {
+        self.verifier.as_ref()?.downcast_ref()
+    }
 }
 
 impl fmt::Debug for Consumer {

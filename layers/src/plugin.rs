@@ -5,6 +5,7 @@
 //! The few plugins that surround the upstream call have [`Around`]. `build` does everything that can fail or cost; a
 //! request constructs no regex, parses no JSON and formats no constant.
 
+use std::any::Any;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -191,17 +192,51 @@ pub type MakeSchema = fn() -> Value;
 /// How a consumer's settings name the consumer: the key under which a request's credential finds it.
 pub type ConsumerKey = fn(&Value) -> Option<String>;
 
+/// What the credentials of one consumer are checked against: a parsed key, a digest. Made when the consumer changes.
+pub trait Verifier: Sized + Send + Sync + 'static {
+    /// The plugin's settings on a consumer or credential.
+    type Settings: DeserializeOwned + Serialize + JsonSchema + 'static;
+
+    /// Makes it.
+    ///
+    /// # Errors
+    /// The setting that cannot work, by its JSON pointer; it names no secret. The object is refused.
+    fn new(settings: Self::Settings) -> Result<Self, ConfigError>;
+}
+
+/// Makes a verifier of settings that were checked.
+type MakeVerifier = fn(&Value) -> Option<Arc<dyn Any + Send + Sync>>;
+
+/// How a plugin recognises consumers.
+pub(crate) struct Recognition {
+    check: Check,
+    schema: MakeSchema,
+    key: ConsumerKey,
+    verifier: MakeVerifier,
+}
+
 /// What a plugin has besides its settings.
 #[derive(Default)]
 pub struct Extras {
-    pub(crate) consumer: Option<(Check, MakeSchema, ConsumerKey)>,
+    pub(crate) consumer: Option<Recognition>,
     pub(crate) metadata: Option<(Check, MakeSchema)>,
 }
 
 impl Extras {
     /// The plugin authenticates: consumers and credentials carry settings of type `C`, found by `key`.
     pub fn consumer<C: DeserializeOwned + Serialize + JsonSchema + 'static>(&mut self, key: ConsumerKey) {
-        self.consumer = Some((check_type::<C>, schema_of::<C>, key));
+        self.consumer =
+            Some(Recognition { check: check_type::<C>, schema: schema_of::<C>, key, verifier: |_| None });
+    }
+
+    /// As [`consumer`](Self::consumer); what `V` makes of the settings goes with the consumer.
+    pub fn verifier<V: Verifier>(&mut self, key: ConsumerKey) {
+        self.consumer = Some(Recognition {
+            check: check_verifier::<V>,
+            schema: schema_of::<V::Settings>,
+            key,
+            verifier: make_verifier::<V>,
+        });
     }
 
     /// The plugin has settings for the whole gateway (`plugin_metadata`).
@@ -218,18 +253,22 @@ impl Extras {
 
     /// The key under which these settings of a consumer are found, if the plugin authenticates.
     pub fn consumer_key(&self, settings: &Value) -> Option<String> {
-        let (_, _, key) = self.consumer.as_ref()?;
-        key(settings)
+        (self.consumer.as_ref()?.key)(settings)
+    }
+
+    /// What credentials of a consumer with these settings are checked against, if the plugin makes such a thing.
+    pub fn consumer_verifier(&self, settings: &Value) -> Option<Arc<dyn Any + Send + Sync>> {
+        (self.consumer.as_ref()?.verifier)(settings)
     }
 
     /// Checks settings of a consumer, if the plugin authenticates.
     pub fn check_consumer(&self, settings: &Value) -> Option<Result<Value, Vec<ConfigError>>> {
-        self.consumer.as_ref().map(|(check, _, _)| check(settings))
+        self.consumer.as_ref().map(|recognition| (recognition.check)(settings))
     }
 
     /// The schema of a consumer's settings, if the plugin authenticates.
     pub fn consumer_schema(&self) -> Option<Value> {
-        self.consumer.as_ref().map(|(_, schema, _)| schema())
+        self.consumer.as_ref().map(|recognition| (recognition.schema)())
     }
 
     /// Checks the plugin's metadata, if it has any.
@@ -247,6 +286,18 @@ fn check_type<T: DeserializeOwned + Serialize + JsonSchema + 'static>(
     value: &Value,
 ) -> Result<Value, Vec<ConfigError>> {
     config::typed::parse::<T>(value).and_then(|typed| config::typed::to_value(&typed).map_err(|e| vec![e]))
+}
+
+fn check_verifier<V: Verifier>(value: &Value) -> Result<Value, Vec<ConfigError>> {
+    let settings = config::typed::parse::<V::Settings>(value)?;
+    let checked = config::typed::to_value(&settings).map_err(|error| vec![error])?;
+    V::new(settings).map_err(|error| vec![error])?;
+    Ok(checked)
+}
+
+fn make_verifier<V: Verifier>(value: &Value) -> Option<Arc<dyn Any + Send + Sync>> {
+    let settings = config::typed::parse::<V::Settings>(value).ok()?;
+    Some(Arc::new(V::new(settings).ok()?))
 }
 
 fn schema_of<T: JsonSchema>() -> Value {
@@ -403,6 +454,25 @@ pub(crate) enum Step {
     Waits(Arc<dyn Waits>),
 }
 
+/// The `rewrite` of a plugin that another plugin runs.
+pub struct Rewriting(Vec<Step>);
+
+impl Rewriting {
+    /// Runs it. It answers, or the request may go on.
+    pub async fn run(&self, x: &mut Exchange) -> Flow {
+        for step in &self.0 {
+            let flow = match step {
+                Step::Now(step) => step.run(x),
+                Step::Waits(step) => step.run(x).await,
+            };
+            if let Flow::Reply(_) = flow {
+                return flow;
+            }
+        }
+        Flow::Next
+    }
+}
+
 /// The phases that one plugin object takes part in. Filled by [`Definition::build`].
 #[derive(Default)]
 pub struct Hooks {
@@ -465,6 +535,11 @@ impl Hooks {
     /// Is told when all is over.
     pub fn log<P: OnLog>(&mut self, plugin: &Arc<P>) {
         self.log.push(plugin.clone());
+    }
+
+    /// The `rewrite` of a plugin, for another that runs it inside its own; nothing if it takes part in more.
+    pub fn into_rewrite(self) -> Option<Rewriting> {
+        (self.phases() == ["rewrite"]).then_some(Rewriting(self.rewrite))
     }
 
     /// The phases, as `postern explain` and the plugin documentation name them.

@@ -18,10 +18,10 @@ use tower::Service;
 use crate::body::Body;
 use crate::carry::Carry;
 use crate::chain::{Instance, Plan, PluginChain, Source};
-use crate::consumer::Consumers;
+use crate::consumer::{Consumer, ConsumerTable, Consumers};
 use crate::error::{Error, Fault};
 use crate::exchange::{Answered, Conn, Exchange};
-use crate::plugin::{BuildEnv, Definition, Hooks, Registration, Upstreams};
+use crate::plugin::{BuildEnv, Definition, Extras, Hooks, Registration, Upstreams};
 use crate::upstream::cluster::Cluster;
 
 /// Starts an exchange for a test.
@@ -194,6 +194,24 @@ where
             Err(fault) => fault.exchange,
         }
     }
+}
+
+/// Adds `consumer` to `table` with these settings of `D`, as the control side does.
+///
+/// # Errors
+/// The settings are not right.
+pub fn enrol<D: Definition>(
+    table: &mut ConsumerTable,
+    consumer: Consumer,
+    settings: &Value,
+) -> Result<(), Vec<ConfigError>> {
+    let mut extras = Extras::default();
+    D::extend(&mut extras);
+    let settings = extras.check_consumer(settings).expect("a plugin that authenticates")?;
+    let key = extras.consumer_key(&settings).expect("settings with a key");
+    let verifier = extras.consumer_verifier(&settings);
+    table.insert(D::NAME, &key, Arc::new(Consumer { auth: Arc::new(settings), verifier, ..consumer }));
+    Ok(())
 }
 
 /// The text of a header field of the answer, empty where there is none.

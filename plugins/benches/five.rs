@@ -44,17 +44,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let mut table = ConsumerTable::default();
-        let consumer = Consumer {
-            name: "bench".into(),
-            group_id: None,
-            labels: Arc::default(),
-            custom_id: None,
-            plugins: Arc::default(),
-            credential_id: None,
-            auth: Arc::new(Value::Null),
-            refused: None,
-        };
-        table.insert("key-auth", "bench-key", Arc::new(consumer));
+        table.insert("key-auth", "bench-key", Arc::new(Consumer::new("bench")));
         let env = TestEnv::default();
         env.consumers.publish(table);
         Self { env, runtime: Builder::new_current_thread().build().expect("a runtime") }

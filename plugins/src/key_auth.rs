@@ -194,14 +194,9 @@ mod tests {
     fn env() -> TestEnv {
         let consumer = |name: &str, credential: Option<&str>| {
             Arc::new(Consumer {
-                name: name.into(),
-                group_id: None,
-                labels: Arc::from([]),
                 custom_id: credential.map(|_| "id-7".into()),
-                plugins: Arc::from([]),
                 credential_id: credential.map(Into::into),
-                auth: Arc::new(Value::Null),
-                refused: None,
+                ..Consumer::new(name)
             })
         };
         let mut table = ConsumerTable::default();
