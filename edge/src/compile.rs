@@ -442,6 +442,8 @@ impl Compiler {
                 upstreams: &upstreams,
                 metrics: &self.env.metrics,
                 control: &self.env.control,
+                discovery: &self.env.clusters.discovery,
+                tls: &self.env.clusters.tls,
             };
             let mut hooks = Hooks::default();
             if let Err(found) = (registration.build)(&settings, &env, &mut hooks) {

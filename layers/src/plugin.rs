@@ -390,6 +390,10 @@ pub struct BuildEnv<'a> {
     pub metrics: &'a Arc<crate::telemetry::metrics::Metrics>,
     /// The control runtime, for work that is not a request's.
     pub control: &'a tokio::runtime::Handle,
+    /// Resolves names of services that the plugin asks.
+    pub discovery: &'a discovery::Discovery,
+    /// TLS to services that the plugin asks: the authorities of `ssl_trusted_certificate` or the system's.
+    pub tls: &'a Arc<crate::upstream::tls_client::TlsClients>,
 }
 
 /// A phase step that may wait.

@@ -11,7 +11,10 @@ use std::task::{Context, Poll};
 
 use config::error::ConfigError;
 use config::id::{Kind, ResourceKey};
+use discovery::Discovery;
 use http::{HeaderValue, Request};
+use rustls::RootCertStore;
+use rustls_pki_types::CertificateDer;
 use serde_json::Value;
 use tower::Service;
 
@@ -23,6 +26,7 @@ use crate::error::{Error, Fault};
 use crate::exchange::{Answered, Conn, Exchange};
 use crate::plugin::{BuildEnv, Definition, Extras, Hooks, Registration, Upstreams};
 use crate::upstream::cluster::Cluster;
+use crate::upstream::tls_client::TlsClients;
 
 /// Starts an exchange for a test.
 pub fn exchange(method: &str, uri: &str) -> ExchangeBuilder {
@@ -132,27 +136,37 @@ pub struct TestEnv {
     pub metadata: Option<Value>,
     /// Metrics.
     pub metrics: Arc<crate::telemetry::metrics::Metrics>,
+    /// Authorities that servers are checked against.
+    pub roots: Vec<CertificateDer<'static>>,
 }
 
 impl TestEnv {
-    /// Builds `D` with these settings, as if routes/1 held it. Needs a tokio runtime.
-    ///
-    /// # Errors
-    /// As the plugin says.
-    pub fn build<D: Definition>(&self, config: &Value) -> Result<Instance, Vec<ConfigError>> {
-        let owner = ResourceKey::new(Kind::Route, "1");
-        let env = BuildEnv {
-            owner: &owner,
+    /// Gives `make` what a plugin of routes/1 is built with. Needs a tokio runtime.
+    pub fn with<T>(&self, make: impl FnOnce(&BuildEnv<'_>) -> T) -> T {
+        let control = tokio::runtime::Handle::current();
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(self.roots.iter().cloned());
+        make(&BuildEnv {
+            owner: &ResourceKey::new(Kind::Route, "1"),
             metadata: self.metadata.as_ref(),
             attr: None,
             carry: &self.carry,
             consumers: &self.consumers,
             upstreams: &NoUpstreams,
             metrics: &self.metrics,
-            control: &tokio::runtime::Handle::current(),
-        };
+            control: &control,
+            discovery: &Discovery::new(control.clone(), discovery::Settings::default()),
+            tls: &Arc::new(TlsClients::new(Arc::new(roots))),
+        })
+    }
+
+    /// Builds `D` with these settings, as if routes/1 held it. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// As the plugin says.
+    pub fn build<D: Definition>(&self, config: &Value) -> Result<Instance, Vec<ConfigError>> {
         let mut hooks = Hooks::default();
-        (Registration::of::<D>().build)(config, &env, &mut hooks)?;
+        self.with(|env| (Registration::of::<D>().build)(config, env, &mut hooks))?;
         Ok(Instance {
             name: D::NAME,
             priority: D::PRIORITY,

@@ -3,6 +3,9 @@
 pub mod captures;
 pub mod consumer;
 pub mod headers;
+pub mod http_call;
 pub mod numbers;
+#[cfg(test)]
+pub(crate) mod peer;
 pub mod reply;
 pub mod uri;
