@@ -291,7 +291,7 @@ fn running(
     catalog: Arc<dyn PluginCatalog>,
     metrics: &Arc<Metrics>,
 ) -> Result<Running, StartError> {
-    let env = Env::new(process, metrics.clone(), tokio::runtime::Handle::current())
+    let env = Env::new(process, catalog.clone(), metrics.clone(), tokio::runtime::Handle::current())
         .map_err(|problem| StartError::setting("apisix.ssl.ssl_trusted_certificate", problem))?;
     let mut compiler = Compiler::new(env);
     let graph = Graph::new();

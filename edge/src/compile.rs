@@ -11,12 +11,14 @@ use std::sync::{Arc, Weak};
 use config::fields::Plugins;
 use config::graph::{Graph, Item, Rejected};
 use config::meta::{META, Meta};
+use config::plugin_catalog::PluginCatalog;
 use config::process::Process;
 use config::{ConfigError, Kind, Resource, ResourceKey};
 use hashbrown::{HashMap, HashSet};
 use layers::carry::Carry;
 use layers::chain::{ErrorResponse, Instance, Plan, Source};
 use layers::consumer::{Consumer, ConsumerTable, Consumers};
+use layers::endpoint::{Endpoints, Offers};
 use layers::error::Reason;
 use layers::plugin::{BuildEnv, Hooks, Registration, Upstreams};
 use layers::route::{AddrSet, Entry, HostPattern, MethodSet, Mode, Table};
@@ -37,8 +39,12 @@ pub struct Env {
     pub attrs: HashMap<String, Value>,
     /// Which part of a request is looked at first.
     pub mode: Mode,
+    /// Says which plugins are enabled, and may offer paths of their own.
+    pub catalog: Arc<dyn PluginCatalog>,
     /// The published consumers.
     pub consumers: Consumers,
+    /// What plugins offer under paths of their own.
+    pub endpoints: Endpoints,
     /// Shared metrics.
     pub metrics: Arc<Metrics>,
     /// What upstreams are made with.
@@ -54,6 +60,7 @@ impl Env {
     /// The trusted certificates for upstreams cannot be read.
     pub fn new(
         process: &Process,
+        catalog: Arc<dyn PluginCatalog>,
         metrics: Arc<Metrics>,
         control: tokio::runtime::Handle,
     ) -> Result<Self, String> {
@@ -61,7 +68,9 @@ impl Env {
             plugins: plugins::registrations().iter().map(|plugin| (plugin.name, plugin)).collect(),
             attrs: settings::plugin_attrs(process),
             mode: settings::mode(process),
+            catalog,
             consumers: Consumers::default(),
+            endpoints: Endpoints::default(),
             clusters: settings::clusters(process, &control)?,
             metrics,
             control,
@@ -83,6 +92,8 @@ pub struct Compiler {
     routes: Table<Target>,
     body_readers: HashSet<Arc<str>>,
     global: Option<Arc<Plan>>,
+    /// The plugins that were asked what they offer under paths of their own.
+    offering: Vec<&'static str>,
     refused: BTreeMap<ResourceKey, Vec<ConfigError>>,
     version: u64,
 }
@@ -229,6 +240,7 @@ impl Compiler {
             routes: Table::new(env.mode),
             body_readers: HashSet::new(),
             global: None,
+            offering: Vec::new(),
             refused: BTreeMap::new(),
             version: 0,
             env,
@@ -276,6 +288,11 @@ impl Compiler {
         }
         if globals {
             self.merge_globals(graph);
+        }
+        let enabled = self.env.catalog.names();
+        if self.offering != enabled || affected.iter().any(|key| key.kind == Kind::PluginMetadata) {
+            self.offering = enabled;
+            self.publish_endpoints(graph);
         }
         self.carry.sweep();
         self.version += 1;
@@ -428,23 +445,8 @@ impl Compiler {
             if let Some(fields) = settings.as_object_mut() {
                 fields.remove(META);
             }
-            let metadata = graph.get(&ResourceKey::new(Kind::PluginMetadata, name.as_str()));
-            let metadata = metadata.and_then(|item| match &item.resource {
-                Resource::PluginMetadata(metadata) => Some(Value::Object(metadata.settings.clone())),
-                _ => None,
-            });
-            let env = BuildEnv {
-                owner,
-                metadata: metadata.as_ref(),
-                attr: self.env.attrs.get(name.as_str()),
-                carry: &self.carry,
-                consumers: &self.env.consumers,
-                upstreams: &upstreams,
-                metrics: &self.env.metrics,
-                control: &self.env.control,
-                discovery: &self.env.clusters.discovery,
-                tls: &self.env.clusters.tls,
-            };
+            let metadata = metadata_of(graph, name);
+            let env = self.build_env(owner, name, metadata.as_ref(), &upstreams);
             let mut hooks = Hooks::default();
             if let Err(found) = (registration.build)(&settings, &env, &mut hooks) {
                 errors.extend(found.into_iter().map(|error| error.under(&under)));
@@ -467,6 +469,53 @@ impl Compiler {
             }));
         }
         if errors.is_empty() { Ok(built.into()) } else { Err(errors) }
+    }
+
+    fn build_env<'a>(
+        &'a self,
+        owner: &'a ResourceKey,
+        plugin: &str,
+        metadata: Option<&'a Value>,
+        upstreams: &'a dyn Upstreams,
+    ) -> BuildEnv<'a> {
+        BuildEnv {
+            owner,
+            metadata,
+            attr: self.env.attrs.get(plugin),
+            carry: &self.carry,
+            consumers: &self.env.consumers,
+            endpoints: &self.env.endpoints,
+            upstreams,
+            metrics: &self.env.metrics,
+            control: &self.env.control,
+            discovery: &self.env.clusters.discovery,
+            tls: &self.env.clusters.tls,
+        }
+    }
+
+    /// Asks all plugins what they offer under paths of their own.
+    fn publish_endpoints(&mut self, graph: &Graph) {
+        let mut offers = Offers::default();
+        let mut refused = Vec::new();
+        for registration in self.offering.iter().filter_map(|name| self.env.plugins.get(name)) {
+            let owner = ResourceKey::new(Kind::PluginMetadata, registration.name);
+            let upstreams = UpstreamsOf {
+                owner: &owner,
+                clusters: &self.clusters,
+                graph,
+                env: &self.env.clusters,
+                used: RefCell::default(),
+            };
+            let metadata = metadata_of(graph, registration.name);
+            let env = self.build_env(&owner, registration.name, metadata.as_ref(), &upstreams);
+            if let Err(error) = (registration.offer)(&env, &mut offers) {
+                refused.push((owner, error));
+            }
+        }
+        for (owner, error) in refused {
+            self.refuse(&owner, vec![error]);
+        }
+        self.env.endpoints.publish(offers);
     }
 
     fn route(&mut self, graph: &Graph, key: &ResourceKey, item: Option<&Item>) {
@@ -715,6 +764,14 @@ impl Compiler {
             .collect();
         let merged = merge::instances(owners);
         self.global = (!merged.is_empty()).then(|| Arc::new(Plan::new(merged)));
+    }
+}
+
+/// The settings of a plugin for the whole gateway.
+fn metadata_of(graph: &Graph, plugin: &str) -> Option<Value> {
+    match &graph.get(&ResourceKey::new(Kind::PluginMetadata, plugin))?.resource {
+        Resource::PluginMetadata(metadata) => Some(Value::Object(metadata.settings.clone())),
+        _ => None,
     }
 }
 

@@ -179,7 +179,7 @@ struct MetricsPage {
 impl Handler for MetricsPage {
     fn handle(&self, _: SocketAddr, request: Request<Incoming>) -> BoxFuture<'_, Response<ReplyBody>> {
         let reply = if request.uri().path() == self.path {
-            Reply::with(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render())
+            Reply::with(StatusCode::OK, plugins::prometheus::TEXT, self.metrics.render())
         } else {
             Reply::error(StatusCode::NOT_FOUND, format!("the metrics are at {}", self.path))
         };

@@ -33,7 +33,7 @@ pub fn explain(dir: &Path, question: &Question) -> Result<Explanation, String> {
     let catalog: Arc<dyn PluginCatalog> = Arc::new(plugins::Catalog::new(process.plugins.as_deref()));
     let mut graph = Graph::new();
     let changed = graph.replace_all(changes, &*catalog);
-    let env = Env::new(&process, Arc::new(Metrics::default()), runtime.handle().clone())?;
+    let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone())?;
     let snapshot = Compiler::new(env).compile(&graph, changed);
     explain::explain(question, &settings::rules(&process), &snapshot)
 }

@@ -8,6 +8,7 @@ pub mod body;
 pub mod carry;
 pub mod chain;
 pub mod consumer;
+pub mod endpoint;
 pub mod error;
 pub mod exchange;
 pub mod http;

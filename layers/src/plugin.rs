@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use crate::body::{Body, BodyFilter};
 use crate::carry::Carry;
 use crate::consumer::Consumers;
+use crate::endpoint::{Endpoints, Offers};
 use crate::error::Fault;
 use crate::exchange::Exchange;
 use crate::local::LocalBox;
@@ -181,6 +182,15 @@ pub trait Definition: Sized + 'static {
     /// # Errors
     /// The setting that cannot work, by its JSON pointer; the object that holds the plugin is refused.
     fn build(config: Self::Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError>;
+
+    /// Offers paths that `public-api` can expose on routes. Asked once for the whole gateway, and again when the
+    /// plugin's metadata changes; `env.owner` is then that metadata, whether there is any or not.
+    ///
+    /// # Errors
+    /// What of `env` cannot work; the plugin then offers nothing.
+    fn offer(_env: &BuildEnv<'_>, _offers: &mut Offers) -> Result<(), ConfigError> {
+        Ok(())
+    }
 }
 
 /// A typed check that returns the settings with their defaults.
@@ -317,6 +327,8 @@ pub struct Registration {
     pub schema: fn() -> Value,
     /// Makes the phases of one object.
     pub build: fn(&Value, &BuildEnv<'_>, &mut Hooks) -> Result<(), Vec<ConfigError>>,
+    /// Offers paths of the plugin's own.
+    pub offer: fn(&BuildEnv<'_>, &mut Offers) -> Result<(), ConfigError>,
     /// What else the plugin has.
     pub extras: fn() -> Extras,
 }
@@ -330,6 +342,7 @@ impl Registration {
             check: check_plugin::<D>,
             schema: schema_of::<D::Config>,
             build: build_plugin::<D>,
+            offer: D::offer,
             extras: || {
                 let mut extras = Extras::default();
                 D::extend(&mut extras);
@@ -384,6 +397,8 @@ pub struct BuildEnv<'a> {
     pub carry: &'a Carry,
     /// The published consumers.
     pub consumers: &'a Consumers,
+    /// What plugins offer under paths of their own.
+    pub endpoints: &'a Endpoints,
     /// Upstreams.
     pub upstreams: &'a dyn Upstreams,
     /// Shared metrics.

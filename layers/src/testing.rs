@@ -22,6 +22,7 @@ use crate::body::Body;
 use crate::carry::Carry;
 use crate::chain::{Instance, Plan, PluginChain, Source};
 use crate::consumer::{Consumer, ConsumerTable, Consumers};
+use crate::endpoint::{Endpoints, Offers};
 use crate::error::{Error, Fault};
 use crate::exchange::{Answered, Conn, Exchange};
 use crate::plugin::{BuildEnv, Definition, Extras, Hooks, Registration, Upstreams};
@@ -132,8 +133,12 @@ pub struct TestEnv {
     pub carry: Carry,
     /// Known consumers.
     pub consumers: Consumers,
+    /// Endpoints of plugins.
+    pub endpoints: Endpoints,
     /// The plugin's metadata.
     pub metadata: Option<Value>,
+    /// The plugin's `plugin_attr`.
+    pub attr: Option<Value>,
     /// Metrics.
     pub metrics: Arc<crate::telemetry::metrics::Metrics>,
     /// Authorities that servers are checked against.
@@ -143,15 +148,20 @@ pub struct TestEnv {
 impl TestEnv {
     /// Gives `make` what a plugin of routes/1 is built with. Needs a tokio runtime.
     pub fn with<T>(&self, make: impl FnOnce(&BuildEnv<'_>) -> T) -> T {
+        self.owned_by(&ResourceKey::new(Kind::Route, "1"), make)
+    }
+
+    fn owned_by<T>(&self, owner: &ResourceKey, make: impl FnOnce(&BuildEnv<'_>) -> T) -> T {
         let control = tokio::runtime::Handle::current();
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(self.roots.iter().cloned());
         make(&BuildEnv {
-            owner: &ResourceKey::new(Kind::Route, "1"),
+            owner,
             metadata: self.metadata.as_ref(),
-            attr: None,
+            attr: self.attr.as_ref(),
             carry: &self.carry,
             consumers: &self.consumers,
+            endpoints: &self.endpoints,
             upstreams: &NoUpstreams,
             metrics: &self.metrics,
             control: &control,
@@ -175,6 +185,18 @@ impl TestEnv {
             error_response: None,
             hooks,
         })
+    }
+
+    /// Publishes what `D` offers under paths of its own, as the only offers. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// As the plugin says.
+    pub fn offer<D: Definition>(&self) -> Result<(), ConfigError> {
+        let owner = ResourceKey::new(Kind::PluginMetadata, D::NAME);
+        let mut offers = Offers::default();
+        self.owned_by(&owner, |env| D::offer(env, &mut offers))?;
+        self.endpoints.publish(offers);
+        Ok(())
     }
 
     /// A plugin chain of `D` around an upstream that answers 200 with the fields and body that `answer` sets.

@@ -110,7 +110,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("openwhisk", ""),
     ("proxy-cache", ""),
     ("proxy-mirror", ""),
-    ("public-api", ""),
     ("real-ip", "`nginx_config.http.real_ip_from` and `apisix.trusted_addresses` say whose word counts"),
     ("referer-restriction", "a route's `vars` on `http_referer` can choose requests"),
     ("request-validation", ""),

@@ -31,6 +31,7 @@ plugins! {
     mocking::Mocking,
     prometheus::Prometheus,
     proxy_rewrite::ProxyRewrite,
+    public_api::PublicApi,
     redirect::Redirect,
     request_id::RequestId,
     response_rewrite::ResponseRewrite,

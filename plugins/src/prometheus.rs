@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 use config::Kind;
 use config::error::ConfigError;
 use config::template::Template;
+use http::{HeaderValue, Method, Response, StatusCode, header};
+use layers::body::Body;
+use layers::endpoint::{Endpoint, Offers};
 use layers::exchange::{Answered, Exchange, State};
 use layers::plugin::{BuildEnv, Definition, Extras, Hooks, OnLog};
 use layers::telemetry::metrics::Metrics;
@@ -21,6 +24,9 @@ use layers::telemetry::requests::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::runtime::Handle;
+
+use crate::support::reply::Canned;
 
 /// Settings.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -293,6 +299,40 @@ impl Definition for Prometheus {
         }));
         Ok(())
     }
+
+    fn offer(env: &BuildEnv<'_>, offers: &mut Offers) -> Result<(), ConfigError> {
+        // The start has refused what cannot be used.
+        let Ok(Export { uri, .. }) = export(env.attr) else { return Ok(()) };
+        let page = Page { metrics: env.metrics.clone(), control: env.control.clone() };
+        offers.serve(Method::GET, &uri, &Arc::new(page));
+        Ok(())
+    }
+}
+
+/// The metrics, for `public-api`.
+struct Page {
+    metrics: Arc<Metrics>,
+    control: Handle,
+}
+
+/// The form of the text that Prometheus reads.
+pub const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// How long summing up may take before the scrape is given up.
+const SCRAPE: Duration = Duration::from_secs(10);
+
+impl Endpoint for Page {
+    async fn answer(&self, _: &mut Exchange) -> Response<Body> {
+        let metrics = self.metrics.clone();
+        // Thousands of series take milliseconds, which no worker has.
+        let text = self.control.spawn_blocking(move || metrics.render());
+        let Ok(Ok(text)) = tokio::time::timeout(SCRAPE, text).await else {
+            return Canned::status(StatusCode::SERVICE_UNAVAILABLE).response();
+        };
+        let mut response = Response::new(Body::from(text));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(TEXT));
+        response
+    }
 }
 
 impl OnLog for Prometheus {
@@ -421,6 +461,19 @@ mod tests {
         let mut chain = env.chain::<Prometheus, _>(&json!({}), |_| Ok(())).unwrap();
         drop(chain.run(x).await);
         assert!(env.metrics.render().contains(r#"apisix_http_latency_count{type="request",route="",service="",consumer="",node="",request_type="traditional_http",request_llm_model="",llm_model=""} 1"#));
+    }
+
+    #[tokio::test]
+    async fn the_page_can_be_exposed_on_a_route() {
+        let env = TestEnv { attr: Some(json!({"export_uri": "/told"})), ..TestEnv::default() };
+        env.offer::<Prometheus>().unwrap();
+        assert!(env.endpoints.find(&Method::GET, "/apisix/prometheus/metrics").is_none());
+        let page = env.endpoints.find(&Method::GET, "/told").unwrap();
+        count(&env, json!({}), true).await;
+        let mut response = page.answer(&mut exchange("GET", "http://a/").build()).await;
+        assert_eq!(response.headers()["content-type"], TEXT);
+        let text = response.body_mut().collect_up_to(1 << 20).await.unwrap();
+        assert!(String::from_utf8_lossy(&text).contains(r#"apisix_http_status{code="200",route="r1""#));
     }
 
     #[tokio::test]

@@ -15,7 +15,13 @@ impl Bench {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let process = Process::defaults(std::path::Path::new("."));
-        let env = Env::new(&process, Arc::default(), runtime.handle().clone()).unwrap();
+        let env = Env::new(
+            &process,
+            Arc::new(plugins::Catalog::default()),
+            Arc::default(),
+            runtime.handle().clone(),
+        )
+        .unwrap();
         Self {
             graph: Graph::new(),
             compiler: Compiler::new(env),
