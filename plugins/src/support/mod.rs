@@ -1,4 +1,4 @@
-//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs.
+//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, Redis.
 
 pub mod captures;
 pub mod consumer;
@@ -7,5 +7,6 @@ pub mod http_call;
 pub mod numbers;
 #[cfg(test)]
 pub(crate) mod peer;
+pub mod redis;
 pub mod reply;
 pub mod uri;
