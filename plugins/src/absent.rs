@@ -23,7 +23,6 @@ const MISNOMERS: &[(&str, &str)] = &[
 const AUTHENTICATION: &str = "`key-auth` is the authentication that is";
 const ACCESS_LOG: &str = "the access log tells of every request (`nginx_config.http.access_log_format`)";
 const METRICS: &str = "`prometheus` is the way to metrics that is";
-const COMPRESSION: &str = "let the upstream compress, its answers are passed on as they are";
 const AI: &str = "route to the provider as to any upstream; server-sent events pass untouched";
 
 /// Plugins of APISIX 3.18 that are not offered yet, with the nearest thing that is, where there is one.
@@ -51,7 +50,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("basic-auth", AUTHENTICATION),
     ("batch-requests", ""),
     ("body-transformer", "`response-rewrite` with `filters` changes bodies of answers"),
-    ("brotli", COMPRESSION),
     ("cas-auth", AUTHENTICATION),
     ("chaitin-waf", ""),
     ("clickhouse-logger", ACCESS_LOG),
@@ -80,7 +78,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("graphql-proxy-cache", ""),
     ("grpc-transcode", ""),
     ("grpc-web", ""),
-    ("gzip", COMPRESSION),
     ("hmac-auth", AUTHENTICATION),
     ("http-dubbo", ""),
     ("http-logger", ACCESS_LOG),

@@ -22,9 +22,11 @@ macro_rules! plugins {
 }
 
 plugins! {
+    brotli::Brotli,
     cors::Cors,
     echo::Echo,
     fault_injection::FaultInjection,
+    gzip::Gzip,
     ip_restriction::IpRestriction,
     key_auth::KeyAuth,
     limit_count::LimitCount,

@@ -1,7 +1,10 @@
 //! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, Redis.
+//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, content
+//! codings.
 
 pub mod captures;
 pub mod consumer;
+pub mod encoding;
 pub mod headers;
 pub mod http_call;
 pub mod numbers;
