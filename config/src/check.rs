@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::apisix_yaml::{ApisixYaml, FILES};
 use crate::document::LocatedError;
 use crate::env::Env;
+use crate::error::{ConfigError, ErrorKind};
 use crate::graph::Graph;
 use crate::id::Kind;
 use crate::listed_plugins::ListedPlugins;
@@ -105,11 +106,19 @@ fn check_file(
     let mut graph = Graph::with_env(Arc::clone(env));
     graph.replace_all(file.changes(1), &catalog);
     for rejected in graph.rejected() {
-        let errors = rejected.errors.iter().cloned();
+        // Nothing is asked here; a running gateway sets the object aside if the secret cannot be had.
+        let errors = rejected.errors.iter().filter(|error| !error.is_unasked_secret()).cloned();
         report.errors.extend(errors.map(|error| file.locate(&rejected.key, error)));
     }
     for item in Kind::ALL.into_iter().flat_map(|kind| graph.iter(kind)) {
+        let unasked = |error: &ConfigError| match &error.kind {
+            ErrorKind::MissingReference { target } => graph
+                .rejected_at(target)
+                .is_some_and(|rejected| rejected.errors.iter().all(ConfigError::is_unasked_secret)),
+            _ => false,
+        };
         let errors = graph.check_references(&item.key, &item.resource).into_iter();
+        let errors = errors.filter(|error| !unasked(error));
         report.errors.extend(errors.map(|error| file.locate(&item.key, error)));
     }
 }

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use crate::id::ResourceKey;
+use crate::secret_ref::manager_path;
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,6 +168,12 @@ pub enum ErrorKind {
 }
 
 impl ConfigError {
+    /// Whether it says no more than that a secret manager was not asked, for only a running gateway asks.
+    #[must_use]
+    pub fn is_unasked_secret(&self) -> bool {
+        matches!(&self.kind, ErrorKind::UnresolvedSecret { reference, .. } if manager_path(reference).is_some())
+    }
+
     /// An error at `pointer`.
     pub fn new(pointer: impl Into<String>, kind: ErrorKind) -> ConfigError {
         ConfigError { pointer: pointer.into(), kind }

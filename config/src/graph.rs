@@ -60,6 +60,8 @@ pub struct Rejected {
     pub errors: Vec<ConfigError>,
     /// As it was written: the conditions of a route, so that it can be refused where it would have matched.
     pub value: Value,
+    /// The revision of the store that created it.
+    pub created_index: u64,
     /// The revision of the store that last changed it.
     pub modified_index: u64,
 }
@@ -214,6 +216,47 @@ impl Graph {
         changed
     }
 
+    /// Read those objects again that refer to a secret for which `is_told` holds: it is known now, or another one. The
+    /// keys that are now different.
+    pub fn read_again(
+        &mut self,
+        mut is_told: impl FnMut(&str) -> bool,
+        catalog: &dyn PluginCatalog,
+    ) -> Vec<ResourceKey> {
+        let mut stale = Vec::new();
+        for ById(item) in self.kinds.iter().flatten() {
+            if item.resource.literals().texts().any(&mut is_told) {
+                let value = item.resource.to_value();
+                stale.push((item.key.clone(), value, item.created_index, item.modified_index));
+            }
+        }
+        for rejected in self.rejected.values() {
+            let mut paths = Vec::new();
+            strings(&rejected.value, &mut |text| paths.push(is_told(text)));
+            if paths.contains(&true) {
+                let Rejected { key, value, created_index, modified_index, .. } = rejected;
+                stale.push((key.clone(), value.clone(), *created_index, *modified_index));
+            }
+        }
+        let mut changed = Vec::new();
+        for (key, value, created_index, modified_index) in stale {
+            if self.put(key.clone(), value, created_index, modified_index, false, catalog) {
+                changed.push(key);
+            }
+        }
+        changed
+    }
+
+    /// Every reference to a secret in every object, as it was written, and other text that may be none.
+    pub fn visit_secret_references(&self, visit: &mut dyn FnMut(&str)) {
+        for ById(item) in self.kinds.iter().flatten() {
+            item.resource.literals().texts().for_each(&mut *visit);
+        }
+        for rejected in self.rejected.values() {
+            strings(&rejected.value, visit);
+        }
+    }
+
     /// Whether anything but the indices is now different. `reindex` says whether those of an object that
     /// stays as it is are taken over.
     fn put(
@@ -227,7 +270,9 @@ impl Graph {
     ) -> bool {
         let resource = match Resource::parse_with(&key, &value, catalog, &*self.env) {
             Ok(resource) => resource,
-            Err(errors) => return self.set_aside(Rejected { key, errors, value, modified_index }),
+            Err(errors) => {
+                return self.set_aside(Rejected { key, errors, value, created_index, modified_index });
+            }
         };
         let same = self.get(&key).is_some_and(|item| item.resource == resource);
         if same && !reindex {
@@ -378,6 +423,16 @@ impl Graph {
             |item: &&Arc<Item>| item.resource.plugins().is_some_and(|plugins| plugins.contains_key(plugin));
         let mut rules = self.iter(Kind::GlobalRule).filter(|item| item.key != *except);
         rules.find(has).map(|item| &item.key)
+    }
+}
+
+/// Every text in `value` that begins like a reference to a secret.
+fn strings(value: &Value, visit: &mut dyn FnMut(&str)) {
+    match value {
+        Value::String(text) if text.starts_with('$') => visit(text),
+        Value::Array(list) => list.iter().for_each(|item| strings(item, visit)),
+        Value::Object(map) => map.values().for_each(|item| strings(item, visit)),
+        _ => {}
     }
 }
 

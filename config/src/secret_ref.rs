@@ -35,6 +35,11 @@ impl Literals {
         self.0.iter().flat_map(|literals| literals.iter()).map(|literal| &*literal.pointer)
     }
 
+    /// The references, as they were written.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().flat_map(|literals| literals.iter()).map(|literal| &*literal.text)
+    }
+
     /// Put the references back into `value` in place of the secrets.
     pub fn restore(&self, value: &mut Value) {
         for literal in self.0.iter().flat_map(|literals| literals.iter()) {
@@ -127,15 +132,31 @@ enum Reference<'a> {
     /// The name of a variable, and the member of the JSON object in it.
     Env { name: &'a str, member: Option<&'a str> },
     /// A path in a secret manager.
-    Manager,
+    Manager { path: &'a str },
+}
+
+/// The path in a secret manager that `text` refers to, if it does.
+#[must_use]
+pub fn manager_path(text: &str) -> Option<&str> {
+    text.strip_prefix("$secret://")
+}
+
+/// The paths in secret managers that are referred to anywhere in `value`.
+pub fn manager_paths<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+    match value {
+        Value::String(text) => found.extend(manager_path(text)),
+        Value::Array(list) => list.iter().for_each(|item| manager_paths(item, found)),
+        Value::Object(map) => map.values().for_each(|item| manager_paths(item, found)),
+        _ => {}
+    }
 }
 
 impl Reference<'_> {
     fn parse(text: &str) -> Option<Reference<'_>> {
         // Every string of a configuration comes by here: one look decides.
         let rest = text.strip_prefix('$')?;
-        if rest.starts_with("secret://") {
-            return Some(Reference::Manager);
+        if let Some(path) = rest.strip_prefix("secret://") {
+            return Some(Reference::Manager { path });
         }
         let path = rest.strip_prefix("env://").or_else(|| rest.strip_prefix("ENV://"))?;
         match path.split_once('/') {
@@ -145,10 +166,9 @@ impl Reference<'_> {
     }
 
     fn look_up(&self, env: &dyn Env) -> Result<String, String> {
-        let Reference::Env { name, member } = self else {
-            return Err(
-                "secret managers are not asked yet: write `$env://NAME` and set the variable".to_owned()
-            );
+        let (name, member) = match self {
+            Reference::Env { name, member } => (*name, *member),
+            Reference::Manager { path } => return env.secret(path),
         };
         // `env::var` panics on neither of these, but no variable has such a name.
         if name.is_empty() || name.contains(['=', '\0']) {
@@ -213,7 +233,7 @@ mod tests {
             ("$ENV://KEY/sub", "does not hold a JSON object"),
             ("$ENV://JSON/nothing", "has no member `nothing`"),
             ("$ENV://JSON/n", "is not text"),
-            ("$secret://vault/1/jack/key", "secret managers are not asked"),
+            ("$secret://vault/1/jack/key", "asked by a running gateway only"),
         ] {
             let value = json!({"plugins": {"key-auth": {"key": written}}});
             let errors = resolve(&value, &env()).unwrap_err();
@@ -222,6 +242,14 @@ mod tests {
             assert!(error.to_string().contains(reason), "{error}");
             assert!(!error.to_string().contains("s3cret"), "{error}");
         }
+    }
+
+    #[test]
+    fn references_to_secret_managers_are_found() {
+        let value = json!({"a": ["$secret://vault/1/b/c", "$env://KEY"], "d": {"e": "$secret://aws/2/f"}});
+        let mut found = Vec::new();
+        manager_paths(&value, &mut found);
+        assert_eq!(found, ["vault/1/b/c", "aws/2/f"]);
     }
 
     #[test]

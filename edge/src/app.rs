@@ -25,6 +25,7 @@ use layers::worker::deadlines::Timeouts;
 use layers::worker::runtime::{WorkerSettings, Workers};
 use layers::worker::serve::{Http2, ServeSettings};
 use layers::worker::view::{Published, View};
+use plugins::support::http_call::{self, HttpClient};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -32,6 +33,7 @@ use crate::certificates::Certificates;
 use crate::compile::{Compiler, Env};
 use crate::interfaces::Interfaces;
 use crate::running::{Configuration, Running};
+use crate::secrets::Secrets;
 use crate::snapshot::Snapshot;
 use crate::store::embedded::Embedded;
 use crate::store::etcd::{Etcd, EtcdSettings, EtcdTls};
@@ -43,6 +45,8 @@ use crate::{settings, stack};
 /// How long the start waits for the first resolution of upstream names. A name that does not resolve by then does not
 /// keep the others from being served.
 const FIRST_RESOLUTION: Duration = Duration::from_secs(3);
+/// How long the start waits for secret managers.
+const FIRST_SECRETS: Duration = Duration::from_secs(5);
 
 /// Threads of the control runtime: enough for the interfaces, probes and stores to get on beside each other.
 const CONTROL_THREADS: usize = 2;
@@ -201,7 +205,7 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         return Ok(());
     }
     tokio::select! {
-        () = configured(&running) => {}
+        () = configured(&running) => running.secrets().settled(FIRST_SECRETS).await,
         () = stop.told() => return Ok(()),
     }
     let access_log = open_access_log(process)?;
@@ -293,13 +297,20 @@ fn running(
 ) -> Result<Running, StartError> {
     let env = Env::new(process, catalog.clone(), metrics.clone(), tokio::runtime::Handle::current())
         .map_err(|problem| StartError::setting("apisix.ssl.ssl_trusted_certificate", problem))?;
+    let (tls, discovery) = (&env.clusters.tls, &env.clusters.discovery);
+    let client = HttpClient::alone(&http_call::Settings::default(), tls, discovery, &env.control)
+        .map_err(|error| StartError::setting("apisix.ssl.ssl_trusted_certificate", error.to_string()))?;
     let mut compiler = Compiler::new(env);
-    let graph = Graph::new();
+    let secrets = Secrets::default();
+    let graph = Graph::with_env(Arc::new(secrets.clone()));
     let empty = compiler.compile(&graph, []);
     let (published, retired) = Published::new(Arc::new(empty));
     tokio::spawn(retired.run());
     let certificates = Certificates::new(tls_settings(process)?);
-    Ok(Running::new(Configuration { graph, compiler, certificates }, catalog, published, metrics.clone()))
+    let configuration = Configuration { graph, compiler, certificates };
+    let running = Running::new(configuration, catalog, secrets, published, metrics.clone());
+    tokio::spawn(running.secrets().clone().run(client, running.clone()));
+    Ok(running)
 }
 
 fn tls_settings(process: &Process) -> Result<TableSettings, StartError> {

@@ -392,6 +392,7 @@ mod tests {
                 key: ResourceKey::new(Kind::Route, "bad"),
                 errors: vec![ConfigError::invalid("/uri", "write a path")],
                 value: json!({"uri": "top secret"}),
+                created_index: 9,
                 modified_index: 9,
             }]
         }

@@ -85,6 +85,7 @@ impl Interfaces {
             let admin = Admin::new(AdminParts {
                 store: opened.store.clone(),
                 catalog: running.catalog().clone(),
+                secrets: running.secrets().clone(),
                 access,
                 prefix: prefix.clone(),
                 cors: settings.cors,
@@ -266,6 +267,7 @@ impl LiveState for State {
                 key: key.clone(),
                 errors: errors.clone(),
                 value: item.to_value(),
+                created_index: item.created_index,
                 modified_index: item.modified_index,
             })
         });

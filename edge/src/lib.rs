@@ -16,6 +16,7 @@ mod lookup;
 pub mod merge;
 pub mod offline;
 mod running;
+pub mod secrets;
 pub mod seed;
 pub mod settings;
 pub mod snapshot;

@@ -6,20 +6,24 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use config::graph::Graph;
+use config::graph::{Change, Graph};
 use config::plugin_catalog::PluginCatalog;
-use config::{Kind, Resource, ResourceKey};
+use config::{Kind, Resource, ResourceKey, secret_ref};
 use layers::telemetry::metrics::Metrics;
 use layers::worker::view::Published;
 use tokio::sync::{mpsc, watch};
 
 use crate::certificates::Certificates;
 use crate::compile::Compiler;
+use crate::secrets::Secrets;
 use crate::snapshot::Snapshot;
 use crate::store::StoreEvent;
 
 /// Changes that arrive within this time are compiled together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
+
+/// How long a change waits for the secrets that came with it.
+const SECRETS_WAIT: Duration = Duration::from_secs(2);
 
 /// Events taken together at the most, so that a flood of writes is published now and then.
 const BATCH: usize = 256;
@@ -58,6 +62,7 @@ pub struct Configuration {
 pub struct Running {
     configuration: Arc<Mutex<Configuration>>,
     catalog: Arc<dyn PluginCatalog>,
+    secrets: Secrets,
     published: Arc<Published<Snapshot>>,
     progress: Arc<watch::Sender<Progress>>,
     metrics: Arc<Metrics>,
@@ -68,12 +73,14 @@ impl Running {
     pub fn new(
         configuration: Configuration,
         catalog: Arc<dyn PluginCatalog>,
+        secrets: Secrets,
         published: Arc<Published<Snapshot>>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             configuration: Arc::new(Mutex::new(configuration)),
             catalog,
+            secrets,
             published,
             progress: Arc::new(watch::Sender::new(Progress::default())),
             metrics,
@@ -98,6 +105,11 @@ impl Running {
     /// Shared metrics.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// The secrets that objects refer to.
+    pub fn secrets(&self) -> &Secrets {
+        &self.secrets
     }
 
     /// The plugins on offer.
@@ -137,6 +149,16 @@ impl Running {
         }
     }
 
+    /// Reads the objects again that refer to a secret for whose path `is_told` holds. Blocks.
+    pub fn read_again(&self, mut is_told: impl FnMut(&str) -> bool) {
+        let is_told = |text: &str| secret_ref::manager_path(text).is_some_and(&mut is_told);
+        let changed = self.configuration().graph.read_again(is_told, &*self.catalog);
+        if !changed.is_empty() {
+            let revision = self.progress.borrow().revision;
+            self.compile(changed, revision);
+        }
+    }
+
     fn take(&self, event: StoreEvent, changed: &mut Vec<ResourceKey>, revision: &mut Option<u64>) {
         let catalog = &*self.catalog;
         match event {
@@ -145,6 +167,7 @@ impl Running {
                 *revision = Some(now);
             }
             StoreEvent::Changes { changes, revision: now } => {
+                self.ask_for_secrets(&changes);
                 let mut configuration = self.configuration();
                 for change in changes {
                     changed.extend(configuration.graph.apply(change, catalog));
@@ -164,6 +187,20 @@ impl Running {
         }
     }
 
+    /// An object that comes with a secret nobody has asked for would be set aside until the answer is there.
+    fn ask_for_secrets(&self, changes: &[Change]) {
+        let mut paths = Vec::new();
+        for change in changes {
+            if let Change::Put { value, .. } = change {
+                secret_ref::manager_paths(value, &mut paths);
+            }
+        }
+        if !paths.is_empty() {
+            let asked = self.secrets.ask(&paths, SECRETS_WAIT);
+            tokio::runtime::Handle::current().block_on(asked);
+        }
+    }
+
     fn compile(&self, changed: Vec<ResourceKey>, revision: u64) {
         let mut guard = self.configuration();
         let configuration = &mut *guard;
@@ -171,6 +208,9 @@ impl Running {
             for error in &rejected.errors {
                 tracing::error!(object = %rejected.key, %error, "set aside");
             }
+        }
+        if changed.iter().any(|key| key.kind == Kind::Secret) {
+            self.secrets.managers(&configuration.graph);
         }
         let ssls = changed.iter().filter(|key| key.kind == Kind::Ssl);
         configuration.certificates.update(ssls.map(|key| {
@@ -181,8 +221,9 @@ impl Running {
             (key, ssl)
         }));
         let snapshot = configuration.compiler.compile(&configuration.graph, changed);
-        drop(guard);
+        // Under the lock: of two that compile, the one that came later is published later.
         self.published.publish(Arc::new(snapshot));
+        drop(guard);
         self.metrics.configuration.revision.set(revision);
         self.metrics.configuration.published.inc();
         self.progress.send_modify(|progress| {

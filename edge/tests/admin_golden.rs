@@ -219,6 +219,7 @@ fn admin(text: &str, data_dir: &Path) -> Admin {
         None => Arc::new(Embedded::open(data_dir).unwrap()),
     };
     Admin::new(AdminParts {
+        secrets: edge::secrets::Secrets::default(),
         store,
         catalog: Arc::new(Catalog),
         access: Access::new(&settings, data_dir).unwrap(),

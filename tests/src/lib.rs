@@ -18,6 +18,7 @@ pub mod nginx;
 pub mod origin;
 pub mod ports;
 mod process;
+pub mod vault;
 
 pub use client::{Answer, Outcome};
 pub use edge::{ADMIN_KEY, Edge, EdgeBuilder};

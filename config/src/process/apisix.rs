@@ -443,7 +443,7 @@ fn secret_cache(apisix: &Section<'_>) -> SecretCache {
     };
     section.finish();
     if lru.is_present() {
-        apisix.notice("lru", "secret managers are not asked yet, so nothing is kept of them");
+        apisix.notice("lru", "secrets are asked for again every five minutes");
     }
     lru.finish();
     cache

@@ -4,6 +4,7 @@
 //! A check finds all errors, references included, and stores nothing. A replacement is taken whole or not at
 //! all; its digest, the versions of its kinds and the indices of its objects decide what it changes.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -223,6 +224,7 @@ fn check(document: Document, catalog: &dyn PluginCatalog) -> Result<Checked, Rep
         file.errors.iter().map(|error| Finding::of_document(&error.error)).collect();
     let mut graph = Graph::new();
     let mut good = Vec::new();
+    let mut unasked = HashSet::new();
     for item in file.items() {
         let value = item.value();
         match Resource::parse(&item.key, &value, catalog) {
@@ -233,12 +235,18 @@ fn check(document: Document, catalog: &dyn PluginCatalog) -> Result<Checked, Rep
                 );
                 good.push((item, resource));
             }
-            // One finding for each error; the sentence of each is about that one.
-            Err(errors) => findings.extend(
-                errors
-                    .chunks(1)
-                    .map(|error| Finding::of_item(item, error, invalid_message(item.key.kind, error))),
-            ),
+            // One finding for each error; the sentence of each is about that one. Secret managers are asked when the
+            // configuration is taken over: they may be part of it.
+            Err(errors) => {
+                if errors.iter().any(ConfigError::is_unasked_secret) {
+                    unasked.insert(item.key.clone());
+                }
+                let wrong =
+                    errors.chunks(1).filter(|error| !error.iter().all(ConfigError::is_unasked_secret));
+                findings.extend(
+                    wrong.map(|error| Finding::of_item(item, error, invalid_message(item.key.kind, error))),
+                );
+            }
         }
     }
     let mut missing = Vec::new();
@@ -249,6 +257,9 @@ fn check(document: Document, catalog: &dyn PluginCatalog) -> Result<Checked, Rep
                 Finding::of_item(item, &error, error.first().map_or_else(String::new, ToString::to_string));
             match &error {
                 [ConfigError { kind: ErrorKind::MissingReference { target }, .. }] => {
+                    if unasked.contains(target) {
+                        continue;
+                    }
                     missing.push((finding, target.clone()));
                 }
                 _ => findings.push(finding),

@@ -19,6 +19,7 @@ use http_body_util::{BodyExt, Limited};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
+use crate::secrets::Secrets;
 use crate::store::Store;
 use crate::store::standalone::Standalone;
 
@@ -56,6 +57,8 @@ pub struct AdminParts {
     pub store: Arc<dyn Store>,
     /// The plugins there are.
     pub catalog: Arc<dyn PluginCatalog>,
+    /// What references to secrets are looked up in.
+    pub secrets: Secrets,
     /// Who may use it.
     pub access: Access,
     /// What keys begin with in answers, without a slash at the end: `/apisix`.
@@ -74,6 +77,7 @@ pub struct AdminParts {
 pub struct Admin {
     store: Arc<dyn Store>,
     catalog: Arc<dyn PluginCatalog>,
+    secrets: Secrets,
     access: Access,
     prefix: String,
     cors: bool,
@@ -88,9 +92,10 @@ impl Admin {
     /// An Admin API on top of its parts.
     #[must_use]
     pub fn new(parts: AdminParts) -> Admin {
-        let AdminParts { store, catalog, access, prefix, cors, stream, standalone, reload_plugins } = parts;
+        let AdminParts { store, catalog, secrets, access, prefix, cors, stream, standalone, reload_plugins } =
+            parts;
         let order = tokio::sync::RwLock::new(());
-        Admin { store, catalog, access, prefix, cors, stream, standalone, reload_plugins, order }
+        Admin { store, catalog, secrets, access, prefix, cors, stream, standalone, reload_plugins, order }
     }
 
     /// Answer one request of `peer`. Never fails: whatever goes wrong is an answer.

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use config::graph::Item;
 use config::resource::Resource;
-use config::{ConfigError, ErrorKind, Kind, ResourceKey};
+use config::{ConfigError, ErrorKind, Kind, ResourceKey, secret_ref};
 use http::{Method, StatusCode};
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -22,6 +22,8 @@ use crate::store::{Condition, DeleteOptions, PutOptions, StoreError, Stored};
 
 /// How often a PATCH starts again because somebody else wrote in between.
 const PATCH_ATTEMPTS: usize = 64;
+/// How long a write waits for the secret managers that it refers to.
+const SECRETS_WAIT: Duration = Duration::from_secs(4);
 
 /// One request about resources, taken apart.
 pub(super) struct Call<'a> {
@@ -253,7 +255,10 @@ impl Admin {
                 self.catalog.refusal(&key.id).map_or_else(String::new, |advice| format!(": {advice}"));
             return Err(Reply::bad_request(format!("invalid plugin name [{}]{advice}", key.id)));
         }
-        let resource = Resource::parse(&key, body, &*self.catalog)
+        let mut paths = Vec::new();
+        secret_ref::manager_paths(body, &mut paths);
+        self.secrets.ask(&paths, SECRETS_WAIT).await;
+        let resource = Resource::parse_with(&key, body, &*self.catalog, &self.secrets)
             .map_err(|errors| Reply::invalid(key.kind, &errors))?;
         let mut references = Vec::new();
         resource.visit_references(&mut |pointer, target| references.push((pointer.to_owned(), target)));

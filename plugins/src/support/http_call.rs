@@ -26,7 +26,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::rt::TokioTimer;
 use layers::plugin::BuildEnv;
-use layers::upstream::tls_client::{Offer, TlsSettings};
+use layers::upstream::tls_client::{Offer, TlsClients, TlsSettings};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
@@ -126,20 +126,23 @@ impl HttpClient {
     /// # Errors
     /// TLS cannot be set up.
     pub fn new(settings: &Settings, env: &BuildEnv<'_>) -> Result<Self, ConfigError> {
-        let tls = TlsSettings {
-            verify: settings.verify,
-            authorities: Vec::new(),
-            client: None,
-            // The connector says what it offers: h2 and http/1.1.
-            offer: Offer::Nothing,
-        };
-        let tls = match env.tls.config(&tls) {
-            Ok(tls) => (*tls).clone(),
-            // A system without authorities: plain calls work, and no certificate is good enough.
-            Err(_) => nothing_trusted()?,
-        };
-        let make = || Inner::new(settings.clone(), tls, env);
+        let tls = client_config(settings, env.tls)?;
+        let make = || Inner::new(settings.clone(), tls, env.discovery, env.control);
         Ok(Self(env.carry.get_or(&format!("http-call/{settings:?}"), make)))
+    }
+
+    /// A client for a part of the control side that is no plugin. It shares connections with its clones only.
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub fn alone(
+        settings: &Settings,
+        tls: &TlsClients,
+        discovery: &Discovery,
+        control: &Handle,
+    ) -> Result<Self, ConfigError> {
+        let tls = client_config(settings, tls)?;
+        Ok(Self(Arc::new(Inner::new(settings.clone(), tls, discovery, control))))
     }
 
     /// Sends `request`, whose URI is absolute, and returns the whole answer, whatever its status.
@@ -167,9 +170,8 @@ impl HttpClient {
 }
 
 impl Inner {
-    fn new(settings: Settings, tls: ClientConfig, env: &BuildEnv<'_>) -> Self {
-        let resolver =
-            Resolver(Arc::new(Names { discovery: env.discovery.clone(), watched: Mutex::default() }));
+    fn new(settings: Settings, tls: ClientConfig, discovery: &Discovery, control: &Handle) -> Self {
+        let resolver = Resolver(Arc::new(Names { discovery: discovery.clone(), watched: Mutex::default() }));
         let mut plain = HttpConnector::new_with_resolver(resolver);
         plain.enforce_http(false);
         plain.set_nodelay(true);
@@ -181,7 +183,7 @@ impl Inner {
             .enable_http1()
             .enable_http2()
             .wrap_connector(plain);
-        let client = Client::builder(OnControl(env.control.clone()))
+        let client = Client::builder(OnControl(control.clone()))
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(settings.idle)
@@ -191,7 +193,7 @@ impl Inner {
             .http2_max_header_list_size(MAX_HEAD as u32)
             .build(connector);
         let places = Arc::new(Semaphore::new(settings.in_flight));
-        Self { client, control: env.control.clone(), settings, places }
+        Self { client, control: control.clone(), settings, places }
     }
 
     async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>, CallError> {
@@ -202,6 +204,21 @@ impl Inner {
             Err(error) if error.is::<LengthLimitError>() => Err(CallError::TooLarge(self.settings.max_body)),
             Err(error) => Err(CallError::of(&*error)),
         }
+    }
+}
+
+fn client_config(settings: &Settings, tls: &TlsClients) -> Result<ClientConfig, ConfigError> {
+    let wanted = TlsSettings {
+        verify: settings.verify,
+        authorities: Vec::new(),
+        client: None,
+        // The connector says what it offers: h2 and http/1.1.
+        offer: Offer::Nothing,
+    };
+    match tls.config(&wanted) {
+        Ok(tls) => Ok((*tls).clone()),
+        // A system without authorities: plain calls work, and no certificate is good enough.
+        Err(_) => nothing_trusted(),
     }
 }
 
