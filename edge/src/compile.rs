@@ -585,6 +585,8 @@ impl Compiler {
         Ok(Target {
             route_id: key.id.clone(),
             route_name: route.name.as_ref().map(|name| name.as_str().into()),
+            route: graph.get(key).cloned(),
+            service: service_key.as_ref().and_then(|key| graph.get(key)).cloned(),
             service_id: service_key.as_ref().map(|key| key.id.clone()),
             service_name: service.and_then(|service| service.name.as_ref()).map(|name| name.as_str().into()),
             plan,
@@ -846,6 +848,8 @@ fn refused_entry(
     let target = Target {
         route_id: key.id.clone(),
         route_name: None,
+        route: None,
+        service: None,
         service_id: None,
         service_name: None,
         plan: Arc::default(),

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use config::graph::Item;
+
 use crate::chain::Plan;
 use crate::error::Reason;
 use crate::upstream::cluster::Cluster;
@@ -34,6 +36,10 @@ pub struct Target {
     pub route_id: Arc<str>,
     /// The route's name.
     pub route_name: Option<Arc<str>>,
+    /// The route as it is stored, for plugins that tell somebody of it.
+    pub route: Option<Arc<Item>>,
+    /// Its service as it is stored.
+    pub service: Option<Arc<Item>>,
     /// The id of its service.
     pub service_id: Option<Arc<str>>,
     /// The name of its service.

@@ -86,6 +86,8 @@ fn target() -> Arc<Target> {
     Arc::new(Target {
         route_id: "r1".into(),
         route_name: None,
+        route: None,
+        service: None,
         service_id: None,
         service_name: None,
         plan: Arc::new(Plan::default()),

@@ -409,6 +409,8 @@ mod tests {
         Arc::new(Target {
             route_id: "r1".into(),
             route_name: Some("shop".into()),
+            route: None,
+            service: None,
             service_id: Some("s1".into()),
             service_name: None,
             plan: Arc::new(Plan::default()),

@@ -341,7 +341,7 @@ impl EdgeBuilder {
         self
     }
 
-    /// The exact text of `apisix.yaml`, instead of resources.
+    /// The exact text of `apisix.yaml`, instead of resources; `@self@` stands for the proxy's own `host:port`.
     pub fn text(mut self, text: &str) -> Self {
         self.text = Some(text.to_owned());
         self
@@ -380,7 +380,10 @@ impl EdgeBuilder {
         let config = serde_json::to_string_pretty(&config).expect("JSON");
         write_file(&folder.join("config.yaml"), &config);
         match (&self.provider, &self.text) {
-            (_, Some(text)) => write_file(&folder.join("apisix.yaml"), text),
+            (_, Some(text)) => {
+                let text = text.replace("@self@", &http.addr().to_string());
+                write_file(&folder.join("apisix.yaml"), &text);
+            }
             (Provider::File, None) => write_resources(&folder, false, &self.resources),
             (Provider::JsonFile, None) => write_resources(&folder, true, &self.resources),
             _ => assert!(self.resources.is_empty(), "this provider takes resources by its API"),

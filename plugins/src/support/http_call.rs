@@ -35,6 +35,8 @@ use tower::Service;
 
 /// Hosts whose addresses one client keeps fresh.
 const MAX_HOSTS: usize = 64;
+/// Idle connections to one server, whatever the settings ask for.
+const MAX_POOL: usize = 1024;
 /// The head of an answer, in bytes.
 const MAX_HEAD: usize = 64 * 1024;
 /// Header fields of an answer.
@@ -69,6 +71,23 @@ impl Default for Settings {
             idle: Duration::from_secs(60),
             max_body: 1 << 20,
             in_flight: 1024,
+        }
+    }
+}
+
+impl Settings {
+    /// As plugins of APISIX write them: times in milliseconds, and for connections that are kept how many and how
+    /// long they may be idle.
+    pub fn of(verify: bool, timeout: u32, keep: Option<(u32, u32)>) -> Self {
+        let timeout = Duration::from_millis(timeout.into());
+        let (pool, idle) = keep.unwrap_or((0, 1_000));
+        Self {
+            verify,
+            timeout,
+            connect_timeout: timeout,
+            pool: usize::try_from(pool).unwrap_or(usize::MAX).min(MAX_POOL),
+            idle: Duration::from_millis(idle.into()),
+            ..Self::default()
         }
     }
 }

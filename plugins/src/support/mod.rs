@@ -12,4 +12,5 @@ pub mod numbers;
 pub(crate) mod peer;
 pub mod redis;
 pub mod reply;
+pub mod request_body;
 pub mod uri;

@@ -31,6 +31,16 @@ impl Canned {
         Self::json(status, &json!({ "message": message }))
     }
 
+    /// Text.
+    pub fn text(status: StatusCode, text: &str) -> Self {
+        Self {
+            status,
+            kind: Some(HeaderValue::from_static("text/plain; charset=utf-8")),
+            body: text.to_owned().into(),
+            headers: HeaderMap::new(),
+        }
+    }
+
     /// A status alone: the error page of its status, as nginx answers.
     pub fn status(status: StatusCode) -> Self {
         let page = if status.as_u16() < 300 { String::new() } else { layers::rescue::page(status) };
