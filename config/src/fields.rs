@@ -46,6 +46,11 @@ impl<const MIN: usize, const MAX: usize> Text<MIN, MAX> {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// A text that is written in the code and known to be right.
+    pub(crate) fn of_constant(text: &'static str) -> Self {
+        Text(Box::new(text.into()))
+    }
 }
 
 impl<const MIN: usize, const MAX: usize> Deref for Text<MIN, MAX> {

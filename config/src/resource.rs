@@ -809,6 +809,25 @@ mod tests {
                 Kind::Upstream,
                 "1",
                 upstream(json!({
+                    "breaker": {
+                        "max_failures": 3, "window": 0.5, "cool_down": 2, "half_open": 2, "statuses": [],
+                        "all_open": "use_all",
+                    },
+                    "retry": {
+                        "on": ["http_5xx"], "statuses": [429], "non_idempotent": true,
+                        "budget": {"percent": 10, "min_per_second": 1},
+                    },
+                    "sticky": {
+                        "cookie": "sid", "max_age": 60, "path": "/a", "secure": true, "http_only": false,
+                        "same_site": "none", "key": "k".repeat(16),
+                    },
+                    "slow_start": 30,
+                })),
+            ),
+            (
+                Kind::Upstream,
+                "1",
+                upstream(json!({
                     "type": "ewma", "scheme": "https",
                     "tls": {"client_cert": "c".repeat(128), "client_key": "k".repeat(64), "ca": ["c".repeat(128)]},
                     "checks": {"active": {
@@ -1151,7 +1170,42 @@ mod tests {
                 "/all_unhealthy",
                 "`use_all`, `refuse`",
             ),
-            (Kind::Upstream, upstream(json!({"slow_start": {}})), "/slow_start", "unknown field"),
+            (Kind::Upstream, upstream(json!({"slow_start": {}})), "/slow_start", "write a number"),
+            (Kind::Upstream, upstream(json!({"slow_start": 0})), "/slow_start", "more than 0"),
+            (Kind::Upstream, upstream(json!({"slow_strat": 1})), "/slow_strat", "unknown field"),
+            // What users write at the top, because they know it from elsewhere.
+            (Kind::Upstream, upstream(json!({"max_failures": 3})), "/max_failures", "`\"breaker\": {"),
+            (Kind::Upstream, upstream(json!({"half_open": {}})), "/half_open", "`\"breaker\": {"),
+            (Kind::Upstream, upstream(json!({"unhealthy": {"interval": 5}})), "/unhealthy", "checks.passive"),
+            (Kind::Upstream, upstream(json!({"retry_on": ["http_5xx"]})), "/retry_on", "`\"retry\": {"),
+            (Kind::Route, up(json!({"cool_down": 3})), "/upstream/cool_down", "`\"breaker\": {"),
+            (Kind::Upstream, upstream(json!({"sticky_cookie": "a"})), "/sticky_cookie", "`\"sticky\": {"),
+            (
+                Kind::Upstream,
+                upstream(json!({"breaker": {"max_failures": 0}})),
+                "/breaker/max_failures",
+                "1 to 1000",
+            ),
+            (
+                Kind::Upstream,
+                upstream(json!({"breaker": {"max_fails": 1}})),
+                "/breaker/max_fails",
+                "unknown field",
+            ),
+            (
+                Kind::Upstream,
+                upstream(json!({"retry": {"on": ["5xx"]}})),
+                "/retry/on/0",
+                "`connect_failure`, `timeout`, `reset`, `http_5xx`",
+            ),
+            (
+                Kind::Upstream,
+                upstream(json!({"retry": {"budget": {}}, "retry_budget": {}})),
+                "",
+                "`retry_budget` and `retry.budget` exclude each other",
+            ),
+            (Kind::Upstream, upstream(json!({"sticky": {"cookie": "a b"}})), "/sticky/cookie", "of a cookie"),
+            (Kind::Upstream, upstream(json!({"sticky": {"key": "short"}})), "/sticky/key", "the length 5"),
             (Kind::Route, up(json!({"type": "chash"})), "/upstream", "needs `key`"),
             (Kind::Route, up(json!({"checks": {}})), "/upstream/checks", "none of"),
             (Kind::Route, up(json!({"nodes": {"a": 1}, "scheme": "udp"})), "/upstream/nodes/a", "host:port"),

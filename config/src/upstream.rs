@@ -24,6 +24,10 @@ use crate::rules::{self, Rule, Rules};
 use crate::secret_ref::Literals;
 use crate::sensitive::PrivateKey;
 
+pub mod extensions;
+
+use extensions::{Breaker, Retry, Sticky};
+
 /// Nodes with the same service behind them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -103,9 +107,22 @@ pub struct Upstream {
     /// Extension: HTTP/2 is spoken to the nodes of an `http` or `https` upstream, without asking first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub http2: bool,
-    /// Extension: how much of the load may be retries.
+    /// Extension: how much of the load may be retries. May also be written `retry.budget`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_budget: Option<Box<RetryBudget>>,
+    /// Extension: what is tried again at another node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Box<Retry>>,
+    /// Extension: takes a node out of use for a while after failures of live traffic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub breaker: Option<Box<Breaker>>,
+    /// Extension: sends the requests of one session to one node, known by a cookie.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sticky: Option<Box<Sticky>>,
+    /// Extension: the time in which the share of a node that is new, or healthy again, grows to its full weight, in
+    /// seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slow_start: Option<Box<Seconds>>,
     /// Extension: what happens when health checks have found every node unhealthy.
     #[serde(default, skip_serializing_if = "AllUnhealthy::is_default")]
     pub all_unhealthy: AllUnhealthy,
@@ -140,7 +157,8 @@ impl Upstream {
     /// How much of the load may be retries.
     #[must_use]
     pub fn retry_budget(&self) -> RetryBudget {
-        self.retry_budget.as_deref().copied().unwrap_or_default()
+        let inner = self.retry.as_deref().and_then(|retry| retry.budget);
+        inner.or(self.retry_budget.as_deref().copied()).unwrap_or_default()
     }
 
     /// Everything the type alone does not say that is wrong, for an upstream inside the settings of a plugin.
@@ -163,6 +181,12 @@ impl Upstream {
         }
         if self.algorithm == Algorithm::Chash {
             self.check_key(&mut error);
+        }
+        if let Some(sticky) = &self.sticky {
+            sticky.check(&mut error);
+        }
+        if self.retry_budget.is_some() && self.retry.as_ref().is_some_and(|retry| retry.budget.is_some()) {
+            error("", ErrorKind::Exclusive { one: "retry_budget", other: "retry.budget" });
         }
     }
 
@@ -231,6 +255,7 @@ pub(crate) fn check_fields(upstream: &Map<String, Value>, at: &str, errors: &mut
             rules::check(rules, inner, &format!("{at}/{field}"), errors);
         }
     }
+    extensions::misplaced(upstream, at, errors);
     if upstream.get("scheme").and_then(Value::as_str) == Some("kafka") {
         let what = "`scheme: kafka`".to_owned();
         let kind = ErrorKind::Unsupported {
@@ -841,7 +866,7 @@ impl Default for PassiveUnhealthy {
     }
 }
 
-fn statuses(list: &[u32]) -> Distinct<HttpStatus> {
+fn statuses<const MIN: usize>(list: &[u32]) -> Distinct<HttpStatus, MIN> {
     let list: Vec<HttpStatus> = list.iter().filter_map(|status| Int::new(*status)).collect();
     Distinct::of_constants(list)
 }

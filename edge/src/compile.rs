@@ -150,6 +150,8 @@ impl Clusters {
         let [node] = &**upstream.nodes.as_ref()? else { return None };
         if upstream.checks.is_some()
             || upstream.tls.is_some()
+            || upstream.breaker.is_some()
+            || upstream.slow_start.is_some()
             || discovery::literal(node.bare_host()).is_none()
         {
             return None;

@@ -404,6 +404,8 @@ mod tests {
                 hostname: Some("<b>".to_owned()),
                 status: "unhealthy",
                 counter: HealthCounter { http_failure: 5, ..HealthCounter::default() },
+                breaker: None,
+                breaker_opened: 0,
             };
             vec![Checker { owner: ResourceKey::new(Kind::Upstream, "1"), kind: "http", nodes: vec![node] }]
         }

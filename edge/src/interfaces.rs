@@ -13,7 +13,8 @@ use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use layers::telemetry::exposition::Exposition;
 use layers::telemetry::metrics::Metrics;
-use layers::telemetry::names;
+use layers::telemetry::names::{self, Metric};
+use layers::upstream::breaker::Phase;
 use plugins::prometheus::Export;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -188,6 +189,9 @@ impl Handler for MetricsPage {
     }
 }
 
+/// The kind of a checker where there are breakers and no checks.
+const BREAKER: &str = "breaker";
+
 /// What the interfaces tell of the running gateway.
 struct State {
     stage: AtomicU8,
@@ -226,20 +230,46 @@ impl State {
             }
         }
         drop(configuration);
-        out.family(prefix, &names::UPSTREAM_STATUS);
-        for checker in self.health() {
-            let name = format!("{}/{}", self.key_prefix, checker.owner);
-            for node in checker.nodes {
-                let port = node.port.to_string();
-                let labels = [("name", &*name), ("ip", &*node.ip), ("port", &*port)];
-                let healthy = matches!(node.status, "healthy" | "mostly_healthy");
-                out.sample(prefix, names::UPSTREAM_STATUS.name, labels, u8::from(healthy));
-            }
-        }
+        self.collect_nodes(prefix, out);
         out.family("", &names::CONFIG_REJECTED_ITEMS);
         for kind in Kind::ALL {
             let count = rejected.iter().filter(|other| **other == kind).count();
             out.sample("", names::CONFIG_REJECTED_ITEMS.name, [("kind", kind.segment())], count);
+        }
+    }
+}
+
+impl State {
+    /// What is thought of nodes.
+    fn collect_nodes(&self, prefix: &str, out: &mut Exposition) {
+        let checkers = self.health();
+        let nodes =
+            || checkers.iter().flat_map(|checker| checker.nodes.iter().map(move |node| (checker, node)));
+        let sample = |out: &mut Exposition,
+                      prefix: &str,
+                      metric: &Metric,
+                      (checker, node): (&Checker, &NodeHealth),
+                      value: u64| {
+            let (name, port) = (format!("{}/{}", self.key_prefix, checker.owner), node.port.to_string());
+            out.sample(prefix, metric.name, [("name", &*name), ("ip", &node.ip), ("port", &port)], value);
+        };
+        out.family(prefix, &names::UPSTREAM_STATUS);
+        for node in nodes().filter(|(checker, _)| checker.kind != BREAKER) {
+            let healthy = matches!(node.1.status, "healthy" | "mostly_healthy");
+            sample(out, prefix, &names::UPSTREAM_STATUS, node, healthy.into());
+        }
+        let with_breaker = || nodes().filter(|(_, node)| node.breaker.is_some());
+        if with_breaker().next().is_none() {
+            return;
+        }
+        out.family("", &names::NODE_BREAKER_STATE);
+        for node in with_breaker() {
+            let state = Phase::ALL.iter().position(|phase| Some(phase.as_str()) == node.1.breaker);
+            sample(out, "", &names::NODE_BREAKER_STATE, node, state.unwrap_or_default() as u64);
+        }
+        out.family("", &names::NODE_BREAKER_OPENED_TOTAL);
+        for node in with_breaker() {
+            sample(out, "", &names::NODE_BREAKER_OPENED_TOTAL, node, node.1.breaker_opened);
         }
     }
 }
@@ -279,7 +309,7 @@ impl LiveState for State {
         let mut checkers: Vec<_> = clusters
             .iter()
             .filter_map(|(owner, cluster)| {
-                let kind = cluster.check_kind()?;
+                let kind = cluster.check_kind().or_else(|| cluster.has_breakers().then_some(BREAKER))?;
                 let owner = ResourceKey::from_path(owner)?;
                 let nodes = cluster
                     .endpoints()
@@ -296,6 +326,8 @@ impl LiveState for State {
                             http_failure: node.counts.http_failure.into(),
                             timeout_failure: node.counts.timeout_failure.into(),
                         },
+                        breaker: node.breaker,
+                        breaker_opened: node.breaker_opened,
                     })
                     .collect();
                 Some(Checker { owner, kind, nodes })

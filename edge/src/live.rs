@@ -24,7 +24,7 @@ pub trait LiveState: Send + Sync + 'static {
     /// The objects that are set aside, with their errors.
     fn rejected(&self) -> Vec<Rejected>;
 
-    /// The health of the nodes of every upstream that has checks.
+    /// The health of the nodes of every upstream that has checks or breakers.
     fn health(&self) -> Vec<Checker>;
 
     /// Whether requests should be sent here.
@@ -72,7 +72,7 @@ pub struct Checker {
     /// The object that has them.
     #[serde(skip)]
     pub owner: ResourceKey,
-    /// `http`, `https` or `tcp`.
+    /// `http`, `https` or `tcp`; `passive` where only live traffic judges, `breaker` where there are breakers alone.
     #[serde(rename = "type")]
     pub kind: &'static str,
     /// The nodes that are checked.
@@ -93,6 +93,12 @@ pub struct NodeHealth {
     pub status: &'static str,
     /// What led there.
     pub counter: HealthCounter,
+    /// `closed`, `half_open` or `open`, where the upstream has breakers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub breaker: Option<&'static str>,
+    /// How often the breaker has opened.
+    #[serde(skip)]
+    pub breaker_opened: u64,
 }
 
 /// Results in a row that led to the status of a node.

@@ -13,11 +13,13 @@ use layers::plugin::Definition;
 use layers::route::Mode;
 use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
+use layers::upstream::sticky::{OwnKey, own_key};
 use layers::upstream::tls_client::TlsClients;
 use plugins::redirect::Redirect;
 use serde_json::Value;
 use tokio::runtime::Handle;
 
+use crate::admin::auth;
 use crate::explain::Rules;
 
 /// The most of a body that routes look into when nothing is configured: APISIX `max_post_args_readable_size`, 64 MiB.
@@ -111,6 +113,21 @@ fn keepalive(process: &Process) -> Keepalive {
     }
 }
 
+/// The key of session cookies: kept in the data directory, made when the first upstream needs it.
+fn session_key(process: &Process) -> OwnKey {
+    let path = process.data_dir.join("session.key");
+    own_key(move || match auth::generated_key(&path) {
+        Ok(key) => key.into_bytes(),
+        Err(error) => {
+            tracing::warn!(
+                path = %path.display(), %error,
+                "the key of session cookies cannot be kept: sessions end with this process; write `sticky.key`"
+            );
+            auth::random_key().unwrap_or_default().into_bytes()
+        }
+    })
+}
+
 /// What upstreams are made with.
 ///
 /// # Errors
@@ -134,6 +151,7 @@ pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, Strin
         tls: Arc::new(TlsClients::new(roots.map_err(|error| error.to_string())?)),
         checks: process.upstream_health_checks,
         keepalive: keepalive(process),
+        session_key: session_key(process),
         control: control.clone(),
     })
 }

@@ -35,7 +35,13 @@ fn peers(count: usize) -> Vec<Peer> {
     let peer = |n: usize| {
         let addr = SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 8080));
         let key = EndpointKey { addr, host: addr.ip().to_string().into() };
-        Peer { state: Arc::new(EndpointState::new(key)), weight: n as u32 % 4 + 1, siblings: 1, priority: 0 }
+        Peer {
+            state: Arc::new(EndpointState::new(key)),
+            weight: n as u32 % 4 + 1,
+            siblings: 1,
+            priority: 0,
+            warmth: 100,
+        }
     };
     (0..count).map(peer).collect()
 }
@@ -137,6 +143,7 @@ fn edit(bencher: Bencher<'_, '_>, endpoints: usize) {
         tls: Arc::new(TlsClients::new(Arc::new(RootCertStore::empty()))),
         checks: true,
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
+        session_key: layers::upstream::sticky::own_key(Vec::new),
         control,
     };
     let nodes: serde_json::Map<_, _> = (0..endpoints)

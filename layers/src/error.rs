@@ -103,6 +103,8 @@ reasons! {
     NoNodes "no_nodes" 503 Gateway "destination_unavailable",
     /// Every node was tried or is unhealthy, and the upstream does not use unhealthy nodes.
     NoHealthyNode "no_healthy_node" 502 Upstream "destination_unavailable",
+    /// The breaker of every node that could be tried is open.
+    BreakerOpen "breaker_open" 503 Upstream "destination_unavailable",
     /// No node's name could be resolved.
     DnsFailed "dns_failed" 503 Upstream "dns_error",
     /// The connection was refused or the host is unreachable.

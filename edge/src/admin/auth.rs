@@ -143,7 +143,8 @@ fn cookie(headers: &HeaderMap) -> Option<Vec<u8>> {
     pairs.find_map(|pair| Some(pair.trim().strip_prefix("x-api-key=")?.as_bytes().to_vec()))
 }
 
-fn generated_key(path: &Path) -> io::Result<String> {
+/// The key in a file for the owner alone, made if there is none.
+pub(crate) fn generated_key(path: &Path) -> io::Result<String> {
     match fs::read_to_string(path) {
         Ok(key) if key.trim().len() >= KEY_LENGTH => return Ok(key.trim().to_owned()),
         Ok(_) => tracing::warn!(path = %path.display(), "the key in the file is too short, making another"),
@@ -162,7 +163,7 @@ fn generated_key(path: &Path) -> io::Result<String> {
 }
 
 /// 32 letters and digits from the operating system's generator: 190 bits.
-fn random_key() -> io::Result<String> {
+pub(crate) fn random_key() -> io::Result<String> {
     const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
     let mut source = fs::File::open("/dev/urandom")?;
     let mut key = String::with_capacity(KEY_LENGTH);

@@ -74,6 +74,8 @@ metrics! {
     PANICS_TOTAL Counter "postern_panics_total" "Panics that were caught while a request was handled.",
     RETRIES_TOTAL Counter "postern_upstream_retries_total" "Further attempts to reach an upstream after a failed one.",
     RETRY_BUDGET_EXHAUSTED_TOTAL Counter "postern_retry_budget_exhausted_total" "Retries not made because the retry budget was used up.",
+    NODE_BREAKER_STATE Gauge "postern_node_breaker_state" "State of a node's circuit breaker: 0 closed, 1 half-open, 2 open.",
+    NODE_BREAKER_OPENED_TOTAL Counter "postern_node_breaker_opened_total" "How often a node's circuit breaker has opened.",
     CONFIG_REVISION Gauge "postern_config_revision" "Revision of the configuration in use.",
     CONFIG_ITEMS Gauge "postern_config_items" "Resources in use, by kind.",
     CONFIG_REJECTED_ITEMS Gauge "postern_config_rejected_items" "Resources set aside because they are wrong, by kind.",

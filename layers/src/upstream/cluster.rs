@@ -7,18 +7,20 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use config::error::ConfigError;
 use config::upstream::Upstream;
 use discovery::{Discovery, Endpoint, Endpoints, Node, Watch};
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
+use http::HeaderValue;
 use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use super::breaker::{Leave, Phase};
 use super::budget::Budget;
 use super::endpoint::{EndpointKey, EndpointState};
 use super::health::{Report, Source};
@@ -27,12 +29,17 @@ use super::pool::Keepalive;
 use super::probe::Probes;
 use super::round_robin::CursorCell;
 use super::settings::Settings;
+use super::sticky::{OwnKey, Sessions};
 use super::tls_client::{ClientPem, TlsClients};
 use crate::error::Reason;
+use crate::exchange::State as Exchange;
 use crate::upstream::endpoint::Picked;
 
 /// An endpoint that only live traffic judges is given another chance after this long without any.
 const PAROLE: Duration = Duration::from_secs(10);
+
+/// How often the shares of endpoints that start slowly grow, at the most and at the least.
+const GROWTH: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
 /// What clusters are made with.
 #[derive(Clone)]
@@ -45,6 +52,8 @@ pub struct ClusterEnv {
     pub checks: bool,
     /// The pool of an upstream without `keepalive_pool`. nginx `upstream` block.
     pub keepalive: Keepalive,
+    /// The key of the cookies of sessions, where an upstream has none of its own.
+    pub session_key: OwnKey,
     /// Where probes and followers run.
     pub control: Handle,
 }
@@ -58,25 +67,76 @@ pub struct State {
     peers: Vec<Peer>,
     /// No address is known because names do not resolve.
     unresolved: bool,
+    /// Endpoints that were left out, where it matters that they come back.
+    left_out: Box<[u64]>,
+    /// Some endpoint has less than its whole share for now.
+    cold: bool,
+    /// There where sessions stay at their endpoint.
+    sessions: Option<Box<Sessions>>,
+}
+
+/// An endpoint for one attempt.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    pub(crate) picked: Picked,
+    /// The leave of its breaker, if it has one that is to hear of the outcome.
+    pub(crate) leave: Option<Leave>,
 }
 
 impl State {
     /// Nothing to pick yet.
     fn new(settings: Arc<Settings>) -> Self {
-        Self { settings, picker: Picker::default(), peers: Vec::new(), unresolved: false }
+        Self {
+            settings,
+            picker: Picker::default(),
+            peers: Vec::new(),
+            unresolved: false,
+            left_out: Box::default(),
+            cold: false,
+            sessions: None,
+        }
     }
 
     /// The state of `endpoints`; those that were there before keep what is known of them.
-    fn of(settings: Arc<Settings>, endpoints: &Endpoints, before: &[Peer], cursor: &CursorCell) -> Self {
-        let peers = if endpoints.list.is_empty() && endpoints.pending > 0 {
+    fn of(settings: Arc<Settings>, endpoints: &Endpoints, before: &Self, cursor: &CursorCell) -> Self {
+        let mut peers = if endpoints.list.is_empty() && endpoints.pending > 0 {
             // New names are still asked for: until they answer, the former addresses serve.
-            before.to_vec()
+            before.peers.clone()
         } else {
-            peers(&endpoints.list, before)
+            peers(&endpoints.list, &before.peers)
         };
+        let mut left_out = Box::default();
+        if settings.slow_start.is_some() {
+            before.chill(&peers);
+            let out = peers.iter().filter(|peer| !peer.state.health.state().usable());
+            left_out = out.map(|peer| peer.state.id()).collect();
+        }
+        let now = Instant::now();
+        for peer in &mut peers {
+            peer.warmth = peer.state.warmth(settings.slow_start, now);
+            peer.state.settle_breaker(settings.breaker.as_ref());
+        }
         let picker = Picker::new(settings.algorithm, &peers, settings.fail_open, cursor);
         let unresolved = endpoints.pending > 0 || !endpoints.failures.is_empty();
-        Self { picker, peers, unresolved, settings }
+        let sessions = settings.sticky.as_ref().map(|rule| Box::new(Sessions::new(rule, &peers)));
+        let cold = peers.iter().any(|peer| peer.warmth < 100);
+        Self { picker, peers, unresolved, left_out, cold, sessions, settings }
+    }
+
+    /// Those of the next peers that are not among these, or were left out and are not any more, start cold. The first
+    /// ones of all do not: there is nobody to take their part.
+    fn chill(&self, next: &[Peer]) {
+        if self.peers.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let known: HashSet<u64> = self.peers.iter().map(|peer| peer.state.id()).collect();
+        for Peer { state, .. } in next {
+            let is_back = self.left_out.contains(&state.id()) && state.health.state().usable();
+            if is_back || !known.contains(&state.id()) {
+                state.start_cold(now);
+            }
+        }
     }
 
     /// The endpoints it was made of, where all of them are addresses.
@@ -91,18 +151,65 @@ impl State {
         Endpoints { list: self.peers.iter().map(endpoint).collect(), ..Endpoints::default() }
     }
 
-    /// The next endpoint for another attempt: one that was not tried. An upstream of one endpoint is asked there again,
-    /// as often as `retries` says.
-    pub(crate) fn pick_again(&self, key: &PickKey, tried: &Tried) -> Option<Picked> {
+    /// The endpoint for the first attempt: that of the request's session, or one that the algorithm chooses.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(crate) fn first(&self, key: &PickKey, x: &Exchange) -> Result<Choice, Reason> {
+        self.of_session(key, x).map_or_else(|| self.choose(key, &Tried::default()), Ok)
+    }
+
+    /// The endpoint for another attempt: one that was not tried. An upstream of one endpoint is asked there again, as
+    /// often as `retries` says.
+    pub(crate) fn again(&self, key: &PickKey, tried: &Tried) -> Option<Choice> {
         match &*self.peers {
-            [_] => self.picker.pick(key, &Tried::default()),
-            _ => self.picker.pick(key, tried),
+            [_] => self.choose(key, &Tried::default()).ok(),
+            _ => self.choose(key, tried).ok(),
         }
     }
 
-    /// The next endpoint that was not tried.
-    pub(crate) fn pick(&self, key: &PickKey, tried: &Tried) -> Option<Picked> {
-        self.picker.pick(key, tried)
+    /// The next endpoint that was not tried and whose breaker lets the request pass.
+    fn choose(&self, key: &PickKey, tried: &Tried) -> Result<Choice, Reason> {
+        let Some(rule) = &self.settings.breaker else {
+            let picked = self.picker.pick(key, tried).ok_or_else(|| self.nothing())?;
+            return Ok(Choice { picked, leave: None });
+        };
+        let mut passed = tried.clone();
+        let mut first: Option<&Arc<EndpointState>> = None;
+        while let Some(endpoint) = self.picker.peek(key, &passed) {
+            if let Some(choice) = admitted(endpoint, key.now) {
+                return Ok(choice);
+            }
+            passed.add(endpoint);
+            first = first.or(Some(endpoint));
+        }
+        match first {
+            // Its outcome counts for no breaker: they have to cool down as they are.
+            Some(endpoint) if rule.use_all => {
+                Ok(Choice { picked: Picked::new(Arc::clone(endpoint)), leave: None })
+            }
+            Some(_) => Err(Reason::BreakerOpen),
+            None => Err(self.nothing()),
+        }
+    }
+
+    /// The endpoint of the request's session, if it can be used.
+    fn of_session(&self, key: &PickKey, x: &Exchange) -> Option<Choice> {
+        let endpoint = self.sessions.as_ref()?.endpoint(x)?;
+        let usable = endpoint.health.state().usable() || (self.picker.degraded() && self.settings.fail_open);
+        usable.then(|| admitted(endpoint, key.now)).flatten()
+    }
+
+    /// The cookie that an answer of this endpoint carries, unless the request has it already.
+    pub(crate) fn cookie(&self, x: &Exchange, endpoint: &EndpointState) -> Option<&HeaderValue> {
+        let sessions = self.sessions.as_ref()?;
+        let is_known = sessions.endpoint(x).is_some_and(|known| known.id() == endpoint.id());
+        if is_known { None } else { sessions.cookie(endpoint) }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn peers(&self) -> &[Peer] {
+        &self.peers
     }
 
     /// How many further attempts a request may make.
@@ -119,6 +226,15 @@ impl State {
             (false, _) => Reason::NoHealthyNode,
         }
     }
+}
+
+/// The endpoint, if its breaker lets a request pass.
+fn admitted(endpoint: &Arc<EndpointState>, now: Instant) -> Option<Choice> {
+    let leave = match endpoint.breaker() {
+        Some(breaker) => Some(breaker.enter(now)?),
+        None => None,
+    };
+    Some(Choice { picked: Picked::new(Arc::clone(endpoint)), leave })
 }
 
 /// What the control side keeps for one cluster. Its lock is held over every change of the state, so that an edit,
@@ -182,6 +298,12 @@ pub struct EndpointView {
     /// Why, if anything happened to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub because: Option<String>,
+    /// `closed`, `half_open` or `open`, where the upstream has breakers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub breaker: Option<&'static str>,
+    /// How often the breaker has opened.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub breaker_opened: u64,
     /// Requests under way.
     pub active: u32,
     /// Attempts since it appeared.
@@ -247,7 +369,8 @@ impl Cluster {
             self.state.load().peers.iter().for_each(|peer| peer.state.health.reset());
         }
         let literal = discovery::fixed::endpoints(&nodes);
-        if let Some(endpoints) = literal.as_ref().filter(|_| !settings.checks.any()) {
+        let follows = settings.checks.any() || settings.slow_start.is_some();
+        if let Some(endpoints) = literal.as_ref().filter(|_| !follows) {
             *guard = None;
             self.publish(None, settings, endpoints, &env.control);
             return;
@@ -268,13 +391,14 @@ impl Cluster {
                 endpoints
             }
         };
-        let checks = settings.checks.clone();
+        let (checks, slow_start) = (settings.checks.clone(), settings.slow_start);
         self.publish(Some(control), settings, &endpoints, &env.control);
         let follower = Follower {
             cluster: Arc::downgrade(self),
             watch: control.names.as_ref().map(|names| names.watch.clone()),
             flipped: control.flipped.clone(),
             parole: checks.active.is_none() && checks.passive.is_some(),
+            growth: slow_start.map(|time| (time / 20).clamp(GROWTH.0, GROWTH.1)),
             runtime: env.control.clone(),
         };
         if let Some(former) = control.follower.replace(env.control.spawn(follower.run())) {
@@ -292,7 +416,7 @@ impl Cluster {
         runtime: &Handle,
     ) {
         let before = self.state.load_full();
-        let next = State::of(settings, endpoints, &before.peers, &self.cursor);
+        let next = State::of(settings, endpoints, &before, &self.cursor);
         match (before.picker.degraded(), next.picker.degraded()) {
             (false, true) if next.settings.fail_open => {
                 tracing::error!(upstream = %self.key, "every node is unhealthy; all of them are used");
@@ -352,23 +476,33 @@ impl Cluster {
         }
     }
 
+    /// Whether its endpoints have breakers.
+    pub fn has_breakers(&self) -> bool {
+        self.state.load().settings.breaker.is_some()
+    }
+
     /// Its endpoints as they are now.
     pub fn endpoints(&self) -> Vec<EndpointView> {
         let state = self.state.load();
         state
             .peers
             .iter()
-            .map(|peer| EndpointView {
-                address: peer.state.addr(),
-                host: peer.state.host().clone(),
-                weight: peer.weight,
-                priority: peer.priority,
-                status: peer.state.health.state().as_str(),
-                because: peer.state.health.reason().map(|reason| reason.to_string()),
-                active: peer.state.active(),
-                requests: peer.state.requests(),
-                failures: peer.state.failures(),
-                counts: peer.state.health.counts(),
+            .map(|peer| {
+                let breaker = peer.state.breaker();
+                EndpointView {
+                    address: peer.state.addr(),
+                    host: peer.state.host().clone(),
+                    weight: peer.weight,
+                    priority: peer.priority,
+                    status: peer.state.health.state().as_str(),
+                    because: peer.state.health.reason().map(|reason| reason.to_string()),
+                    breaker: breaker.as_ref().map(|breaker| breaker.phase().as_str()),
+                    breaker_opened: breaker.map_or(0, |breaker| breaker.opened()),
+                    active: peer.state.active(),
+                    requests: peer.state.requests(),
+                    failures: peer.state.failures(),
+                    counts: peer.state.health.counts(),
+                }
             })
             .collect()
     }
@@ -417,6 +551,22 @@ impl Cluster {
         }
     }
 
+    /// Tells the breaker that gave `leave` that the endpoint failed.
+    pub(crate) fn breaker_failed(&self, endpoint: &EndpointState, leave: Leave, now: Instant) {
+        if leave.failed(now) {
+            tracing::warn!(upstream = %self.key, endpoint = %endpoint, to = Phase::Open.as_str(), "breaker");
+        }
+    }
+
+    /// Tells the breaker that gave `leave` of an answer.
+    pub(crate) fn breaker_status(&self, endpoint: &EndpointState, leave: Leave, status: u16, now: Instant) {
+        if leave.rule().fails(status) {
+            self.breaker_failed(endpoint, leave, now);
+        } else if leave.succeeded() {
+            tracing::info!(upstream = %self.key, endpoint = %endpoint, to = Phase::Closed.as_str(), "breaker");
+        }
+    }
+
     fn flipped(&self) {
         if let Some(control) = self.control().as_ref() {
             control.flipped.notify_one();
@@ -449,6 +599,8 @@ struct Follower {
     flipped: Arc<Notify>,
     /// Nothing probes, so time must bring endpoints back.
     parole: bool,
+    /// How often the shares of cold endpoints grow, where there can be any.
+    growth: Option<Duration>,
     runtime: Handle,
 }
 
@@ -456,6 +608,7 @@ impl Follower {
     async fn run(mut self) {
         let mut parole = tokio::time::interval(PAROLE);
         parole.tick().await;
+        let mut growth = tokio::time::interval(self.growth.unwrap_or(PAROLE));
         loop {
             tokio::select! {
                 () = changed(&mut self.watch) => {}
@@ -464,6 +617,12 @@ impl Follower {
                     let Some(cluster) = self.cluster.upgrade() else { return };
                     cluster.parole();
                     continue;
+                }
+                _ = growth.tick(), if self.growth.is_some() => {
+                    let Some(cluster) = self.cluster.upgrade() else { return };
+                    if !cluster.state.load().cold {
+                        continue;
+                    }
                 }
             }
             let Some(cluster) = self.cluster.upgrade() else { return };
@@ -532,8 +691,14 @@ fn peers(endpoints: &[Endpoint], before: &[Peer]) -> Vec<Peer> {
             weight: endpoint.weight,
             siblings: endpoint.siblings,
             priority: endpoint.priority,
+            warmth: 100,
         })
         .collect()
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature serde asks for")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 #[cfg(test)]

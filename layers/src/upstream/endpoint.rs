@@ -5,11 +5,14 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 
+use super::breaker::{Breaker, Rule};
 use super::ewma::Latency;
 use super::health::Health;
 
@@ -40,7 +43,17 @@ pub struct EndpointState {
     pub latency: Latency,
     /// Health counters and verdict.
     pub health: Health,
+    /// There where the upstream has breakers.
+    breaker: ArcSwapOption<Breaker>,
+    /// When it began to get its growing share, in milliseconds since [`EPOCH`]; 0 if it has its full one.
+    ramp: AtomicU64,
 }
+
+/// What the beginnings of ramps count from.
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// The share a new endpoint begins with, in percent of its weight.
+const COLD: u8 = 10;
 
 /// On its own cache line: the rest of the state is read much more often than it is written.
 #[derive(Debug, Default)]
@@ -73,6 +86,8 @@ impl EndpointState {
             counters: Counters::default(),
             latency: Latency::default(),
             health: Health::default(),
+            breaker: ArcSwapOption::empty(),
+            ramp: AtomicU64::new(0),
         }
     }
 
@@ -115,6 +130,41 @@ impl EndpointState {
     /// Attempts that failed before a response head.
     pub fn failures(&self) -> u64 {
         self.counters.failures.load(Ordering::Relaxed)
+    }
+
+    /// Its breaker, if the upstream has any.
+    pub fn breaker(&self) -> Option<Arc<Breaker>> {
+        self.breaker.load_full()
+    }
+
+    /// Sees that it has a breaker with this rule, or none. One that has it already stays as it is.
+    pub(crate) fn settle_breaker(&self, rule: Option<&Arc<Rule>>) {
+        let current = self.breaker.load();
+        match (rule, current.as_ref()) {
+            (None, None) => {}
+            (Some(rule), Some(breaker)) if **rule == **breaker.rule() => {}
+            (rule, _) => self.breaker.store(rule.map(|rule| Arc::new(Breaker::new(rule)))),
+        }
+    }
+
+    /// From now on its share grows from a small one.
+    pub(crate) fn start_cold(&self, now: Instant) {
+        let since = now.saturating_duration_since(*EPOCH).as_millis();
+        self.ramp.store(u64::try_from(since).unwrap_or(u64::MAX - 1) + 1, Ordering::Relaxed);
+    }
+
+    /// Its share in percent of its weight, if it takes `time` to grow to the whole.
+    pub(crate) fn warmth(&self, time: Option<Duration>, now: Instant) -> u8 {
+        let since = self.ramp.load(Ordering::Relaxed);
+        let (Some(time), 1..) = (time, since) else { return 100 };
+        let passed = now.saturating_duration_since(*EPOCH + Duration::from_millis(since - 1));
+        if passed >= time {
+            self.ramp.store(0, Ordering::Relaxed);
+            return 100;
+        }
+        let percent = passed.as_secs_f64() / time.as_secs_f64() * 100.0;
+        // Below 100 by the comparison above.
+        (percent as u8).max(COLD)
     }
 
     /// Count an attempt that failed before a response head.
@@ -179,6 +229,21 @@ mod tests {
             let key = EndpointKey { addr: addr.parse().unwrap(), host: host.into() };
             assert_eq!(EndpointState::new(key).authority(default_port), wanted, "{host} {addr}");
         }
+    }
+
+    #[test]
+    fn the_share_of_a_cold_endpoint_grows_to_the_whole() {
+        let key = EndpointKey { addr: "10.0.0.1:80".parse().unwrap(), host: "a".into() };
+        let endpoint = EndpointState::new(key);
+        let (time, start) = (Some(Duration::from_secs(10)), *EPOCH + Duration::from_secs(5));
+        assert_eq!(endpoint.warmth(time, start), 100, "nothing was cold");
+        endpoint.start_cold(start);
+        for (seconds, percent) in [(0.0, 10), (0.5, 10), (3.0, 30), (7.5, 75), (9.99, 99), (10.0, 100)] {
+            let now = start + Duration::from_secs_f64(seconds);
+            assert_eq!(endpoint.warmth(time, now), percent, "{seconds} s");
+        }
+        endpoint.start_cold(start);
+        assert_eq!(endpoint.warmth(None, start), 100, "without slow start nothing is cold");
     }
 
     #[test]

@@ -67,11 +67,19 @@ fn decayed(word: u64, tick: u32) -> (f32, f32) {
 #[derive(Debug)]
 pub(crate) struct Ewma {
     peers: Box<[Peer]>,
+    /// Some endpoint has less than its whole share.
+    cold: bool,
 }
 
 impl Ewma {
     pub(crate) fn new(peers: Vec<Peer>) -> Self {
-        Self { peers: peers.into() }
+        Self { cold: peers.iter().any(|peer| peer.warmth < 100), peers: peers.into() }
+    }
+
+    /// Whether it is not this cold endpoint's turn.
+    fn passes_over(&self, endpoint: &Arc<EndpointState>) -> bool {
+        let peer = self.peers.iter().find(|peer| Arc::ptr_eq(&peer.state, endpoint));
+        peer.is_some_and(|peer| fastrand::u8(..100) >= peer.warmth)
     }
 
     pub(crate) fn pick(&self, now: Instant, tried: &Tried) -> Option<&Arc<EndpointState>> {
@@ -96,7 +104,9 @@ impl Ewma {
                 let second = fastrand::usize(..count - 1);
                 let (first, second) = (nth(first)?, nth(second + usize::from(second >= first))?);
                 let slower = first.latency.score(now) > second.latency.score(now);
-                Some(if slower { second } else { first })
+                let (best, other) = if slower { (second, first) } else { (first, second) };
+                // Nothing is known of a cold endpoint, and that must not make it the best.
+                Some(if self.cold && self.passes_over(best) { other } else { best })
             }
         }
     }

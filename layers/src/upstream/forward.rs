@@ -2,8 +2,8 @@
 //!
 //! A request is tried again when no connection was established, when a reused connection died before the first byte of
 //! an answer (once, on a fresh connection, even with `retries: 0`), or when an idempotent request failed or timed out.
-//! A request that is not idempotent and of which bytes were sent is never repeated. A budget keeps retries from
-//! becoming a storm.
+//! A request that is not idempotent and of which bytes were sent is never repeated, unless the upstream's `retry` block
+//! says so. A budget keeps retries from becoming a storm.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -17,7 +17,8 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tower::Service;
 
-use super::cluster::{Cluster, State};
+use super::breaker::Leave;
+use super::cluster::{Choice, Cluster, State};
 use super::connect::{self, Io};
 use super::endpoint::{EndpointState, Picked};
 use super::fields;
@@ -95,7 +96,16 @@ struct Job {
 /// One endpoint with the host that it is sent.
 struct Peer {
     picked: Picked,
+    leave: Option<Leave>,
     host: HeaderValue,
+}
+
+impl Peer {
+    fn new(x: &mut Exchange, state: &State, choice: Choice) -> Self {
+        let Choice { picked, leave } = choice;
+        x.balancer = Some(picked.endpoint().addr());
+        Self { host: host(x, state, picked.endpoint()), picked, leave }
+    }
 }
 
 /// A connection that is ready for a request.
@@ -127,9 +137,9 @@ impl UpstreamService {
         let key =
             PickKey { hash: state.settings.hash_key.as_ref().map_or(0, |key| key.hash(x)), now: started };
         let mut tried = Tried::default();
-        let Some(picked) = state.pick(&key, &tried) else { return Err(Error::new(state.nothing())) };
-        tried.add(picked.endpoint());
-        x.balancer = Some(picked.endpoint().addr());
+        let choice = state.first(&key, x).map_err(Error::new)?;
+        tried.add(choice.picked.endpoint());
+        x.balancer = Some(choice.picked.endpoint().addr());
         if chain::before_proxy(x) {
             return Ok(());
         }
@@ -137,44 +147,70 @@ impl UpstreamService {
         let upgrade = fields::wanted_upgrade(&x.request.headers).filter(|_| websocket).cloned();
         let mut job = Job {
             outgoing: Outgoing::new(std::mem::take(&mut x.request_body)),
-            idempotent: send::is_idempotent(x.forward.method.as_ref().unwrap_or(&x.request.method)),
+            idempotent: state.settings.retry.non_idempotent
+                || send::is_idempotent(x.forward.method.as_ref().unwrap_or(&x.request.method)),
             on_upgrade: upgrade.as_ref().and_then(|_| x.request.extensions.remove::<OnUpgrade>()),
             upgrade,
             cluster: cluster.clone(),
         };
         let mut left = state.retries();
         let until = state.settings.retry_timeout.map(|limit| started + limit);
-        let mut peer = Peer { host: host(x, &state, picked.endpoint()), picked };
+        let mut peer = Peer::new(x, &state, choice);
         loop {
-            let error = match self.attempt(x, &state, &mut job, peer).await {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
+            let outcome = self.attempt(x, &state, &job, peer).await;
+            let retry = &state.settings.retry;
+            let may = match &outcome {
+                Ok(served) => job.idempotent && retry.after_status(served.status()),
+                Err(error) => error.is_retryable() && retry.after(error.reason()),
             };
-            let now = Instant::now();
-            if left == 0 || !error.is_retryable() || !job.outgoing.replayable() {
-                return Err(error);
+            if !may || left == 0 || !job.outgoing.replayable() {
+                return self.conclude(x, &state, &mut job, outcome);
             }
+            let now = Instant::now();
             if until.is_some_and(|until| until <= now) {
-                return Err(Error::new(Reason::RetryTimeout).because(error));
+                let outcome = outcome.map_err(|error| Error::new(Reason::RetryTimeout).because(error));
+                return self.conclude(x, &state, &mut job, outcome);
             }
             // What has become known since then counts: a verdict, another address, an edit.
-            state = cluster.state();
-            let key = PickKey { now, ..key };
-            let Some(picked) = state.pick_again(&key, &tried) else { return Err(error) };
-            if !job.cluster.budget.retry(now, state.settings.allowance) {
+            let next = cluster.state();
+            let Some(choice) = next.again(&PickKey { now, ..key }, &tried) else {
+                return self.conclude(x, &state, &mut job, outcome);
+            };
+            if !job.cluster.budget.retry(now, next.settings.allowance) {
                 self.metrics.retry_budget_exhausted.inc();
-                return Err(error.detail("the retry budget is used up"));
+                let outcome = outcome.map_err(|error| error.detail("the retry budget is used up"));
+                return self.conclude(x, &state, &mut job, outcome);
             }
             self.metrics.retries.inc();
             left -= 1;
-            tried.add(picked.endpoint());
-            x.balancer = Some(picked.endpoint().addr());
-            peer = Peer { host: host(x, &state, picked.endpoint()), picked };
+            tried.add(choice.picked.endpoint());
+            state = next;
+            peer = Peer::new(x, &state, choice);
         }
     }
 
+    /// No other endpoint is tried: the last answer is taken over, or the last failure stands.
+    fn conclude(
+        &self,
+        x: &mut Exchange,
+        state: &State,
+        job: &mut Job,
+        outcome: Result<Served, Error>,
+    ) -> Result<(), Error> {
+        let Served { answer, peer, timeouts } = outcome?;
+        job.outgoing.settle();
+        self.answer(x, state, job, peer, answer, &timeouts);
+        Ok(())
+    }
+
     /// One attempt at one endpoint; a reused connection that died at once is replaced by a fresh one within it.
-    async fn attempt(&self, x: &mut Exchange, state: &State, job: &mut Job, peer: Peer) -> Result<(), Error> {
+    async fn attempt(
+        &self,
+        x: &mut Exchange,
+        state: &State,
+        job: &Job,
+        mut peer: Peer,
+    ) -> Result<Served, Error> {
         let started = Instant::now();
         let endpoint = peer.picked.endpoint().clone();
         let timeouts = x.target.as_ref().and_then(|target| target.timeout).unwrap_or(state.settings.timeouts);
@@ -203,13 +239,16 @@ impl UpstreamService {
         let status = result.as_ref().ok().map(|answer| answer.response.status().as_u16());
         let failed = result.as_ref().err().map(Error::reason);
         x.attempts.push(Attempt { address: endpoint.addr(), status, took, connect, failed });
+        let leave = peer.leave.take();
         match result {
             Ok(answer) => {
-                endpoint.latency.observe(took, Instant::now());
-                job.cluster.report_status(state, &endpoint, answer.response.status().as_u16());
-                job.outgoing.settle();
-                self.answer(x, state, job, peer, answer, &timeouts);
-                Ok(())
+                let (now, status) = (Instant::now(), answer.response.status().as_u16());
+                endpoint.latency.observe(took, now);
+                job.cluster.report_status(state, &endpoint, status);
+                if let Some(leave) = leave {
+                    job.cluster.breaker_status(&endpoint, leave, status, now);
+                }
+                Ok(Served { answer, peer, timeouts })
             }
             Err(error) => {
                 let reason = error.reason();
@@ -222,6 +261,9 @@ impl UpstreamService {
                     if !clients {
                         let report = if is_timeout(reason) { Report::Timeout } else { Report::TcpFailure };
                         job.cluster.report(state, &endpoint, report);
+                        if let Some(leave) = leave {
+                            job.cluster.breaker_failed(&endpoint, leave, Instant::now());
+                        }
                     }
                 }
                 Err(error)
@@ -238,6 +280,19 @@ fn is_timeout(reason: Reason) -> bool {
 struct Answer {
     response: Response<Incoming>,
     connection: Connected,
+}
+
+/// An answer, and what is needed to take it over.
+struct Served {
+    answer: Answer,
+    peer: Peer,
+    timeouts: Timeouts,
+}
+
+impl Served {
+    fn status(&self) -> u16 {
+        self.answer.response.status().as_u16()
+    }
 }
 
 impl Job {
@@ -371,7 +426,7 @@ impl UpstreamService {
         let (mut head, incoming) = answer.response.into_parts();
         let connection = match answer.connection {
             Connected::Http1 { connection, .. } if head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                return self.switch(x, job, peer, head, connection, timeouts);
+                return self.switch(x, state, job, peer, head, connection, timeouts);
             }
             Connected::Http1 { connection, .. } => Leased::Http1 {
                 connection,
@@ -385,6 +440,9 @@ impl UpstreamService {
         fields::sanitize_response(&mut head.headers);
         if let Some(statuses) = self.statuses(x) {
             head.headers.insert(UPSTREAM_STATUS, statuses);
+        }
+        if let Some(cookie) = state.cookie(x, peer.picked.endpoint()) {
+            head.headers.append(header::SET_COOKIE, cookie.clone());
         }
         let body = response_body::body(incoming, Lease { picked: peer.picked, connection }, timeouts.read);
         head.version = http::Version::default();
@@ -410,9 +468,11 @@ impl UpstreamService {
     }
 
     /// The upstream agreed to another protocol: from here on bytes go both ways.
+    #[expect(clippy::too_many_arguments, reason = "all of what is known of the attempt")]
     fn switch(
         &self,
         x: &mut Exchange,
+        state: &State,
         job: &mut Job,
         peer: Peer,
         mut head: http::response::Parts,
@@ -423,6 +483,9 @@ impl UpstreamService {
         fields::sanitize_response(&mut head.headers);
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.extend(protocol.map(|protocol| (header::UPGRADE, protocol)));
+        if let Some(cookie) = state.cookie(x, peer.picked.endpoint()) {
+            head.headers.append(header::SET_COOKIE, cookie.clone());
+        }
         if let Some(client) = job.on_upgrade.take() {
             let tunnel = carry(client, connection.switch(), peer.picked, timeouts.read);
             tokio::task::spawn_local(tunnel);

@@ -1,5 +1,6 @@
 //! Upstreams: which node, over which connection, how often.
 
+pub mod breaker;
 pub mod budget;
 pub mod chash;
 pub mod cluster;
@@ -20,6 +21,7 @@ pub(crate) mod response_body;
 pub mod round_robin;
 pub(crate) mod send;
 pub mod settings;
+pub mod sticky;
 pub mod tls_client;
 pub(crate) mod tunnel;
 

@@ -37,12 +37,15 @@ pub struct Peer {
     /// Addresses that share `weight`; at least 1.
     pub siblings: u32,
     pub priority: i32,
+    /// How much of its weight it has, in percent: less than 100 while it starts slowly.
+    pub warmth: u8,
 }
 
 impl Peer {
     /// The weight of this one address.
     pub(crate) fn share(&self) -> f64 {
-        f64::from(self.weight) / f64::from(self.siblings.max(1))
+        let share = f64::from(self.weight) / f64::from(self.siblings.max(1));
+        if self.warmth >= 100 { share } else { share * f64::from(self.warmth) / 100.0 }
     }
 }
 
@@ -140,7 +143,12 @@ impl Picker {
 
     /// The next endpoint that was not tried; none when there is none left.
     pub fn pick(&self, key: &PickKey, tried: &Tried) -> Option<Picked> {
-        self.levels.pick(key, tried).map(|endpoint| Picked::new(Arc::clone(endpoint)))
+        self.peek(key, tried).map(|endpoint| Picked::new(Arc::clone(endpoint)))
+    }
+
+    /// As [`pick`](Self::pick), without counting a request there.
+    pub fn peek(&self, key: &PickKey, tried: &Tried) -> Option<&Arc<EndpointState>> {
+        self.levels.pick(key, tried)
     }
 
     /// How many endpoints can be picked.
@@ -178,7 +186,8 @@ pub(crate) mod tests {
                 80,
             ));
             let key = EndpointKey { addr, host: addr.ip().to_string().into() };
-            Peer { state: Arc::new(EndpointState::new(key)), weight: *weight, siblings: 1, priority: 0 }
+            let state = Arc::new(EndpointState::new(key));
+            Peer { state, weight: *weight, siblings: 1, priority: 0, warmth: 100 }
         };
         weights.iter().enumerate().map(peer).collect()
     }
@@ -267,6 +276,29 @@ pub(crate) mod tests {
             }
             prop_assert_eq!(priorities.len(), picker.len());
             prop_assert!(priorities.is_sorted_by(|a, b| a >= b), "{:?}", priorities);
+        }
+
+        /// A cold endpoint gets less than a warm one of the same weight and not nothing.
+        #[test]
+        fn a_cold_endpoint_gets_its_part(warmth in 10u8..60, which in 0usize..5) {
+            let mut list = peers(&[2, 2, 2]);
+            list[1].warmth = warmth;
+            let picker = picker(ALL[which], &list);
+            let picks = 4000;
+            let cold = (0..picks)
+                .filter(|n| {
+                    let hash = super::super::chash::hash(n.to_string().as_bytes());
+                    // Held requests would even out the choice of `least_conn`; a ring is not that exact.
+                    picker.pick(&key(hash), &Tried::default()).unwrap().id() == list[1].state.id()
+                })
+                .count();
+            let fair = f64::from(warmth) / (200.0 + f64::from(warmth));
+            let got = cold as f64 / f64::from(picks);
+            if ALL[which] == Algorithm::LeastConn {
+                prop_assert_eq!(cold, 0, "idle as they are, the others are less loaded for their weight");
+            } else {
+                prop_assert!(got > fair * 0.4 && got < fair * 1.7, "{} of {} at {warmth} %", got, fair);
+            }
         }
 
         /// Traffic follows the weights for the algorithms that promise it.

@@ -62,9 +62,13 @@ fn whole_weights(peers: &[Peer]) -> Vec<u64> {
         let next = multiple / gcd(multiple, siblings) * siblings;
         if next > MAX_CYCLE { multiple } else { next }
     });
+    let cold = peers.iter().any(|peer| peer.warmth < 100);
     let mut weights: Vec<u64> = peers
         .iter()
-        .map(|peer| (u64::from(peer.weight) * multiple / u64::from(peer.siblings.max(1))).max(1))
+        .map(|peer| {
+            let whole = u64::from(peer.weight) * multiple / u64::from(peer.siblings.max(1));
+            if cold { (whole * u64::from(peer.warmth)).max(1) } else { whole.max(1) }
+        })
         .collect();
     let divisor = weights.iter().fold(0, |divisor, weight| gcd(divisor, *weight)).max(1);
     weights.iter_mut().for_each(|weight| *weight /= divisor);

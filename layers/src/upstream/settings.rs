@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use config::error::ConfigError;
 use config::template::Template;
+use config::upstream::extensions::{Retry as WireRetry, RetryOn};
 use config::upstream::{
     ActiveCheck, AllUnhealthy, CheckType, HashOn, KeepalivePool, PassHost as WirePassHost, Scheme, Upstream,
     UpstreamTls,
@@ -17,6 +18,7 @@ use config::var::{Var, Vars};
 use http::{HeaderName, HeaderValue};
 use rustls::ClientConfig;
 
+use super::breaker;
 use super::budget::Allowance;
 use super::chash;
 use super::cluster::ClusterEnv;
@@ -24,7 +26,9 @@ use super::health::{Limits, Report};
 use super::picker::Algorithm;
 use super::pool::Keepalive;
 use super::send::Protocol;
+use super::sticky;
 use super::tls_client::{ClientPem, Offer, TlsClients, TlsSettings};
+use crate::error::Reason;
 use crate::exchange::State as ExchangeState;
 use crate::target::Timeouts;
 
@@ -79,7 +83,7 @@ impl HashKey {
 pub struct Statuses([u64; 16]);
 
 impl Statuses {
-    fn new(statuses: impl Iterator<Item = u32>) -> Self {
+    pub(crate) fn new(statuses: impl Iterator<Item = u32>) -> Self {
         let mut set = Self::default();
         for status in statuses {
             if let Some(word) = usize::try_from(status / 64).ok().and_then(|index| set.0.get_mut(index)) {
@@ -91,6 +95,49 @@ impl Statuses {
 
     pub fn contains(&self, status: u16) -> bool {
         self.0.get(usize::from(status / 64)).is_some_and(|word| word & 1 << (status % 64) != 0)
+    }
+}
+
+/// After what another node is tried. Without a block of its own: after every failure, and no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    connect_failure: bool,
+    timeout: bool,
+    reset: bool,
+    statuses: Statuses,
+    /// Also requests that are not idempotent.
+    pub non_idempotent: bool,
+}
+
+impl Retry {
+    fn compile(wire: Option<&WireRetry>) -> Self {
+        let default = WireRetry::default();
+        let wire = wire.unwrap_or(&default);
+        let on = |condition| wire.on.contains(&condition);
+        let all = if on(RetryOn::Http5xx) { 500..600 } else { 0..0 };
+        let listed = wire.statuses.iter().flatten().map(|status| status.get());
+        Self {
+            connect_failure: on(RetryOn::ConnectFailure),
+            timeout: on(RetryOn::Timeout),
+            reset: on(RetryOn::Reset),
+            statuses: Statuses::new(listed.chain(all)),
+            non_idempotent: wire.non_idempotent,
+        }
+    }
+
+    /// Whether another node is tried after this failure.
+    pub fn after(&self, reason: Reason) -> bool {
+        match reason {
+            Reason::ConnectFailed | Reason::TlsFailed | Reason::TlsCertificate => self.connect_failure,
+            Reason::ConnectTimeout => self.connect_failure || self.timeout,
+            Reason::SendTimeout | Reason::ReadTimeout => self.timeout,
+            _ => self.reset,
+        }
+    }
+
+    /// Whether another node is tried after an answer of this status.
+    pub fn after_status(&self, status: u16) -> bool {
+        self.statuses.contains(status)
     }
 }
 
@@ -178,8 +225,13 @@ pub struct Settings {
     pub timeouts: Timeouts,
     pub keepalive: Keepalive,
     pub allowance: Allowance,
+    pub retry: Retry,
     pub fail_open: bool,
     pub checks: Checks,
+    pub breaker: Option<Arc<breaker::Rule>>,
+    pub sticky: Option<Arc<sticky::Rule>>,
+    /// The time in which the share of a new endpoint grows.
+    pub slow_start: Option<Duration>,
     transport: Arc<Transport>,
 }
 
@@ -224,7 +276,14 @@ impl Settings {
                 percent: budget.percent.get().into(),
                 floor: budget.min_per_second.get().into(),
             },
+            retry: Retry::compile(upstream.retry.as_deref()),
             fail_open: upstream.all_unhealthy == AllUnhealthy::UseAll,
+            breaker: upstream.breaker.as_deref().map(|wire| Arc::new(breaker::Rule::new(wire))),
+            sticky: upstream
+                .sticky
+                .as_deref()
+                .map(|wire| Arc::new(sticky::Rule::new(wire, &env.session_key))),
+            slow_start: upstream.slow_start.as_deref().map(|time| time.duration()),
             checks: if env.checks {
                 Checks::compile(upstream, &transport, &env.tls)?
             } else {

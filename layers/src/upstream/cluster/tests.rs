@@ -23,6 +23,7 @@ fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
         tls: Arc::new(TlsClients::new(Arc::new(RootCertStore::empty()))),
         checks: true,
         keepalive: Keepalive { size: 320, idle: None, requests: 1000 },
+        session_key: super::super::sticky::own_key(Vec::new),
         control,
     }
 }
@@ -54,7 +55,7 @@ fn picked(cluster: &Cluster) -> Vec<String> {
     let (state, mut tried) = (cluster.state(), Tried::default());
     let key = PickKey { hash: 0, now: std::time::Instant::now() };
     let mut addrs = Vec::new();
-    while let Some(picked) = state.pick(&key, &tried) {
+    while let Ok(Choice { picked, .. }) = state.choose(&key, &tried) {
         tried.add(picked.endpoint());
         addrs.push(picked.addr().to_string());
     }
@@ -246,4 +247,30 @@ async fn the_former_nodes_serve_until_a_new_name_has_answered() {
     *answers.lock().unwrap() = vec![Ipv4Addr::new(10, 0, 0, 2)];
     until("the new ones", || addrs(&cluster) == ["10.0.0.2:80"]).await;
     assert_eq!(cluster.endpoints()[0].address.ip(), IpAddr::from([10, 0, 0, 2]));
+}
+
+fn warmth(cluster: &Cluster) -> Vec<u8> {
+    cluster.state().peers.iter().map(|peer| peer.warmth).collect()
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_new_or_healthy_again_starts_with_a_small_share() {
+    let env = env(Vec::new());
+    let fields = json!({"slow_start": 0.5, "checks": {"passive": {"unhealthy": {"tcp_failures": 1}}}});
+    let cluster = build(json!({"10.0.0.1:80": 1, "10.0.0.2:80": 1}), fields.clone(), &env);
+    assert_eq!(warmth(&cluster), [100, 100], "the first ones have nobody to take their part");
+    let nodes = json!({"10.0.0.1:80": 1, "10.0.0.2:80": 1, "10.0.0.3:80": 1});
+    cluster.update(&upstream(nodes, fields), None, &env).unwrap();
+    let cold = warmth(&cluster);
+    assert_eq!(cold[..2], [100, 100]);
+    assert!(cold[2] < 50, "{cold:?}");
+    until("its share has grown", || warmth(&cluster) == [100, 100, 100]).await;
+
+    fail(&cluster, 1);
+    until("one is left out", || picked(&cluster).len() == 2).await;
+    cluster.state().peers[1].state.health.reset();
+    cluster.flipped();
+    until("it is back", || picked(&cluster).len() == 3).await;
+    assert!(warmth(&cluster)[1] < 100, "{:?}", warmth(&cluster));
+    until("its share has grown again", || warmth(&cluster) == [100, 100, 100]).await;
 }

@@ -134,6 +134,7 @@ fn env() -> ClusterEnv {
         tls: Arc::new(TlsClients::new(Arc::new(RootCertStore::empty()))),
         checks: true,
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
+        session_key: super::super::sticky::own_key(Vec::new),
         control,
     }
 }
@@ -261,6 +262,189 @@ fn a_budget_ends_a_storm_of_retries() {
         }
         let seconds = began.elapsed().as_secs() as usize + 1;
         assert!((60..=60 + 3 * seconds).contains(&attempts), "{attempts} attempts of 50 requests");
+    });
+}
+
+#[test]
+fn what_is_tried_again_can_be_chosen() {
+    use Act::*;
+    const BUSY: &str = "HTTP/1.1 429 No\r\ncontent-length: 0\r\n\r\n";
+    const ERROR: &str = "HTTP/1.1 500 No\r\ncontent-length: 2\r\n\r\nno";
+    local(async {
+        let retry =
+            |fields: Value| json!({"retry": fields, "timeout": {"connect": 1, "send": 1, "read": 0.1}});
+        let cases = [
+            (None, "GET", json!({}), Ok(200), 2, "the block alone changes nothing"),
+            (Some(Answer(ERROR)), "GET", json!({}), Ok(500), 1, "nor for statuses"),
+            (Some(Answer(ERROR)), "GET", json!({"on": ["http_5xx"]}), Ok(200), 2, "any status from 500"),
+            (Some(Answer(BUSY)), "GET", json!({"on": ["http_5xx"]}), Ok(429), 1, "no other"),
+            (Some(Answer(BUSY)), "GET", json!({"statuses": [429]}), Ok(200), 2, "a listed one"),
+            (Some(Answer(ERROR)), "POST", json!({"on": ["http_5xx"]}), Ok(500), 1, "not idempotent"),
+            (
+                Some(Answer(ERROR)),
+                "POST",
+                json!({"on": ["http_5xx"], "non_idempotent": true}),
+                Ok(200),
+                2,
+                "not idempotent, and allowed",
+            ),
+            (Some(Close), "POST", json!({"non_idempotent": true}), Ok(200), 2, "broken off, and allowed"),
+            (
+                Some(Close),
+                "GET",
+                json!({"on": ["connect_failure", "timeout"]}),
+                Err(Reason::UpstreamClosed),
+                1,
+                "no reset",
+            ),
+            (Some(Stall), "GET", json!({"on": ["reset"]}), Err(Reason::ReadTimeout), 1, "no timeout"),
+            (Some(Stall), "GET", json!({"on": ["timeout"]}), Ok(200), 2, "timeout"),
+            (None, "GET", json!({"on": ["timeout", "reset"]}), Err(Reason::ConnectFailed), 1, "no connect"),
+            (None, "POST", json!({"on": ["connect_failure"]}), Ok(200), 2, "connect"),
+            (None, "GET", json!({"on": []}), Err(Reason::ConnectFailed), 1, "nothing at all"),
+        ];
+        for (act, method, fields, wanted, attempts, case) in cases {
+            let good = Origin::always(Act::Answer(OK)).await;
+            let bad = match act {
+                Some(act) => Origin::always(act).await.addr,
+                None => nowhere().await,
+            };
+            let cluster = cluster(&[bad, good.addr], retry(fields.clone()));
+            assert_eq!(outcome(&cluster, method).await, (wanted, attempts), "{case} {method} {fields}");
+        }
+    });
+}
+
+#[test]
+fn the_last_answer_is_the_clients_when_all_are_bad() {
+    const ONE: &str = "HTTP/1.1 503 No\r\ncontent-length: 3\r\n\r\none";
+    const TWO: &str = "HTTP/1.1 502 No\r\ncontent-length: 3\r\n\r\ntwo";
+    local(async {
+        let (one, two) = (Origin::always(Act::Answer(ONE)).await, Origin::always(Act::Answer(TWO)).await);
+        let service = service();
+        for (fields, wanted, attempts) in [
+            (json!({"retry": {"on": ["http_5xx"]}}), (502, "two"), 2),
+            (json!({"retry": {"on": ["http_5xx"]}, "retries": 0}), (503, "one"), 1),
+            (
+                json!({"retry": {"on": ["http_5xx"], "budget": {"percent": 0, "min_per_second": 0}}}),
+                (503, "one"),
+                1,
+            ),
+        ] {
+            let cluster = cluster(&[one.addr, two.addr], fields.clone());
+            let (mut x, failed) = send(&service, &cluster, exchange("GET", "http://a.test/")).await;
+            let body = text(&mut x).await;
+            assert_eq!(failed, None);
+            assert_eq!((x.response.status().as_u16(), body.as_str()), wanted, "{fields}");
+            assert_eq!(x.attempts.len(), attempts, "{fields}");
+        }
+    });
+}
+
+#[test]
+fn a_breaker_opens_by_node_and_probes_bring_it_back() {
+    const ERROR: &str = "HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n";
+    local(async {
+        let broken = Rc::new(Cell::new(true));
+        let state = broken.clone();
+        let script = move |_, _| Act::Answer(if state.get() { ERROR } else { OK });
+        let (bad, good) = (Origin::start(script).await, Origin::always(Act::Answer(OK)).await);
+        let fields = json!({"breaker": {"max_failures": 2, "cool_down": 0.2}, "retries": 0});
+        let both = cluster(&[bad.addr, good.addr], fields.clone());
+        for _ in 0..20 {
+            outcome(&both, "GET").await.0.unwrap();
+        }
+        assert_eq!((bad.requests(), good.requests()), (2, 18), "two failures, and no request more");
+        let breakers = || both.endpoints().iter().map(|node| node.breaker.unwrap()).collect::<Vec<_>>();
+        assert_eq!(breakers(), ["open", "closed"]);
+
+        broken.set(false);
+        until("it has cooled down", || {
+            both.state().peers().first().unwrap().state.breaker().unwrap().enter(Instant::now()).is_some()
+        })
+        .await;
+        for _ in 0..4 {
+            assert_eq!(outcome(&both, "GET").await.0, Ok(200));
+        }
+        assert_eq!(breakers(), ["closed", "closed"]);
+        assert_eq!(bad.requests(), 4);
+    });
+}
+
+#[test]
+fn when_every_breaker_is_open_requests_are_refused_or_all_nodes_used() {
+    local(async {
+        for (all_open, wanted) in
+            [("refuse", Err(Reason::BreakerOpen)), ("use_all", Err(Reason::UpstreamClosed))]
+        {
+            let bad = Origin::always(Act::Close).await;
+            let breaker = json!({"max_failures": 1, "cool_down": 60, "all_open": all_open});
+            let cluster = cluster(&[bad.addr], json!({"breaker": breaker, "retries": 0}));
+            assert_eq!(outcome(&cluster, "GET").await, (Err(Reason::UpstreamClosed), 1));
+            assert_eq!(outcome(&cluster, "GET").await.0, wanted, "{all_open}");
+            let asked = if all_open == "refuse" { 1 } else { 2 };
+            assert_eq!(bad.requests(), asked);
+        }
+    });
+}
+
+#[test]
+fn a_client_that_goes_away_says_nothing_about_the_node() {
+    local(async {
+        let slow = Origin::always(Act::Stall).await;
+        let cluster = cluster(&[slow.addr], json!({"breaker": {"max_failures": 1}, "retries": 0}));
+        let call = outcome(&cluster, "GET");
+        assert!(tokio::time::timeout(Duration::from_millis(50), call).await.is_err());
+        assert_eq!(cluster.endpoints().first().unwrap().breaker, Some("closed"));
+    });
+}
+
+#[test]
+fn a_session_stays_at_its_node_until_that_is_gone() {
+    local(async {
+        let (one, two) = (Origin::always(Act::Answer(OK)).await, Origin::always(Act::Answer(OK)).await);
+        for algorithm in ["roundrobin", "least_conn", "ewma", "random"] {
+            let fields = json!({"sticky": {"cookie": "sid"}, "type": algorithm});
+            let cluster = cluster(&[one.addr, two.addr], fields.clone());
+            let service = service();
+            let (x, _) = send(&service, &cluster, exchange("GET", "http://a.test/")).await;
+            let (node, cookie) = (x.balancer.unwrap(), field(&x, "set-cookie").to_owned());
+            let cookie = cookie.split(';').next().unwrap().to_owned();
+            assert!(!cookie.contains("127") && !cookie.contains(&node.port().to_string()), "{cookie}");
+            let again = || exchange("GET", "http://a.test/").header("cookie", &cookie);
+            for _ in 0..10 {
+                let (x, _) = send(&service, &cluster, again()).await;
+                assert_eq!((x.balancer, field(&x, "set-cookie")), (Some(node), ""), "{algorithm}");
+            }
+            let other = if node == one.addr { two.addr } else { one.addr };
+            let nodes = json!([{"host": other.ip().to_string(), "port": other.port(), "weight": 1}]);
+            let mut upstream = json!({"nodes": nodes});
+            upstream.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            cluster.update(&serde_json::from_value(upstream).unwrap(), None, &env()).unwrap();
+            let (x, _) = send(&service, &cluster, again()).await;
+            assert_eq!(x.balancer, Some(other), "{algorithm}: the node is gone");
+            assert!(field(&x, "set-cookie").starts_with("sid="), "and a new cookie says so");
+        }
+    });
+}
+
+#[test]
+fn a_session_whose_node_fails_moves_to_the_one_that_answers() {
+    local(async {
+        let (bad, good) = (nowhere().await, Origin::always(Act::Answer(OK)).await);
+        let fields = json!({"sticky": {}});
+        let cluster = cluster(&[bad, good.addr], fields);
+        let state = cluster.state();
+        let first = &state.peers().first().unwrap().state;
+        let x = exchange("GET", "http://a.test/").build();
+        let cookie = state.cookie(&x, first).unwrap().to_str().unwrap().split(';').next().unwrap().to_owned();
+        let request = exchange("GET", "http://a.test/").header("cookie", &cookie);
+        let (x, failed) = send(&service(), &cluster, request).await;
+        assert_eq!((failed, x.attempts.len(), x.balancer), (None, 2, Some(good.addr)));
+        assert!(
+            field(&x, "set-cookie").starts_with("postern_node=")
+                && !field(&x, "set-cookie").contains(&cookie)
+        );
     });
 }
 
@@ -447,7 +631,7 @@ fn live_traffic_takes_an_endpoint_out() {
             assert_eq!((status(0), status(1)), ("unhealthy", "healthy"));
             // The picker follows in the background.
             let key = PickKey { hash: 0, now: Instant::now() };
-            let next = || cluster.state().pick(&key, &Tried::default()).unwrap().addr();
+            let next = || cluster.state().again(&key, &Tried::default()).unwrap().picked.addr();
             until("only the good one is left", || next() == good.addr && next() == good.addr).await;
             for _ in 0..6 {
                 assert_eq!(outcome(&cluster, "GET").await.0, Ok(200));
