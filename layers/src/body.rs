@@ -3,6 +3,7 @@
 //! A body is streamed: nothing here collects it, except [`Body::collect_up_to`], which has a bound.
 //! Body filters of plugins stack onto it by [`Body::filtered`].
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -61,6 +62,38 @@ impl Body {
     /// Puts `filter` between this body and its reader. Trailers pass unchanged.
     pub fn filtered(self, filter: Box<dyn BodyFilter>) -> Self {
         Self::Boxed(Box::pin(Filtered { body: self, filter: Some(filter), held: None }))
+    }
+
+    /// Fails with [`TooLarge`] where this body becomes larger than `limit` bytes.
+    #[must_use]
+    pub fn limited(self, limit: u64) -> Self {
+        Self::Boxed(Box::pin(Limited { body: self, left: limit, limit }))
+    }
+
+    /// Waits until the body is here to its end, or `limit` bytes of it are. Nothing is taken from it: what has come
+    /// is read again, then the rest. Pieces are kept as they came.
+    ///
+    /// # Errors
+    /// The error of the connection that the body comes from.
+    pub async fn read_ahead(&mut self, limit: usize) -> Result<(), BodyError> {
+        if matches!(self, Self::Empty | Self::Full(_)) {
+            return Ok(());
+        }
+        let mut come = VecDeque::new();
+        let mut bytes = 0;
+        let mut ended = false;
+        while bytes < limit {
+            let Some(frame) = self.frame().await else {
+                ended = true;
+                break;
+            };
+            let frame = frame?;
+            bytes += frame.data_ref().map_or(0, Bytes::len);
+            come.push_back(frame);
+        }
+        let rest = if ended { Self::Empty } else { std::mem::take(self) };
+        *self = Self::Boxed(Box::pin(ReadAhead { come, rest, left: bytes as u64 }));
+        Ok(())
     }
 
     /// Reads the whole body, at most `limit` bytes of it. Trailers are dropped.
@@ -210,6 +243,82 @@ impl HttpBody for Filtered {
     }
 }
 
+/// A body of unknown length that fails when it becomes larger than allowed.
+struct Limited {
+    body: Body,
+    left: u64,
+    limit: u64,
+}
+
+impl HttpBody for Limited {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            let size = frame.data_ref().map_or(0, |data| data.len() as u64);
+            match self.left.checked_sub(size) {
+                Some(left) => self.left = left,
+                None => {
+                    let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);
+                    return Poll::Ready(Some(Err(TooLarge { limit }.into())));
+                }
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A body of which the beginning has been waited for.
+struct ReadAhead {
+    come: VecDeque<Frame<Bytes>>,
+    rest: Body,
+    /// Bytes in `come`.
+    left: u64,
+}
+
+impl HttpBody for ReadAhead {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(frame) = self.come.pop_front() {
+            self.left = self.left.saturating_sub(frame.data_ref().map_or(0, |data| data.len() as u64));
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        Pin::new(&mut self.rest).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.come.is_empty() && self.rest.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let rest = self.rest.size_hint();
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + self.left);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + self.left);
+        }
+        hint
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,6 +339,38 @@ mod tests {
     async fn a_filter_sees_every_piece_and_the_end() {
         let mut body = Body::from("hello").filtered(Box::new(Upper));
         assert_eq!(body.collect_up_to(100).await.unwrap(), "HELLO!");
+    }
+
+    /// Comes in pieces of three bytes, and says nothing of its length.
+    struct Drip(u8);
+
+    impl HttpBody for Drip {
+        type Data = Bytes;
+        type Error = BodyError;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+            let more = self.0.checked_sub(1).map(|left| {
+                self.0 = left;
+                Ok(Frame::data(Bytes::from_static(b"abc")))
+            });
+            Poll::Ready(more)
+        }
+    }
+
+    #[tokio::test]
+    async fn reading_ahead_changes_nothing_but_what_is_known_of_the_length() {
+        for (limit, lower, upper) in [(100, 9, Some(9)), (4, 6, None), (0, 0, None)] {
+            let mut body = Body::boxed(Drip(3));
+            body.read_ahead(limit).await.unwrap();
+            let hint = body.size_hint();
+            assert_eq!((hint.lower(), hint.upper()), (lower, upper), "{limit}");
+            assert!(!body.is_end_stream());
+            assert_eq!(body.collect_up_to(100).await.unwrap(), "abcabcabc", "{limit}");
+            assert!(body.frame().await.is_none());
+        }
     }
 
     #[tokio::test]

@@ -174,6 +174,8 @@ pub struct State {
     pub conn: Rc<Conn>,
     /// The client's address: the connection's peer, or what trusted forwarding fields say.
     pub remote_addr: IpAddr,
+    /// The client's port, as far as it is known.
+    pub remote_port: u16,
     /// When the head was complete.
     pub started: Instant,
     /// When the head of the answer was there, before response phases.
@@ -224,7 +226,7 @@ impl Exchange {
     /// Starts an exchange with a request whose URI is not yet normalised.
     pub fn new(request: Request<Body>, conn: Rc<Conn>) -> Self {
         let (request, request_body) = request.into_parts();
-        let remote_addr = conn.peer.ip();
+        let (remote_addr, remote_port) = (conn.peer.ip(), conn.peer.port());
         Self(Box::new(State {
             request,
             request_body,
@@ -233,6 +235,7 @@ impl Exchange {
             host: Box::default(),
             conn,
             remote_addr,
+            remote_port,
             started: Instant::now(),
             responded: None,
             target: None,

@@ -160,9 +160,8 @@ impl State {
             Var::RemoteAddr | Var::RealipRemoteAddr | Var::ProxyProtocolAddr => {
                 self.conn.forwarded.peer.to_str().ok().map(Cow::Borrowed)
             }
-            Var::RemotePort | Var::RealipRemotePort | Var::ProxyProtocolPort => {
-                owned(self.conn.peer.port().to_string())
-            }
+            Var::RemotePort => owned(self.remote_port.to_string()),
+            Var::RealipRemotePort | Var::ProxyProtocolPort => owned(self.conn.peer.port().to_string()),
             Var::ProxyAddXForwardedFor => {
                 let name = HeaderName::from_static("x-forwarded-for");
                 match text(&self.request.headers, &name) {

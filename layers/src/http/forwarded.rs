@@ -103,6 +103,7 @@ pub fn settle(x: &mut State, forwarding: &Forwarding) {
         remove(&mut x.request.headers, |name| name.contains('_'));
     }
     let trusted = contains(&forwarding.trusted, peer);
+    set_apart(x, trusted);
     if !trusted {
         remove(&mut x.request.headers, is_ours);
     }
@@ -112,17 +113,8 @@ pub fn settle(x: &mut State, forwarding: &Forwarding) {
     let proto = HeaderValue::from_static(conn.scheme());
     let host = x.request.headers.get(header::HOST).cloned();
     let headers = &mut x.request.headers;
-    match headers.get_mut(&X_FORWARDED_FOR) {
-        Some(before) => {
-            let list = [before.as_bytes(), b", ", real_ip.as_bytes()].concat();
-            if let Ok(list) = HeaderValue::from_bytes(&list) {
-                *before = list;
-            }
-        }
-        None => {
-            headers.insert(X_FORWARDED_FOR, real_ip.clone());
-        }
-    }
+    let before = joined(headers, &X_FORWARDED_FOR);
+    headers.insert(X_FORWARDED_FOR, appended(before.as_ref(), &real_ip));
     headers.insert(X_REAL_IP, real_ip);
     // A trusted proxy in front of us knows better than we do how the client came.
     headers.entry(X_FORWARDED_PROTO).or_insert(proto);
@@ -130,6 +122,48 @@ pub fn settle(x: &mut State, forwarding: &Forwarding) {
         headers.entry(X_FORWARDED_HOST).or_insert(host);
     }
     headers.entry(X_FORWARDED_PORT).or_insert_with(|| conn.forwarded.port.clone());
+}
+
+/// What the client, or who stood before it, said of its address, and nobody is told any more. The plugin `real-ip` may
+/// have been told to believe it.
+#[derive(Debug, Default)]
+pub struct SetApart {
+    /// `X-Forwarded-For`, of a peer that is not trusted.
+    pub forwarded_for: Option<HeaderValue>,
+    /// `X-Real-IP`.
+    pub real_ip: Option<HeaderValue>,
+    /// Whether `trusted_addresses` has the peer.
+    pub trusted: bool,
+}
+
+fn set_apart(x: &mut State, trusted: bool) {
+    let headers = &x.request.headers;
+    let forwarded_for = if trusted { None } else { joined(headers, &X_FORWARDED_FOR) };
+    let real_ip = headers.get(&X_REAL_IP).cloned();
+    if forwarded_for.is_some() || real_ip.is_some() {
+        x.put_slot(SetApart { forwarded_for, real_ip, trusted });
+    }
+}
+
+/// The client is another than it seemed: the fields that tell of it are set anew. `before` is whom the request passed.
+pub fn tell_client(x: &mut State, client: IpAddr, before: Option<&HeaderValue>) {
+    x.remote_addr = client;
+    let value = address(client);
+    x.request.headers.insert(X_FORWARDED_FOR, appended(before, &value));
+    x.request.headers.insert(X_REAL_IP, value);
+}
+
+/// All values of a field as one list.
+fn joined(headers: &HeaderMap, name: &HeaderName) -> Option<HeaderValue> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next()?.clone();
+    Some(values.fold(first, |list, value| appended(Some(&list), value)))
+}
+
+fn appended(list: Option<&HeaderValue>, value: &HeaderValue) -> HeaderValue {
+    let Some(list) = list else { return value.clone() };
+    HeaderValue::from_bytes(&[list.as_bytes(), b", ", value.as_bytes()].concat())
+        .unwrap_or_else(|_| value.clone())
 }
 
 fn contains(nets: &[IpNet], address: IpAddr) -> bool {
@@ -216,6 +250,19 @@ mod tests {
             assert_eq!(got(&x, "x-forwarded-proto"), "http");
             assert_eq!(got(&x, "x-forwarded-port"), "9080");
         }
+    }
+
+    #[test]
+    fn lists_in_several_fields_become_one_in_their_order() {
+        let forwarding = Forwarding { trusted: nets("10.0.0.0/8"), ..Forwarding::default() };
+        let mut x = exchange("GET", "http://a/")
+            .header("x-forwarded-for", "6.6.6.6")
+            .header("x-forwarded-for", "1.2.3.4")
+            .peer("10.1.1.1")
+            .build();
+        settle(&mut x, &forwarding);
+        assert_eq!(got(&x, "x-forwarded-for"), "6.6.6.6, 1.2.3.4, 10.1.1.1");
+        assert_eq!(x.request.headers.get_all("x-forwarded-for").iter().count(), 1);
     }
 
     #[test]

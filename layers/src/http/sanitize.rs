@@ -3,18 +3,15 @@
 //! Runs before anything is matched, so that routes, plugins and the upstream see the same host and path. It settles
 //! `x.host`, `x.request.uri` (normal form), `x.decoded_path`, and the limits on the target, the fields and the body.
 
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
-use bytes::Bytes;
 use futures_util::future::{Either, Ready, ready as now};
 use http::header::{self, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Method, Uri, Version};
-use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body::Body as HttpBody;
 use tower::{Layer, Service};
 
-use crate::body::{Body, BodyError, TooLarge};
 use crate::error::{Error, Fault, Reason};
 use crate::exchange::{Exchange, State};
 use crate::http::normalize::{self, normalize, normalize_query};
@@ -231,52 +228,20 @@ fn settle_body(x: &mut State, limits: &Limits) -> Result<(), Error> {
     }
     if hint.upper().is_none_or(|upper| upper > limit) {
         let body = std::mem::take(&mut x.request_body);
-        x.request_body = Body::Boxed(Box::pin(Limited { body, left: limit, limit }));
+        x.request_body = body.limited(limit);
     }
     Ok(())
 }
 
-/// A body of unknown length that fails when it becomes larger than allowed.
-struct Limited {
-    body: Body,
-    left: u64,
-    limit: u64,
-}
-
-impl HttpBody for Limited {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if let Some(Ok(frame)) = &frame {
-            let size = frame.data_ref().map_or(0, |data| data.len() as u64);
-            match self.left.checked_sub(size) {
-                Some(left) => self.left = left,
-                None => {
-                    let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);
-                    return Poll::Ready(Some(Err(TooLarge { limit }.into())));
-                }
-            }
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+
+    use bytes::Bytes;
+    use http_body::Frame;
+
     use super::*;
+    use crate::body::{Body, BodyError, TooLarge};
     use crate::testing::{ExchangeBuilder, exchange};
 
     const LIMITS: Limits = Limits { uri: 64, header_count: 4, header_bytes: 64, body: Some(10) };
