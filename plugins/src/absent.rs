@@ -4,11 +4,8 @@
 //! another answer. The few whose absence nobody can see are taken and do nothing.
 
 /// Plugins whose work is done anyway, and why.
-pub const HARMLESS: &[(&str, &str)] = &[
-    ("ai", "it caches route matches inside APISIX; looking up a route here needs no cache"),
-    ("proxy-buffering", "responses are streamed with back-pressure, never collected"),
-    ("proxy-control", "requests are streamed with back-pressure, never collected"),
-];
+pub const HARMLESS: &[(&str, &str)] =
+    &[("ai", "it caches route matches inside APISIX; looking up a route here needs no cache")];
 
 /// Names that are no plugin of APISIX either, and what is meant.
 const MISNOMERS: &[(&str, &str)] = &[
@@ -53,7 +50,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("cas-auth", AUTHENTICATION),
     ("chaitin-waf", ""),
     ("clickhouse-logger", ACCESS_LOG),
-    ("client-control", "`nginx_config.http.client_max_body_size` limits bodies for all routes"),
     ("consumer-restriction", ""),
     ("csrf", ""),
     ("data-mask", ""),
@@ -105,8 +101,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("openwhisk", ""),
     ("proxy-cache", ""),
     ("proxy-mirror", ""),
-    ("real-ip", "`nginx_config.http.real_ip_from` and `apisix.trusted_addresses` say whose word counts"),
-    ("referer-restriction", "a route's `vars` on `http_referer` can choose requests"),
     ("request-validation", ""),
     ("rocketmq-logger", ACCESS_LOG),
     ("saml-auth", AUTHENTICATION),
@@ -121,9 +115,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("tcp-logger", ACCESS_LOG),
     ("tencent-cloud-cls", ACCESS_LOG),
     ("traffic-label", "`traffic-split` divides requests by weight"),
-    ("ua-restriction", "a route's `vars` on `http_user_agent` can choose requests"),
     ("udp-logger", ACCESS_LOG),
-    ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
     ("wolf-rbac", AUTHENTICATION),
     ("workflow", "several routes with `vars` can do what its cases do"),
     ("zipkin", METRICS),

@@ -23,6 +23,7 @@ macro_rules! plugins {
 
 plugins! {
     brotli::Brotli,
+    client_control::ClientControl,
     cors::Cors,
     echo::Echo,
     fault_injection::FaultInjection,
@@ -34,12 +35,18 @@ plugins! {
     mocking::Mocking,
     opa::Opa,
     prometheus::Prometheus,
+    proxy_buffering::ProxyBuffering,
+    proxy_control::ProxyControl,
     proxy_rewrite::ProxyRewrite,
     public_api::PublicApi,
+    real_ip::RealIp,
     redirect::Redirect,
+    referer_restriction::RefererRestriction,
     request_id::RequestId,
     response_rewrite::ResponseRewrite,
     traffic_split::TrafficSplit,
+    ua_restriction::UaRestriction,
+    uri_blocker::UriBlocker,
 }
 
 /// Every plugin, by priority, the highest first, as they run.
