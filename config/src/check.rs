@@ -3,16 +3,19 @@
 //! Everything that is wrong is told, with file, line and pointer, and nothing is started: no socket, no store. What is
 //! found here is what would be refused or set aside at run time, dangling references among it.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use serde_json::Value;
 
 use crate::apisix_yaml::{ApisixYaml, FILES};
 use crate::document::LocatedError;
 use crate::env::Env;
 use crate::error::{ConfigError, ErrorKind};
 use crate::graph::Graph;
-use crate::id::Kind;
+use crate::id::{Kind, ResourceKey};
 use crate::listed_plugins::ListedPlugins;
 use crate::plugin_catalog::PluginCatalog;
 use crate::process::{CONFIG_FILE, Notice, Process, Provider};
@@ -28,6 +31,23 @@ pub struct Report {
     pub notices: Vec<Notice>,
     /// Resources that were read.
     pub resources: usize,
+    /// The same, one by one.
+    pub objects: Vec<CheckedObject>,
+}
+
+/// A resource of a file, and how it stands.
+#[derive(Clone, Debug)]
+pub struct CheckedObject {
+    /// Its address.
+    pub key: ResourceKey,
+    /// Its file and line.
+    pub file: Arc<str>,
+    /// From 1; 0 where it is not known.
+    pub line: u32,
+    /// As it is written.
+    pub value: Value,
+    /// What is wrong with it.
+    pub errors: Vec<LocatedError>,
 }
 
 impl Report {
@@ -105,10 +125,12 @@ fn check_file(
     let catalog = ListedPlugins::new(catalog, names.as_deref());
     let mut graph = Graph::with_env(Arc::clone(env));
     graph.replace_all(file.changes(1), &catalog);
+    let mut found: HashMap<ResourceKey, Vec<LocatedError>> = HashMap::new();
     for rejected in graph.rejected() {
         // Nothing is asked here; a running gateway sets the object aside if the secret cannot be had.
         let errors = rejected.errors.iter().filter(|error| !error.is_unasked_secret()).cloned();
-        report.errors.extend(errors.map(|error| file.locate(&rejected.key, error)));
+        let errors = errors.map(|error| file.locate(&rejected.key, error));
+        found.entry(rejected.key.clone()).or_default().extend(errors);
     }
     for item in Kind::ALL.into_iter().flat_map(|kind| graph.iter(kind)) {
         let unasked = |error: &ConfigError| match &error.kind {
@@ -119,8 +141,20 @@ fn check_file(
         };
         let errors = graph.check_references(&item.key, &item.resource).into_iter();
         let errors = errors.filter(|error| !unasked(error));
-        report.errors.extend(errors.map(|error| file.locate(&item.key, error)));
+        let errors = errors.map(|error| file.locate(&item.key, error));
+        found.entry(item.key.clone()).or_default().extend(errors);
     }
+    report.errors.extend(found.values().flatten().cloned());
+    report.objects.extend(file.items().iter().map(|item| {
+        let place = file.locate(&item.key, ConfigError::invalid("", ""));
+        CheckedObject {
+            key: item.key.clone(),
+            file: place.file,
+            line: place.line,
+            value: item.value(),
+            errors: found.remove(&item.key).unwrap_or_default(),
+        }
+    }));
 }
 
 #[cfg(test)]

@@ -139,6 +139,11 @@ pub fn is_harmless(name: &str) -> bool {
     HARMLESS.iter().any(|(known, _)| *known == name)
 }
 
+/// Why leaving the plugin out changes nothing.
+pub fn why_harmless(name: &str) -> Option<&'static str> {
+    HARMLESS.iter().find(|(known, _)| *known == name).map(|(_, why)| *why)
+}
+
 /// Every name that APISIX has and this gateway has not.
 pub fn names() -> impl Iterator<Item = &'static str> {
     NOT_YET.iter().chain(HARMLESS).map(|(name, _)| *name)

@@ -3,6 +3,7 @@
 pub mod absent;
 pub mod catalog;
 pub mod docs;
+pub mod pages;
 pub mod support;
 
 use std::sync::OnceLock;

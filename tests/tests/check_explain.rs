@@ -1,4 +1,4 @@
-//! `postern check` and `postern explain`: what they say, and the exit codes scripts rely on.
+//! `postern check`, `postern import report` and `postern explain`: what they say, and the exit codes scripts rely on.
 
 use std::path::Path;
 
@@ -191,4 +191,41 @@ fn explain_without_a_gateway_says_so() {
     let (code, out, err) = run(&["explain", "--control", &nobody.addr().to_string(), "http://h/"]);
     assert_eq!(code, 3, "{out}{err}");
     assert!(err.contains(&nobody.addr().to_string()), "{err}");
+}
+
+#[test]
+fn an_import_report_classes_every_object() {
+    let folder = folder(
+        "\
+routes:
+  - {id: exact, uri: /a, upstream_id: 1}
+  - {id: idle, uri: /b, upstream_id: 1, plugins: {ai: {}}}
+  - {id: near, uri: /c, upstream_id: 1, plugins: {redirect: {uri: /x, encode_uri: true}}}
+  - {id: lua, uri: /d, upstream_id: 1, plugins: {serverless-pre-function: {functions: []}}}
+upstreams:
+  - {id: 1, type: roundrobin, nodes: {\"127.0.0.1:1980\": 1}}
+#END
+",
+    );
+    let (code, out, err) = run(&["import", "report", text(folder.path()), "-o", "json"]);
+    assert_eq!(code, 1, "something is refused: {out}{err}");
+    let report: Value = serde_json::from_str(&out).expect("JSON");
+    let class = |object: &str| {
+        let items = report["items"].as_array().expect("items");
+        let item = items.iter().find(|item| item["object"] == object).expect("the object");
+        (item["class"].as_str().expect("a class"), item["line"].as_u64(), item["reasons"].to_string())
+    };
+    assert_eq!(class("routes/exact"), ("exact", Some(2), "[]".to_owned()));
+    assert_eq!(class("routes/idle").0, "exact");
+    let (near, _, reasons) = class("routes/near");
+    assert!(near == "approximated" && reasons.contains("encode_uri"), "{reasons}");
+    let (lua, line, reasons) = class("routes/lua");
+    assert!(lua == "refused" && line == Some(5) && reasons.contains("serverless-pre-function"), "{reasons}");
+    assert_eq!(
+        (&report["exact"], &report["approximated"], &report["refused"]),
+        (&json!(3), &json!(1), &json!(1))
+    );
+
+    let (code, out, _) = run(&["import", "report", text(folder.path())]);
+    assert!(code == 1 && out.contains("3 exact, 1 approximated, 1 refused"), "{out}");
 }
