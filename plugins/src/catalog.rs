@@ -145,7 +145,7 @@ mod tests {
                 "basic-auth",
                 "it exists in APISIX and is not offered yet; `key-auth` is the authentication",
             ),
-            (&all, "opa", "it exists in APISIX and is not offered yet; take it out"),
+            (&all, "dubbo-proxy", "it exists in APISIX and is not offered yet; take it out"),
             (&all, "key_auth", "did you mean `key-auth`?"),
             (&all, "nonsense", "take it out"),
             (&few, "request-id", "it is disabled; add it to the list `plugins`"),
@@ -191,9 +191,9 @@ mod tests {
 
     #[test]
     fn names_of_a_list_that_are_not_here_are_told() {
-        let list = ["cors", "key-auth", "opa", "proxy-control"].map(str::to_owned);
+        let list = ["cors", "key-auth", "dubbo-proxy", "proxy-control"].map(str::to_owned);
         let unknown: Vec<_> = Catalog::unknown(&list).collect();
-        assert!(unknown.contains(&"opa") && !unknown.contains(&"key-auth"));
+        assert!(unknown.contains(&"dubbo-proxy") && !unknown.contains(&"key-auth"));
         assert!(!unknown.contains(&"proxy-control"));
     }
 }

@@ -218,7 +218,7 @@ mod tests {
             (json!({}), uuid),
             (json!({"algorithm": "nanoid"}), r"^[A-Za-z0-9_-]{21}$"),
             (json!({"algorithm": "range_id"}), r"^[A-Za-z0-9]{16}$"),
-            (json!({"algorithm": "range_id", "range_id": {"char_set": "ABCDEF", "length": 7}}), r"^[A-F]{7}$"),
+            (json!({"algorithm": "range_id", "range_id": {"char_set": "ABCDEF", "length": 20}}), r"^[A-F]{20}$"),
             (json!({"algorithm": "ksuid"}), r"^[0-9A-Za-z]{27}$"),
         ];
         for (config, pattern) in cases {
