@@ -29,6 +29,8 @@ use crate::template::Template;
 /// The settings a process starts with.
 #[derive(Clone, Debug)]
 pub struct Process {
+    /// The name of this instance among others; one is made and kept in the data directory where none is written.
+    pub id: Option<String>,
     /// `deployment.role`.
     pub role: Role,
     /// Where resources come from.
@@ -533,6 +535,7 @@ impl Process {
         let graphql_max_size = graphql.size("max_size").unwrap_or(1 << 20);
         graphql.finish();
         let process = Process {
+            id: apisix.id,
             role: deployment.role,
             provider: deployment.provider,
             listeners: apisix.listeners,

@@ -13,6 +13,7 @@ use config::plugin_catalog::PluginCatalog;
 use config::process::{Limits, Listener, Process, Provider, TlsVersion};
 use layers::http::access_log::AccessLog;
 use layers::http::in_flight::InFlightCount;
+use layers::plugin::Definition;
 use layers::telemetry::log_file::{LogFile, Sink};
 use layers::telemetry::metrics::{Door, Metrics};
 use layers::transport::framing::HeadLimits;
@@ -25,12 +26,14 @@ use layers::worker::deadlines::Timeouts;
 use layers::worker::runtime::{WorkerSettings, Workers};
 use layers::worker::serve::{Http2, ServeSettings};
 use layers::worker::view::{Published, View};
+use plugins::node_status::NodeStatus;
 use plugins::support::http_call::{self, HttpClient};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::certificates::Certificates;
 use crate::compile::{Compiler, Env};
+use crate::instance::Instance;
 use crate::interfaces::Interfaces;
 use crate::running::{Configuration, Running};
 use crate::secrets::Secrets;
@@ -178,13 +181,14 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         tracing::info!(?unknown, "`plugins` names plugins that are not offered");
     }
     let opened = open_store(process, &catalog)?;
-    let running = running(process, catalog, &metrics)?;
+    let instance = Instance::starting(process);
+    let running = running(process, catalog, &metrics, &instance)?;
     let in_flight = InFlightCount::default();
     // Sockets are bound first, so that a taken port is told at once, and accept when there is something to serve.
     let mut bound = Addresses::default();
     let listeners =
         if process.serves_traffic() { listen(process, &running, &mut bound)? } else { Vec::new() };
-    let interfaces = Interfaces::start(process, &running, &opened, &metrics, &export).await?;
+    let interfaces = Interfaces::start(process, &running, &opened, &metrics, &export, instance).await?;
 
     let events = opened.store.watch();
     let follower = running.clone();
@@ -294,12 +298,14 @@ fn running(
     process: &Process,
     catalog: Arc<dyn PluginCatalog>,
     metrics: &Arc<Metrics>,
+    instance: &Instance,
 ) -> Result<Running, StartError> {
-    let env = Env::new(process, catalog.clone(), metrics.clone(), tokio::runtime::Handle::current())
+    let mut env = Env::new(process, catalog.clone(), metrics.clone(), tokio::runtime::Handle::current())
         .map_err(|problem| StartError::setting("apisix.ssl.ssl_trusted_certificate", problem))?;
     let (tls, discovery) = (&env.clusters.tls, &env.clusters.discovery);
     let client = HttpClient::alone(&http_call::Settings::default(), tls, discovery, &env.control)
         .map_err(|error| StartError::setting("apisix.ssl.ssl_trusted_certificate", error.to_string()))?;
+    env.attrs.insert(NodeStatus::NAME.to_owned(), plugins::node_status::attr(&instance.id));
     let mut compiler = Compiler::new(env);
     let secrets = Secrets::default();
     let graph = Graph::with_env(Arc::new(secrets.clone()));

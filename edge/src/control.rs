@@ -15,12 +15,16 @@ use http::header::ACCEPT;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::Body;
 use hyper::body::Incoming;
+use layers::plugin::Definition;
+use layers::vars::hostname;
+use plugins::server_info::ServerInfo;
 use serde_json::{Map, Value, json};
 
 use crate::admin::query::Query;
 use crate::admin::reply::{Reply, ReplyBody};
-use crate::admin::{plugins, read, redact, segments};
+use crate::admin::{self, read, redact, segments};
 use crate::endpoint::Handler;
+use crate::instance::Instance;
 use crate::live::{Checker, LiveState};
 use crate::store::{BoxFuture, Store};
 
@@ -35,6 +39,7 @@ pub struct Control {
     store: Arc<dyn Store>,
     catalog: Arc<dyn PluginCatalog>,
     prefix: String,
+    instance: Instance,
 }
 
 impl Control {
@@ -45,8 +50,9 @@ impl Control {
         store: Arc<dyn Store>,
         catalog: Arc<dyn PluginCatalog>,
         prefix: &str,
+        instance: Instance,
     ) -> Control {
-        Control { live, store, catalog, prefix: prefix.to_owned() }
+        Control { live, store, catalog, prefix: prefix.to_owned(), instance }
     }
 
     /// Answer one request. Never fails.
@@ -95,6 +101,9 @@ impl Control {
                 Some(dump) => ok(&dump),
                 None => not_found(&format!("discovery {kind} is not in use")),
             },
+            (&Method::GET, ["server_info"]) if self.catalog.names().contains(&ServerInfo::NAME) => {
+                ok(&self.server_info().await)
+            }
             (&Method::GET, ["rejected"]) => ok(&self.rejected()),
             (&Method::GET, ["config"]) => ok(&self.config()),
             (&Method::GET, ["revisions"]) => self.revisions(&query).await,
@@ -106,12 +115,22 @@ impl Control {
         }
     }
 
+    async fn server_info(&self) -> Value {
+        json!({
+            "id": self.instance.id,
+            "hostname": hostname(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "boot_time": seconds(self.instance.booted),
+            "etcd_version": self.store.etcd_version().await.as_deref().unwrap_or("unknown"),
+        })
+    }
+
     fn schema(&self) -> Value {
         let mut main = Map::new();
         for kind in Kind::ALL {
             main.insert(kind.singular().to_owned(), schema::schema_for(kind, &*self.catalog));
         }
-        json!({"main": main, "plugins": plugins::all(&*self.catalog), "stream_plugins": {}})
+        json!({"main": main, "plugins": admin::plugins::all(&*self.catalog), "stream_plugins": {}})
     }
 
     fn objects(&self, kind: Kind) -> Reply {
@@ -431,6 +450,10 @@ mod tests {
         fn reload_plugins(&self) {}
     }
 
+    fn instance() -> Instance {
+        Instance { id: "me".to_owned(), booted: UNIX_EPOCH + std::time::Duration::from_secs(7) }
+    }
+
     #[tokio::test]
     async fn every_path() {
         let data = tempfile::tempdir().unwrap();
@@ -438,7 +461,8 @@ mod tests {
         let jack = ResourceKey::new(Kind::Consumer, "jack");
         let secret = json!({"username": "jack", "plugins": {"key-auth": {"key": "hush"}}});
         store.put(&jack, secret, PutOptions { author: "ann".into(), ..PutOptions::default() }).await.unwrap();
-        let control = Control::new(Arc::new(Fake), store, Arc::new(NoPlugins), "/apisix");
+        let control =
+            Control::new(Arc::new(Fake), store, Arc::new(plugins::Catalog::default()), "/apisix", instance());
         for (method, path, body, status, contains) in [
             ("GET", "/v1/routes", "", 200, r#"[{"key":"/apisix/routes/1","value":{"uri":"/a""#),
             ("GET", "/v1/route/1", "", 200, r#""createdIndex":1,"modifiedIndex":2"#),
@@ -467,6 +491,7 @@ mod tests {
             ("POST", "/v1/explain", r#"{"path": "/x"}"#, 200, r#""/x""#),
             ("POST", "/v1/explain", "{}", 400, "`path` is missing"),
             ("POST", "/v1/explain", "{", 400, "invalid request body"),
+            ("GET", "/v1/server_info", "", 200, r#""boot_time":7,"etcd_version":"unknown""#),
             ("GET", "/v1/nothing", "", 404, "404 Route Not Found"),
             ("DELETE", "/v1/routes", "", 404, "404 Route Not Found"),
             ("GET", "/", "", 404, "404 Route Not Found"),
@@ -486,7 +511,8 @@ mod tests {
     async fn a_browser_gets_a_page() {
         let data = tempfile::tempdir().unwrap();
         let store = Arc::new(Embedded::open(data.path()).unwrap());
-        let control = Control::new(Arc::new(Fake), store, Arc::new(NoPlugins), "/apisix");
+        let control =
+            Control::new(Arc::new(Fake), store, Arc::new(plugins::Catalog::default()), "/apisix", instance());
         let request = Request::builder().uri("/v1/healthcheck").header(ACCEPT, "text/html,*/*");
         let response = control.answer(request.body(Full::new(Bytes::new())).unwrap()).await.into_response();
         let kind = response.headers().get("content-type").unwrap().to_str().unwrap().to_owned();

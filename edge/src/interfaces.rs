@@ -26,6 +26,7 @@ use crate::app::{Addresses, Opened, StartError};
 use crate::control::Control;
 use crate::endpoint::{Endpoint, Handler, admin_tls};
 use crate::explain::{self, Question, Rules};
+use crate::instance::Instance;
 use crate::live::{Applied, Checker, HealthCounter, LiveState, NodeHealth, Readiness};
 use crate::running::Running;
 use crate::settings;
@@ -55,6 +56,7 @@ impl Interfaces {
         opened: &Opened,
         metrics: &Arc<Metrics>,
         export: &Export,
+        instance: Instance,
     ) -> Result<Self, StartError> {
         let prefix = match &process.provider {
             Provider::Etcd(etcd) => etcd.prefix.clone(),
@@ -99,8 +101,13 @@ impl Interfaces {
             started.spawn(endpoint, Arc::new(admin));
         }
         if let Some(address) = process.control {
-            let control =
-                Control::new(live.clone(), opened.store.clone(), running.catalog().clone(), &prefix);
+            let control = Control::new(
+                live.clone(),
+                opened.store.clone(),
+                running.catalog().clone(),
+                &prefix,
+                instance,
+            );
             let endpoint = bind("apisix.control", address, None).await?;
             started.addresses.control = endpoint.address().ok();
             started.spawn(endpoint, Arc::new(control));

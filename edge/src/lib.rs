@@ -10,6 +10,7 @@ mod compile;
 pub mod control;
 pub mod endpoint;
 pub mod explain;
+mod instance;
 mod interfaces;
 pub mod live;
 mod lookup;

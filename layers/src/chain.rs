@@ -27,7 +27,8 @@ use crate::error::{Error, Fault, Reason};
 use crate::exchange::{Answered, Exchange, State};
 use crate::local::LocalBox;
 use crate::plugin::{
-    BeforeProxy, Encode, Flow, Hooks, Next, OnBody, OnLog, OnResponse, Step, Surrounding, Surrounds, Waits,
+    BeforeProxy, Encode, Flow, Hide, Hooks, Next, OnBody, OnLog, OnResponse, Step, Surrounding, Surrounds,
+    Waits,
 };
 use crate::rescue;
 
@@ -91,6 +92,7 @@ pub struct Plan {
     response: List<Arc<dyn OnResponse>>,
     body: List<Arc<dyn OnBody>>,
     encode: List<Arc<dyn Encode>>,
+    hide: List<Arc<dyn Hide>>,
     log: List<Arc<dyn OnLog>>,
     filtered: bool,
     reads_head: bool,
@@ -127,6 +129,7 @@ impl Plan {
             response: list(&instances, |hooks| &hooks.response),
             body: list(&instances, |hooks| &hooks.body),
             encode: list(&instances, |hooks| &hooks.encode),
+            hide: list(&instances, |hooks| &hooks.hide),
             log: list(&instances, |hooks| &hooks.log),
             filtered: instances.iter().any(|instance| instance.filter.is_some()),
             reads_head: instances
@@ -431,6 +434,7 @@ fn respond(x: &mut Exchange) {
 
 /// Runs the log phase. Called when the exchange is over.
 pub(crate) fn log(x: &mut Exchange) {
+    hide(x);
     for global in [true, false] {
         // Only the plan that runs is taken out: a global plugin may look whether the route has it too.
         let plan = if global { x.global_plan.take() } else { x.plan.take() };
@@ -447,6 +451,25 @@ pub(crate) fn log(x: &mut Exchange) {
             x.plan = plan;
         }
     }
+}
+
+/// Takes out of the request what no log may tell.
+fn hide(x: &mut Exchange) {
+    let hides = |plan: &Option<Arc<Plan>>| plan.as_ref().is_some_and(|plan| !plan.hide.is_empty());
+    if !hides(&x.global_plan) && !hides(&x.plan) {
+        return;
+    }
+    let plans = [x.global_plan.take(), x.plan.take()];
+    for plan in plans.iter().flatten() {
+        for (owner, step) in &plan.hide {
+            if plan.takes_part(*owner, x) {
+                step.hide(x);
+            }
+        }
+    }
+    let [global, route] = plans;
+    x.global_plan = global;
+    x.plan = route;
 }
 
 /// The way through `surrounding` to `inner` and back.
@@ -747,6 +770,35 @@ mod tests {
         assert_eq!(told(&diary), expected);
         drop(x);
         assert_eq!(told(&diary), ["log global", "log high", "log low"]);
+    }
+
+    #[tokio::test]
+    async fn what_is_hidden_is_hidden_from_the_log_of_every_plugin() {
+        struct Hides;
+        impl Hide for Hides {
+            fn hide(&self, x: &mut Exchange) {
+                x.request.headers.remove("x-secret");
+            }
+        }
+        struct Logs(Diary);
+        impl OnLog for Logs {
+            fn log(&self, x: &Exchange) {
+                self.0.lock().unwrap().push(format!("{}", x.request.headers.contains_key("x-secret")));
+            }
+        }
+        let diary = Diary::default();
+        let mut high = diarist(&diary, "high", 30, Traits::default());
+        let mut low = diarist(&diary, "low", 20, Traits::default());
+        Arc::get_mut(&mut high).unwrap().hooks = Hooks::default();
+        Arc::get_mut(&mut high).unwrap().hooks.log(&Arc::new(Logs(diary.clone())));
+        Arc::get_mut(&mut low).unwrap().hooks = Hooks::default();
+        Arc::get_mut(&mut low).unwrap().hooks.hide(&Arc::new(Hides));
+        let mut x = exchange("GET", "http://a/").header("x-secret", "1").build();
+        x.plan = Some(Arc::new(Plan::new(vec![high, low])));
+        let x = PluginChain::new(service(|_| Ok(()))).call(x).await.unwrap();
+        assert!(x.request.headers.contains_key("x-secret"), "not before it is over");
+        drop(x);
+        assert_eq!(told(&diary), ["false"]);
     }
 
     #[tokio::test]

@@ -149,6 +149,12 @@ pub trait Encode: Send + Sync + 'static {
     fn encode(&self, x: &mut Exchange);
 }
 
+/// Takes out of the request what no log may tell. Runs when all is over, before anybody's `log` and the access log.
+pub trait Hide: Send + Sync + 'static {
+    /// May change the request's target and fields; nothing acts on them any more.
+    fn hide(&self, x: &mut Exchange);
+}
+
 /// Runs when all is over.
 pub trait OnLog: Send + Sync + 'static {
     /// Must not wait; sends what it has to tell by a bounded channel.
@@ -502,6 +508,7 @@ pub struct Hooks {
     pub(crate) response: Vec<Arc<dyn OnResponse>>,
     pub(crate) body: Vec<Arc<dyn OnBody>>,
     pub(crate) encode: Vec<Arc<dyn Encode>>,
+    pub(crate) hide: Vec<Arc<dyn Hide>>,
     pub(crate) log: Vec<Arc<dyn OnLog>>,
 }
 
@@ -551,6 +558,11 @@ impl Hooks {
         self.encode.push(plugin.clone());
     }
 
+    /// Takes out of the request what no log may tell.
+    pub fn hide<P: Hide>(&mut self, plugin: &Arc<P>) {
+        self.hide.push(plugin.clone());
+    }
+
     /// Is told when all is over.
     pub fn log<P: OnLog>(&mut self, plugin: &Arc<P>) {
         self.log.push(plugin.clone());
@@ -571,7 +583,7 @@ impl Hooks {
             ("header_filter", self.response.is_empty()),
             ("body_filter", self.body.is_empty()),
             ("encode", self.encode.is_empty()),
-            ("log", self.log.is_empty()),
+            ("log", self.log.is_empty() && self.hide.is_empty()),
         ]
         .into_iter()
         .filter_map(|(name, empty)| (!empty).then_some(name))

@@ -323,7 +323,7 @@ fn json_path(json: &Value, path: &str) -> Option<Value> {
 }
 
 /// The name of this machine.
-pub(crate) fn hostname() -> &'static str {
+pub fn hostname() -> &'static str {
     static NAME: std::sync::OnceLock<String> = std::sync::OnceLock::new();
     NAME.get_or_init(|| {
         std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()

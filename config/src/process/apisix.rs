@@ -31,6 +31,7 @@ const CIPHERS: [&str; 6] = [
 const KEYRING: [&str; 2] = ["qeddd145sfvddff3", "edd1c9f0985e76a2"];
 
 pub(super) struct Apisix {
+    pub(super) id: Option<String>,
     pub(super) listeners: Vec<Listener>,
     pub(super) tls: Tls,
     pub(super) stream: StreamProxy,
@@ -61,6 +62,7 @@ pub(super) fn read(apisix: &Section<'_>) -> Apisix {
     let control = apisix.flag("enable_control").unwrap_or(true);
     let control_address = apisix.socket("control", SocketAddr::new(LOOPBACK, CONTROL_PORT));
     let result = Apisix {
+        id: apisix.loose_text("id").filter(|id| !id.is_empty()),
         listeners,
         tls,
         stream,
@@ -80,7 +82,6 @@ pub(super) fn read(apisix: &Section<'_>) -> Apisix {
         dev_mode: apisix.flag("enable_dev_mode").unwrap_or(false),
     };
     apisix.not_applicable("enable_reuseport", "every worker has its own socket on each port");
-    apisix.not_applicable("id", "an instance is not named");
     for key in ["extra_lua_path", "extra_lua_cpath", "lua_module_hook"] {
         if apisix.get(key).is_some_and(|value| value.as_str() != Some("")) {
             apisix.notice(key, "there is no Lua here");

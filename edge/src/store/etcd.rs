@@ -334,6 +334,13 @@ impl Store for Etcd {
     fn status(&self) -> StoreStatus {
         self.shared.feed.status()
     }
+
+    fn etcd_version(&self) -> BoxFuture<'_, Option<String>> {
+        Box::pin(async move {
+            let status = self.shared.call(|mut client| async move { client.status().await }).await;
+            status.ok().map(|status| status.version().to_owned())
+        })
+    }
 }
 
 impl Shared {

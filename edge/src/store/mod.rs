@@ -258,6 +258,11 @@ pub trait Store: Send + Sync {
     /// How the store is.
     fn status(&self) -> StoreStatus;
 
+    /// The version of the etcd cluster behind it, if there is one and it answers.
+    fn etcd_version(&self) -> BoxFuture<'_, Option<String>> {
+        Box::pin(async { None })
+    }
+
     /// The last `limit` revisions, newest first. A store without a log has none.
     fn history(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
         let _ = limit;

@@ -126,7 +126,8 @@ impl Metrics {
         let _ = self.door.set(Box::new(read));
     }
 
-    fn door(&self) -> Door {
+    /// What the workers have seen at the door.
+    pub fn door(&self) -> Door {
         self.door.get().map(|read| read()).unwrap_or_default()
     }
 

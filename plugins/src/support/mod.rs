@@ -7,6 +7,7 @@ pub mod consumer;
 pub mod encoding;
 pub mod headers;
 pub mod http_call;
+pub mod json_path;
 pub mod lists;
 pub mod numbers;
 #[cfg(test)]
