@@ -17,7 +17,7 @@ const MISNOMERS: &[(&str, &str)] = &[
     ("oauth", "OAuth is not offered yet; use `key-auth`"),
 ];
 
-const AUTHENTICATION: &str = "`key-auth` is the authentication that is";
+const AUTHENTICATION: &str = "`key-auth`, `basic-auth`, `jwt-auth` and `hmac-auth` authenticate";
 const ACCESS_LOG: &str = "the access log tells of every request (`nginx_config.http.access_log_format`)";
 const METRICS: &str = "`prometheus` is the way to metrics that is";
 const AI: &str = "route to the provider as to any upstream; server-sent events pass untouched";
@@ -25,6 +25,9 @@ const AI: &str = "route to the provider as to any upstream; server-sent events p
 /// Plugins of APISIX 3.18 that are not offered yet, with the nearest thing that is, where there is one.
 const NOT_YET: &[(&str, &str)] = &[
     ("acl", ""),
+    ("attach-consumer-label", "`proxy-rewrite` can set fields from `$consumer_name`"),
+    ("consumer-restriction", ""),
+    ("csrf", ""),
     ("ai-aliyun-content-moderation", AI),
     ("ai-aws-content-moderation", AI),
     ("ai-cache", AI),
@@ -38,13 +41,11 @@ const NOT_YET: &[(&str, &str)] = &[
     ("ai-rate-limiting", "`limit-count` limits requests"),
     ("ai-request-rewrite", AI),
     ("api-breaker", "passive health checks (`checks.passive` of the upstream) take failing nodes out"),
-    ("attach-consumer-label", "`proxy-rewrite` can set fields from `$consumer_name`"),
     ("authz-casbin", ""),
     ("authz-casdoor", AUTHENTICATION),
     ("authz-keycloak", AUTHENTICATION),
     ("aws-lambda", ""),
     ("azure-functions", ""),
-    ("basic-auth", AUTHENTICATION),
     ("batch-requests", ""),
     ("body-transformer", "`response-rewrite` with `filters` changes bodies of answers"),
     ("cas-auth", AUTHENTICATION),
@@ -52,6 +53,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("clickhouse-logger", ACCESS_LOG),
     ("consumer-restriction", ""),
     ("csrf", ""),
+    ("data-mask", ""),
     ("datadog", METRICS),
     ("degraphql", ""),
     ("dingtalk-auth", AUTHENTICATION),
@@ -71,12 +73,10 @@ const NOT_YET: &[(&str, &str)] = &[
     ("graphql-proxy-cache", ""),
     ("grpc-transcode", ""),
     ("grpc-web", ""),
-    ("hmac-auth", AUTHENTICATION),
     ("http-dubbo", ""),
     ("http-logger", ACCESS_LOG),
     ("inspect", "`postern explain` tells what happens to a request"),
     ("jwe-decrypt", ""),
-    ("jwt-auth", AUTHENTICATION),
     ("kafka-logger", ACCESS_LOG),
     ("kafka-proxy", ""),
     ("lago", ""),
@@ -90,6 +90,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("mcp-bridge", ""),
     ("mqtt-proxy", ""),
     ("multi-auth", AUTHENTICATION),
+    ("node-status", METRICS),
     ("oas-validator", ""),
     ("ocsp-stapling", ""),
     ("openfunction", ""),

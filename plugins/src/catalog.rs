@@ -140,11 +140,7 @@ mod tests {
         let (all, few) = (Catalog::default(), Catalog::new(Some(&some)));
         let cases = [
             (&all, "uri-rewrite", "use `proxy-rewrite`"),
-            (
-                &all,
-                "basic-auth",
-                "it exists in APISIX and is not offered yet; `key-auth` is the authentication",
-            ),
+            (&all, "ldap-auth", "it exists in APISIX and is not offered yet; `key-auth`, `basic-auth`"),
             (&all, "dubbo-proxy", "it exists in APISIX and is not offered yet; take it out"),
             (&all, "key_auth", "did you mean `key-auth`?"),
             (&all, "nonsense", "take it out"),

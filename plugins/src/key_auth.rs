@@ -7,17 +7,14 @@ use std::sync::Arc;
 
 use config::error::ConfigError;
 use config::sensitive::Sensitive;
-use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, StatusCode, Uri, header};
-use layers::consumer::{Consumer, Consumers};
+use http::{HeaderName, HeaderValue};
 use layers::exchange::Exchange;
 use layers::plugin::{BuildEnv, Definition, Extras, Flow, Hooks, Rewrite};
 use layers::vars::argument;
-use percent_encoding::percent_decode_str;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::support::consumer;
+use crate::support::credentials::{self, Gate, hide_argument};
 use crate::support::headers;
 use crate::support::reply::Canned;
 
@@ -64,11 +61,9 @@ pub struct KeyAuth {
     header: HeaderName,
     query: Box<str>,
     hide: bool,
-    anonymous: Option<Box<str>>,
-    consumers: Consumers,
+    gate: Gate,
     missing: Canned,
     invalid: Canned,
-    no_anonymous: Canned,
 }
 
 impl Definition for KeyAuth {
@@ -84,108 +79,57 @@ impl Definition for KeyAuth {
         [headers::name(&config.header, "").err().map(|error| ConfigError::new("/header", error.kind))]
             .into_iter()
             .flatten()
-            .chain(challenge(&config.realm).is_none().then(|| {
-                ConfigError::invalid("/realm", "a realm has neither quotes nor control characters")
-            }))
+            .chain(credentials::challenge(SCHEME, &config.realm).err())
             .collect()
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let refusal = |message: &str| {
-            let canned = Canned::message(StatusCode::UNAUTHORIZED, message);
-            match challenge(&config.realm) {
-                Some(challenge) => canned.header(header::WWW_AUTHENTICATE, challenge),
-                None => canned,
-            }
-        };
+        let challenge = credentials::challenge(SCHEME, &config.realm)?;
         hooks.rewrite(&Arc::new(Self {
             header: headers::name(&config.header, "/header")?,
-            missing: refusal("Missing API key in request"),
-            invalid: refusal("Invalid API key in request"),
-            no_anonymous: refusal("Invalid user authorization"),
+            missing: credentials::refusal(&challenge, "Missing API key in request"),
+            invalid: credentials::refusal(&challenge, "Invalid API key in request"),
             query: config.query.into(),
             hide: config.hide_credentials,
-            anonymous: config.anonymous_consumer.map(Into::into),
-            consumers: env.consumers.clone(),
+            gate: Gate::new(env.consumers, config.anonymous_consumer, &challenge),
         }));
         Ok(())
     }
 }
 
-fn challenge(realm: &str) -> Option<HeaderValue> {
-    let plain = !realm.contains(['"', '\\']);
-    plain.then(|| HeaderValue::try_from(format!("apikey realm=\"{realm}\"")).ok()).flatten()
-}
+const SCHEME: &str = "apikey";
 
 impl Rewrite for KeyAuth {
     fn rewrite(&self, x: &mut Exchange) -> Flow {
+        let find = |key: &str| self.gate.find(Self::NAME, key).ok_or(&self.invalid);
         let shown = x.request.headers.get(&self.header).map(HeaderValue::as_bytes);
         let in_header = shown.is_some();
-        let (found, refusal) = match shown {
+        let found = match shown {
             // A key is text; other bytes are the key of nobody.
-            Some(key) => {
-                (std::str::from_utf8(key).ok().and_then(|key| self.find(key)), &self.invalid)
-            }
+            Some(key) => std::str::from_utf8(key).map_err(|_| &self.invalid).and_then(find),
             None => match x.request.uri.query().and_then(|query| argument(query, &self.query)) {
-                Some(key) => (self.find(&key), &self.invalid),
-                None => (None, &self.missing),
+                Some(key) => find(&key),
+                None => Err(&self.missing),
             },
         };
-        let Some(known) = found else {
-            let Some(anonymous) = &self.anonymous else { return refusal.flow() };
-            let Some(known) = self.consumers.named(anonymous) else { return self.no_anonymous.flow() };
-            consumer::attach(x, known);
-            return Flow::Next;
-        };
-        if self.hide {
-            if in_header {
+        let is_known = found.is_ok();
+        let flow = self.gate.settle(x, found);
+        if self.hide && matches!(flow, Flow::Next) {
+            // What is nobody's key may be somebody's elsewhere: it goes from wherever it stands.
+            if in_header || !is_known {
                 x.request.headers.remove(&self.header);
-            } else {
+            }
+            if !in_header || !is_known {
                 hide_argument(x, &self.query);
             }
         }
-        consumer::attach(x, known);
-        Flow::Next
+        flow
     }
-}
-
-impl KeyAuth {
-    fn find(&self, key: &str) -> Option<Arc<Consumer>> {
-        // A look-up by hash: how long it takes says nothing about how near a wrong key is.
-        self.consumers.find(Self::NAME, key)
-    }
-}
-
-/// Takes an argument out of the target that is forwarded, and of the one that logs tell.
-fn hide_argument(x: &mut Exchange, name: &str) {
-    if let Some(uri) = without_argument(&x.request.uri, name) {
-        x.request.uri = uri;
-    }
-    if let Some(uri) = x.original_uri.as_ref().and_then(|uri| without_argument(uri, name)) {
-        x.original_uri = Some(uri);
-    }
-}
-
-fn without_argument(uri: &Uri, name: &str) -> Option<Uri> {
-    let query = uri.query()?;
-    let is_it = |pair: &str| {
-        let key = pair.split_once('=').map_or(pair, |(key, _)| key);
-        key == name || percent_decode_str(&key.replace('+', " ")).decode_utf8_lossy() == name
-    };
-    let rest: Vec<&str> = query.split('&').filter(|pair| !is_it(pair)).collect();
-    let mut target = uri.path().to_owned();
-    if !rest.is_empty() {
-        target.push('?');
-        target.push_str(&rest.join("&"));
-    }
-    let mut parts = uri.clone().into_parts();
-    parts.path_and_query = Some(PathAndQuery::try_from(target).ok()?);
-    Uri::from_parts(parts).ok()
 }
 
 #[cfg(test)]
 mod tests {
-    use layers::consumer::ConsumerTable;
+    use layers::consumer::{Consumer, ConsumerTable};
     use layers::testing::{ExchangeBuilder, TestEnv, exchange, field, text};
     use serde_json::{Value, json};
 
@@ -290,6 +234,16 @@ mod tests {
         let mut x = run(json!({"anonymous_consumer": "gone"}), exchange("GET", "http://a/")).await;
         assert_eq!(x.response.status(), 401);
         assert_eq!(text(&mut x).await, "{\"message\":\"Invalid user authorization\"}\n");
+    }
+
+    #[tokio::test]
+    async fn a_wrong_key_is_hidden_too_when_the_anonymous_consumer_stands_in() {
+        let config = json!({"anonymous_consumer": "nobody", "hide_credentials": true});
+        let wrong = exchange("GET", "http://a/?apikey=wrong&b=1").header("apikey", "wrong");
+        let x = run(config, wrong).await;
+        assert_eq!(x.request.headers["x-consumer-username"], "nobody");
+        assert!(!x.request.headers.contains_key("apikey"));
+        assert_eq!(x.request.uri.query(), Some("b=1"));
     }
 
     #[test]

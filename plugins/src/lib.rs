@@ -23,6 +23,7 @@ macro_rules! plugins {
 }
 
 plugins! {
+    basic_auth::BasicAuth,
     brotli::Brotli,
     client_control::ClientControl,
     cors::Cors,
@@ -32,11 +33,14 @@ plugins! {
     fault_injection::FaultInjection,
     forward_auth::ForwardAuth,
     gzip::Gzip,
+    hmac_auth::HmacAuth,
     ip_restriction::IpRestriction,
+    jwt_auth::JwtAuth,
     key_auth::KeyAuth,
     limit_count::LimitCount,
     mocking::Mocking,
     node_status::NodeStatus,
+    multi_auth::MultiAuth,
     opa::Opa,
     prometheus::Prometheus,
     proxy_buffering::ProxyBuffering,

@@ -1,13 +1,14 @@
-//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, Redis.
-//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, content
-//! codings.
+//! What several plugins need: texts with captures, header rules, credentials, the consumer's marks on a request, URIs,
+//! calls of services, Redis, content codings.
 
 pub mod captures;
 pub mod consumer;
+pub mod credentials;
 pub mod encoding;
 pub mod headers;
 pub mod http_call;
 pub mod json_path;
+pub mod jwt;
 pub mod lists;
 pub mod numbers;
 #[cfg(test)]
