@@ -24,10 +24,6 @@ const AI: &str = "route to the provider as to any upstream; server-sent events p
 
 /// Plugins of APISIX 3.18 that are not offered yet, with the nearest thing that is, where there is one.
 const NOT_YET: &[(&str, &str)] = &[
-    ("acl", ""),
-    ("attach-consumer-label", "`proxy-rewrite` can set fields from `$consumer_name`"),
-    ("consumer-restriction", ""),
-    ("csrf", ""),
     ("ai-aliyun-content-moderation", AI),
     ("ai-aws-content-moderation", AI),
     ("ai-cache", AI),
@@ -51,9 +47,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("cas-auth", AUTHENTICATION),
     ("chaitin-waf", ""),
     ("clickhouse-logger", ACCESS_LOG),
-    ("consumer-restriction", ""),
-    ("csrf", ""),
-    ("data-mask", ""),
     ("datadog", METRICS),
     ("degraphql", ""),
     ("dingtalk-auth", AUTHENTICATION),
@@ -89,8 +82,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("loki-logger", ACCESS_LOG),
     ("mcp-bridge", ""),
     ("mqtt-proxy", ""),
-    ("multi-auth", AUTHENTICATION),
-    ("node-status", METRICS),
     ("oas-validator", ""),
     ("ocsp-stapling", ""),
     ("openfunction", ""),

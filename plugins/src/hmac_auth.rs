@@ -15,8 +15,7 @@ use bytes::Bytes;
 use config::error::ConfigError;
 use config::fields::{Int, List, WideText};
 use config::sensitive::Sensitive;
-use http::{HeaderName, HeaderValue, StatusCode, header};
-use layers::body::{Body, TooLarge};
+use http::{HeaderName, header};
 use layers::consumer::Consumer;
 use layers::exchange::Exchange;
 use layers::plugin::{BuildEnv, Definition, Extras, Flow, Hooks, Rewrite, RewriteWaits, Verifier};
@@ -26,6 +25,7 @@ use tokio::runtime::Handle;
 
 use crate::support::credentials::{self, Gate, Shown};
 use crate::support::reply::Canned;
+use crate::support::request_body;
 
 /// Settings on a route or service.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -143,8 +143,6 @@ pub struct HmacAuth {
     missing: Canned,
     unsigned: Canned,
     refused: Canned,
-    too_large: Canned,
-    unreadable: Canned,
 }
 
 impl Definition for HmacAuth {
@@ -189,8 +187,6 @@ impl Definition for HmacAuth {
                 &format!("{REFUSED}: Authorization header does not start with 'Signature'"),
             ),
             refused: credentials::refusal(&challenge, REFUSED),
-            too_large: Canned::message(StatusCode::PAYLOAD_TOO_LARGE, "request body is too large"),
-            unreadable: Canned::message(StatusCode::BAD_REQUEST, "request body cannot be read"),
         });
         if config.validate_request_body {
             hooks.rewrite_waits(&plugin);
@@ -226,8 +222,7 @@ impl RewriteWaits for HmacAuth {
                 Digest::Same => Ok(known),
                 Digest::Differs => Err(&self.refused),
                 // The body is gone, or part of it: no other plugin may let this request in.
-                Digest::TooLarge => return self.too_large.flow(),
-                Digest::Unreadable => return self.unreadable.flow(),
+                Digest::Unknown(answer) => return answer,
             },
             Err(refusal) => Err(refusal),
         };
@@ -239,8 +234,8 @@ impl RewriteWaits for HmacAuth {
 enum Digest {
     Same,
     Differs,
-    TooLarge,
-    Unreadable,
+    /// The body could not be read; the answer to give.
+    Unknown(Flow),
 }
 
 impl HmacAuth {
@@ -299,15 +294,10 @@ impl HmacAuth {
     async fn check_body(&self, x: &mut Exchange) -> Digest {
         let Shown::Text(shown) = credentials::shown(&x.request.headers, &DIGEST) else { return Digest::Differs };
         let Some(shown) = shown.strip_prefix("SHA-256=").map(str::to_owned) else { return Digest::Differs };
-        if announced(x).is_some_and(|length| length > self.body_limit as u64) {
-            return Digest::TooLarge;
-        }
-        let body = match x.request_body.collect_up_to(self.body_limit).await {
+        let body = match request_body::read(x, self.body_limit).await {
             Ok(body) => body,
-            Err(error) if error.is::<TooLarge>() => return Digest::TooLarge,
-            Err(_) => return Digest::Unreadable,
+            Err(answer) => return Digest::Unknown(answer),
         };
-        x.request_body = Body::from(body.clone());
         let made = if body.len() <= HASHED_AT_ONCE {
             sha256(&body)
         } else {
@@ -322,11 +312,6 @@ impl HmacAuth {
 
 fn sha256(body: &Bytes) -> String {
     STANDARD.encode(digest::digest(&digest::SHA256, body))
-}
-
-/// The length of the body that the request announces.
-fn announced(x: &Exchange) -> Option<u64> {
-    x.request.headers.get(header::CONTENT_LENGTH).map(HeaderValue::to_str)?.ok()?.parse().ok()
 }
 
 /// A signature as `Authorization` says it.
@@ -411,6 +396,7 @@ impl<'a> Signature<'a> {
 mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
+    use http::HeaderValue;
     use layers::consumer::ConsumerTable;
     use layers::testing::{ExchangeBuilder, TestEnv, enrol, exchange, field, text};
     use serde_json::{Value, json};

@@ -23,10 +23,14 @@ macro_rules! plugins {
 }
 
 plugins! {
+    acl::Acl,
+    attach_consumer_label::AttachConsumerLabel,
     basic_auth::BasicAuth,
     brotli::Brotli,
     client_control::ClientControl,
+    consumer_restriction::ConsumerRestriction,
     cors::Cors,
+    csrf::Csrf,
     data_mask::DataMask,
     echo::Echo,
     error_page::ErrorPage,
@@ -39,8 +43,8 @@ plugins! {
     key_auth::KeyAuth,
     limit_count::LimitCount,
     mocking::Mocking,
-    node_status::NodeStatus,
     multi_auth::MultiAuth,
+    node_status::NodeStatus,
     opa::Opa,
     prometheus::Prometheus,
     proxy_buffering::ProxyBuffering,

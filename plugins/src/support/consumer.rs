@@ -5,10 +5,15 @@ use std::sync::Arc;
 use http::{HeaderName, HeaderValue};
 use layers::consumer::Consumer;
 use layers::exchange::Exchange;
+use serde_json::Value;
 
 const USERNAME: HeaderName = HeaderName::from_static("x-consumer-username");
 const CREDENTIAL: HeaderName = HeaderName::from_static("x-credential-identifier");
 const CUSTOM_ID: HeaderName = HeaderName::from_static("x-consumer-custom-id");
+
+/// What an identity provider says of whoever calls: the claims of a token, an answer of its user endpoint. A plugin that
+/// recognises users without consumers keeps it on the exchange.
+pub struct ExternalUser(pub Value);
 
 /// Makes `consumer` the request's. What a client wrote into these fields goes in any case.
 pub fn attach(x: &mut Exchange, consumer: Arc<Consumer>) {
