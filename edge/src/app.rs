@@ -57,6 +57,9 @@ const CONTROL_THREADS: usize = 2;
 /// What cut connections get after the drain's deadline, before the process ends all the same.
 const AFTER_DRAIN: Duration = Duration::from_secs(2);
 
+/// What the log entries that still wait get to be sent, when the last request is over.
+const LAST_ENTRIES: Duration = Duration::from_secs(5);
+
 /// The gateway cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -223,6 +226,7 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
                 if let Some(log) = &access_log {
                     log.reopen();
                 }
+                metrics.logs.reopen();
             }
             failure = workers.failed() => return Err(StartError::Worker(failure.to_string())),
         }
@@ -241,6 +245,10 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     };
     for casualty in &report.casualties {
         tracing::warn!(peer = %casualty.peer, in_flight = casualty.in_flight, "cut at the end of the drain");
+    }
+    let lost = metrics.logs.flush(LAST_ENTRIES).await;
+    if lost > 0 {
+        tracing::warn!(entries = lost, "log entries could not be sent before the end");
     }
     tracing::info!(took = ?report.took, cut = report.casualties.len(), "stopped");
     Ok(())

@@ -39,6 +39,11 @@ pub trait BodyFilter {
     fn end(&mut self) -> Bytes {
         Bytes::new()
     }
+
+    /// Whether the filter passes every piece as it is, so that the length of the body stays what it was.
+    fn only_watches(&self) -> bool {
+        false
+    }
 }
 
 /// A body was larger than the reader allows.
@@ -61,7 +66,8 @@ impl Body {
 
     /// Puts `filter` between this body and its reader. Trailers pass unchanged.
     pub fn filtered(self, filter: Box<dyn BodyFilter>) -> Self {
-        Self::Boxed(Box::pin(Filtered { body: self, filter: Some(filter), held: None }))
+        let watched = filter.only_watches();
+        Self::Boxed(Box::pin(Filtered { body: self, filter: Some(filter), held: None, watched }))
     }
 
     /// Fails with [`TooLarge`] where this body becomes larger than `limit` bytes.
@@ -203,13 +209,14 @@ impl From<Incoming> for Body {
     }
 }
 
-/// A body behind a plugin's filter. Its length is unknown until it has ended.
+/// A body behind a plugin's filter. Unless the filter only watches, the length is unknown until it has ended.
 struct Filtered {
     body: Body,
     /// Taken at the end, so that the end is told once.
     filter: Option<Box<dyn BodyFilter>>,
     /// Trailers that wait until the filter's last bytes are out.
     held: Option<Frame<Bytes>>,
+    watched: bool,
 }
 
 impl HttpBody for Filtered {
@@ -240,6 +247,15 @@ impl HttpBody for Filtered {
                 return Poll::Ready(Some(Ok(Frame::data(rest))));
             }
         }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // Otherwise the filter may have something to add at the end.
+        self.watched && self.held.is_none() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.watched { self.body.size_hint() } else { SizeHint::default() }
     }
 }
 

@@ -413,10 +413,12 @@ fn respond(x: &mut Exchange) {
             if plan.takes_part(*owner, x)
                 && let Some(filter) = step.body(x)
             {
+                if !filter.only_watches() {
+                    // The length that was announced is not the length any more.
+                    x.response.headers_mut().remove(header::CONTENT_LENGTH);
+                }
                 let body = std::mem::take(x.response.body_mut());
                 *x.response.body_mut() = body.filtered(filter);
-                // The length that was announced is not the length any more.
-                x.response.headers_mut().remove(header::CONTENT_LENGTH);
             }
         }
     }

@@ -4,7 +4,7 @@
 //! it (see [`BufferedBody`]), which the route look-up does where a predicate asks for one.
 
 use std::borrow::Cow;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use config::var::{Var, Vars};
@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderName, Version, header};
 use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
-use crate::exchange::State;
+use crate::exchange::{Answered, State};
 
 /// The request body, read for variables and predicates. It is still forwarded.
 #[derive(Clone, Debug)]
@@ -250,6 +250,28 @@ impl State {
             .unwrap_or(0);
         (line + fields + 2) as u64 + body
     }
+
+    /// Bytes of the answer: the head as HTTP/1.1 writes it, as far as its fields were kept, and what was sent of the body.
+    pub fn response_length(&self) -> u64 {
+        let line = "HTTP/1.1 200 OK\r\n".len() + "\r\n".len();
+        let fields: usize =
+            self.response.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+        (line + fields) as u64 + self.bytes_sent
+    }
+
+    /// What the upstream took until `now`, when all is over: its attempts up to the head of the answer, and the body if
+    /// it was the upstream's. Nothing where no upstream was asked.
+    pub fn upstream_time(&self, now: Instant) -> Option<Duration> {
+        if self.attempts.is_empty() {
+            return None;
+        }
+        let heads: Duration = self.attempts.iter().map(|attempt| attempt.took).sum();
+        let body = match (self.answered, self.responded) {
+            (Answered::Upstream, Some(responded)) => now.saturating_duration_since(responded),
+            _ => Duration::ZERO,
+        };
+        Some(heads + body)
+    }
 }
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -296,7 +318,7 @@ impl Vars for State {
 }
 
 /// Follows `a.b[0].c` into a JSON value; `[*]` stands for every element, and what is found then is a list.
-fn json_path(json: &Value, path: &str) -> Option<Value> {
+pub fn json_path(json: &Value, path: &str) -> Option<Value> {
     let mut found = vec![json];
     for step in path.split('.') {
         let (name, indices) = step.split_once('[').unwrap_or((step, ""));

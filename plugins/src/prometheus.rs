@@ -15,7 +15,7 @@ use config::template::Template;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 use layers::body::Body;
 use layers::endpoint::{Endpoint, Offers};
-use layers::exchange::{Answered, Exchange, State};
+use layers::exchange::Exchange;
 use layers::plugin::{BuildEnv, Definition, Extras, Hooks, OnLog};
 use layers::telemetry::metrics::Metrics;
 use layers::telemetry::requests::{
@@ -367,33 +367,12 @@ impl OnLog for Prometheus {
             node: &node,
             code: x.status(),
             total: now.saturating_duration_since(x.started),
-            upstream: upstream_time(x, now),
+            upstream: x.upstream_time(now),
             ingress: x.request_length(),
-            egress: response_length(x),
+            egress: x.response_length(),
         };
         self.metrics.by_route.observe(&observation, &**x, now);
     }
-}
-
-/// What the upstream took: its attempts up to the head of the answer, and the body if it was the upstream's.
-fn upstream_time(x: &State, now: Instant) -> Option<Duration> {
-    if x.attempts.is_empty() {
-        return None;
-    }
-    let heads: Duration = x.attempts.iter().map(|attempt| attempt.took).sum();
-    let body = match (x.answered, x.responded) {
-        (Answered::Upstream, Some(responded)) => now.saturating_duration_since(responded),
-        _ => Duration::ZERO,
-    };
-    Some(heads + body)
-}
-
-/// Bytes sent to the client: the head as HTTP/1.1 writes it, and the body.
-fn response_length(x: &State) -> u64 {
-    let line = "HTTP/1.1 200 OK\r\n".len() + "\r\n".len();
-    let fields: usize =
-        x.response.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    (line + fields) as u64 + x.bytes_sent
 }
 
 #[cfg(test)]

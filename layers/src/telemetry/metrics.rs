@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::counter::{Counter, Gauge};
 use super::exposition::Exposition;
+use super::log_shipping::LogShipping;
 use super::names::{self, Metric};
 use super::requests::{RequestMetrics, RequestSettings};
 use crate::error::Reason;
@@ -93,6 +94,8 @@ pub struct Metrics {
     pub configuration: Configuration,
     /// Requests by route, service and consumer: what the `prometheus` plugin counts.
     pub by_route: RequestMetrics,
+    /// Log entries on their way out.
+    pub logs: LogShipping,
     collectors: Mutex<Vec<Collector>>,
     door: OnceLock<DoorReader>,
 }
@@ -143,6 +146,7 @@ impl Metrics {
         let mut out = Exposition::default();
         self.apisix(&mut out, now);
         self.postern(&mut out);
+        self.logs.expose(&mut out, self.prefix());
         for collect in self.collectors.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             collect(&mut out);
         }

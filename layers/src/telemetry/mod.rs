@@ -3,6 +3,7 @@
 pub mod counter;
 pub mod exposition;
 pub mod log_file;
+pub mod log_shipping;
 pub mod metrics;
 pub mod names;
 pub mod requests;

@@ -59,6 +59,7 @@ metrics! {
     NODE_INFO Gauge "node_info" "Always 1; the labels tell the machine.",
     ETCD_REACHABLE Gauge "etcd_reachable" "Whether etcd answered last time: 1 or 0.",
     ETCD_MODIFY_INDEXES Gauge "etcd_modify_indexes" "Highest modification index in use, by kind of resource.",
+    BATCH_PROCESS_ENTRIES Gauge "batch_process_entries" "Log entries that wait to be sent, by the name of their logger.",
     UPSTREAM_STATUS Gauge "upstream_status" "Whether health checks call a node healthy: 1 or 0.",
 }
 
@@ -81,6 +82,9 @@ metrics! {
     CONFIG_REJECTED_ITEMS Gauge "postern_config_rejected_items" "Resources set aside because they are wrong, by kind.",
     CONFIG_STALE_SINCE Gauge "postern_config_stale_since_seconds" "When the contact to the configuration store was lost, in seconds since 1970; 0 while there is contact.",
     CONFIG_RELOADS_TOTAL Counter "postern_config_reloads_total" "Publications of a changed configuration.",
+    LOG_ENTRIES_SENT_TOTAL Counter "postern_log_entries_sent_total" "Log entries that were sent, by plugin.",
+    LOG_ENTRIES_DROPPED_TOTAL Counter "postern_log_entries_dropped_total" "Log entries that were lost, by plugin and reason.",
+    LOG_MEMORY_BYTES Gauge "postern_log_memory_bytes" "Memory taken by log entries that wait and by bodies kept for them.",
     SERIES Gauge "postern_metric_series" "Label sets of the request metrics.",
     SERIES_LIMIT Gauge "postern_metric_series_limit" "Label sets that the request metrics may have.",
 }

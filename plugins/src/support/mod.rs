@@ -1,6 +1,11 @@
 //! What several plugins need: texts with captures, header rules, credentials, the consumer's marks on a request, URIs,
 //! calls of services, Redis, content codings.
+//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, Redis.
+//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, content
+//! codings.
+//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, log entries.
 
+pub mod batch;
 pub mod captures;
 pub mod consumer;
 pub mod credentials;
@@ -10,6 +15,8 @@ pub mod http_call;
 pub mod json_path;
 pub mod jwt;
 pub mod lists;
+pub mod log_entry;
+pub mod log_settings;
 pub mod numbers;
 #[cfg(test)]
 pub(crate) mod peer;
