@@ -38,6 +38,8 @@ plugins! {
     forward_auth::ForwardAuth,
     gzip::Gzip,
     hmac_auth::HmacAuth,
+    file_logger::FileLogger,
+    http_logger::HttpLogger,
     ip_restriction::IpRestriction,
     jwt_auth::JwtAuth,
     key_auth::KeyAuth,
@@ -57,9 +59,12 @@ plugins! {
     request_id::RequestId,
     response_rewrite::ResponseRewrite,
     server_info::ServerInfo,
+    syslog::Syslog,
+    tcp_logger::TcpLogger,
     traffic_split::TrafficSplit,
     ua_restriction::UaRestriction,
     uri_blocker::UriBlocker,
+    udp_logger::UdpLogger,
 }
 
 /// Every plugin, by priority, the highest first, as they run.

@@ -5,11 +5,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use regex::Regex;
 use serde_json::Value;
 
 use crate::client::{Answer, Raw};
+use crate::eventually::PATIENCE;
+use crate::sink::Sinks;
 
 /// One configuration with its requests.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,6 +39,8 @@ pub struct Step {
     /// Request line and header rules of what the origin got.
     pub upstream: Vec<Rule>,
     pub upstream_body: Option<Match>,
+    /// Patterns that must be found, in time, in what has arrived at a place for logs, by its name.
+    pub logged: Vec<(String, Vec<String>)>,
 }
 
 /// A rule about one line of a head.
@@ -148,7 +153,13 @@ fn section(case: &mut Case, place: &str, head: &str, body: &str) {
         "body json" => step.body = Some(Match::Json(json(&text))),
         "upstream body" => step.upstream_body = Some(Match::Exact(text)),
         "upstream body json" => step.upstream_body = Some(Match::Json(json(&text))),
-        _ => panic!("{place}: no such section: {head}"),
+        _ => match head.strip_prefix("logged ") {
+            Some(sink) => {
+                let patterns = text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned);
+                step.logged.push((sink.to_owned(), patterns.collect()));
+            }
+            None => panic!("{place}: no such section: {head}"),
+        },
     }
 }
 
@@ -194,6 +205,29 @@ pub async fn check(addr: SocketAddr, step: &Step) -> Vec<String> {
     }
     if !failures.is_empty() {
         failures.push(format!("got {} {:?} {}", answer.status, answer.headers, answer.text()));
+    }
+    failures
+}
+
+/// Waits until everything was logged that the step asks for, and tells what was not.
+pub async fn check_logs(sinks: &Sinks, step: &Step) -> Vec<String> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut failures = Vec::new();
+    for (sink, patterns) in &step.logged {
+        for pattern in patterns {
+            let wanted = Regex::new(pattern).unwrap_or_else(|error| panic!("{pattern}: {error}"));
+            let found = loop {
+                let arrived = sinks.arrived(sink);
+                if wanted.is_match(&arrived) {
+                    break None;
+                }
+                if Instant::now() >= deadline {
+                    break Some(arrived);
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            };
+            failures.extend(found.map(|arrived| format!("{sink} got {arrived:?}, nothing like {pattern}")));
+        }
     }
     failures
 }

@@ -19,6 +19,7 @@ pub mod origin;
 pub mod ports;
 mod process;
 pub mod vault;
+pub mod sink;
 
 pub use client::{Answer, Outcome};
 pub use edge::{ADMIN_KEY, Edge, EdgeBuilder};

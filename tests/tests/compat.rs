@@ -4,8 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use e2e::Edge;
-use e2e::compat::{Case, check, read_folder};
+use e2e::compat::{Case, check, check_logs, read_folder};
 use e2e::origin::{Origin, echo};
+use e2e::sink::Sinks;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -43,7 +44,8 @@ async fn every_case_holds() {
 
 async fn run(case: &Case) -> Vec<String> {
     let origins = [echo::named("one").await, echo::named("two").await];
-    let text = format!("{}\n#END\n", fill(&case.resources, &origins));
+    let sinks = Sinks::start().await;
+    let text = format!("{}\n#END\n", sinks.fill(&fill(&case.resources, &origins)));
     let mut builder = Edge::file().text(&text);
     if let Some(process) = &case.process {
         builder = builder.config(process.clone());
@@ -54,6 +56,9 @@ async fn run(case: &Case) -> Vec<String> {
         let mut step = step.clone();
         step.request = fill(&step.request, &origins);
         for failure in check(edge.http, &step).await {
+            failures.push(format!("request {}: {failure}", index + 1));
+        }
+        for failure in check_logs(&sinks, &step).await {
             failures.push(format!("request {}: {failure}", index + 1));
         }
     }

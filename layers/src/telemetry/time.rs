@@ -28,6 +28,13 @@ pub fn iso8601(time: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}+00:00")
 }
 
+/// `2026-11-21T03:04:05.678Z`, RFC 3339 with milliseconds.
+pub fn rfc3339_millis(time: SystemTime) -> String {
+    let (year, month, day, hour, minute, second) = civil(time);
+    let millis = time.duration_since(UNIX_EPOCH).unwrap_or_default().subsec_millis();
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+}
+
 /// `21/Nov/2026:03:04:05 +0000`, nginx `$time_local`.
 pub fn common_log(time: SystemTime) -> String {
     let (year, month, day, hour, minute, second) = civil(time);

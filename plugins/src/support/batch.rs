@@ -10,9 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use config::error::ConfigError;
 use layers::plugin::BuildEnv;
 use layers::telemetry::log_shipping::{Loss, Queue, Shipped};
 use layers::telemetry::metrics::Metrics;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
@@ -225,6 +228,24 @@ impl<T: Send + Sync + 'static> Batch<T> {
             self.state.shipped.lost(Loss::Shutdown, 1);
         }
     }
+}
+
+/// The queue of a plugin with these settings, kept over reloads and shared by all objects that have the same.
+///
+/// # Errors
+/// The settings cannot be written as JSON; a defect of their type.
+pub fn shared<S: Sink>(
+    env: &BuildEnv<'_>,
+    plugin: &'static str,
+    config: &impl Serialize,
+    settings: BatchSettings,
+    sink: S,
+) -> Result<Arc<Batch<S::Entry>>, ConfigError> {
+    let config = config::typed::to_value(config)?;
+    // The settings may hold credentials, and a key stays in memory.
+    let digest = Sha256::digest(format!("{config} {:?}", env.metadata));
+    let key = digest.iter().fold(format!("{plugin}/queue/"), |key, byte| format!("{key}{byte:02x}"));
+    Ok(env.carry.get_or(&key, || Batch::start(env, plugin, settings, sink)))
 }
 
 /// Makes batches until nobody can add to them.
@@ -446,7 +467,10 @@ mod tests {
             pass(0.01).await;
         }
         let took = began.elapsed().as_secs_f64();
-        assert!((2.2..=3.8).contains(&took), "a pause of 1 s and one of 2 s, each a quarter more or less: {took}");
+        assert!(
+            (2.2..=3.8).contains(&took),
+            "a pause of 1 s and one of 2 s, each a quarter more or less: {took}"
+        );
         pass(0.1).await;
         let shipped = env.metrics.logs.counts("test");
         assert_eq!((shipped.sent.value(), shipped.losses(Loss::Refused)), (0, 3));
@@ -494,6 +518,7 @@ mod tests {
         batch.push(1, 1);
         assert_eq!(env.metrics.logs.flush(Duration::from_secs(5)).await, 0);
         assert_eq!(kept.batches(), [vec![1]]);
+        let (batch, kept) = start(&env, settings());
         kept.stuck.store(true, Ordering::Relaxed);
         batch.push(2, 1);
         assert_eq!(env.metrics.logs.flush(Duration::from_secs(1)).await, 1);

@@ -309,7 +309,9 @@ fn nameless(format: &Map<String, Value>, pointer: &str) -> Vec<ConfigError> {
     let wrong = |(name, value): (&String, &Value)| {
         let here = format!("{pointer}/{}", escape(name));
         match value {
-            Value::String(text) if text == "$" => vec![ConfigError::invalid(here, "name a variable behind `$`")],
+            Value::String(text) if text == "$" => {
+                vec![ConfigError::invalid(here, "name a variable behind `$`")]
+            }
             Value::Object(nested) => nameless(nested, &here),
             _ => Vec::new(),
         }
@@ -528,11 +530,8 @@ fn headers(fields: &HeaderMap) -> Fields {
         .keys()
         .map(|name| {
             let mut values: Vec<Value> = fields.get_all(name).iter().map(text).collect();
-            let value = if values.len() > 1 {
-                Value::Array(values)
-            } else {
-                values.pop().unwrap_or_default()
-            };
+            let value =
+                if values.len() > 1 { Value::Array(values) } else { values.pop().unwrap_or_default() };
             (name.as_str().to_owned(), value)
         })
         .collect()
@@ -783,5 +782,185 @@ pub fn json_batch(entries: &[Fields], single: bool) -> String {
     match entries {
         [one] if single => line(one),
         all => serde_json::to_string(all).unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use layers::exchange::{Answered, Attempt};
+    use layers::testing::{TestEnv, exchange};
+
+    use super::*;
+    use crate::support::log_settings::{body_bytes, logger_settings};
+
+    logger_settings! {}
+
+    fn recorder(env: &TestEnv, config: Value) -> Recorder {
+        let config: Config = serde_json::from_value(config).unwrap();
+        env.with(|env| Recorder::new(config.entry_settings(), MetadataFormats::default(), env)).unwrap()
+    }
+
+    fn fields(config: Value, x: &Exchange) -> Value {
+        let recorder = recorder(&TestEnv::default(), config);
+        Value::Object(recorder.fields(&recorder.view(1, x)))
+    }
+
+    #[test]
+    fn limits_of_bodies_are_those_of_apisix() {
+        assert_eq!(body_bytes().get(), 512 * 1024);
+    }
+
+    #[tokio::test]
+    async fn the_default_entry_is_that_of_apisix() {
+        let mut x = exchange("GET", "http://a.com/b%20c?x=1&x=%32&y&z=")
+            .header("X-A", "1")
+            .header("x-a", "2")
+            .build();
+        x.response.headers_mut().insert("server", http::HeaderValue::from_static("s"));
+        x.answered = Answered::Upstream;
+        x.bytes_sent = 10;
+        x.attempts.push(Attempt {
+            address: ([127, 0, 0, 1], 1980).into(),
+            status: Some(200),
+            took: std::time::Duration::ZERO,
+            connect: std::time::Duration::ZERO,
+            failed: None,
+        });
+        let mut entry =
+            fields(json!({"log_format_extra": {"m": "$request_method", "request": "not this"}}), &x);
+        for name in ["latency", "upstream_latency", "apisix_latency"] {
+            assert!(entry[name].as_f64().is_some_and(|millis| millis < 60_000.0), "{name}: {entry}");
+        }
+        assert!(entry["start_time"].as_u64().unwrap() > 1_600_000_000_000);
+        assert_eq!(entry["server"]["version"], env!("CARGO_PKG_VERSION"));
+        let fields = entry.as_object_mut().unwrap();
+        for name in ["latency", "upstream_latency", "apisix_latency", "start_time", "server"] {
+            fields.remove(name);
+        }
+        let expected = json!({
+            "request": {
+                "url": "http://a.com:9080/b%20c?x=1&x=%32&y&z=", "uri": "/b%20c?x=1&x=%32&y&z=", "method": "GET",
+                "headers": {"host": "a.com", "x-a": ["1", "2"]},
+                "querystring": {"x": ["1", "2"], "y": true, "z": ""}, "size": x.request_length(),
+            },
+            "response": {"status": 200, "headers": {"server": "s"}, "size": 19 + 11 + 10},
+            "upstream": "127.0.0.1:1980", "service_id": "a.com", "client_ip": "127.0.0.1", "m": "GET",
+        });
+        assert_eq!(entry, expected);
+    }
+
+    #[tokio::test]
+    async fn a_format_has_texts_variables_and_levels() {
+        let x = exchange("GET", "http://a.com/b?n=1").header("x-a", "v").build();
+        let format = json!({
+            "text": "host: $host", "var": "$http_x_a", "none": "$http_x_b", "both": "$host:$arg_n", "number": 7,
+            "in": {"in": {"in": {"in": {"deep": "$host", "deeper": {"x": "$host"}}}}},
+        });
+        let expected = json!({
+            "text": "host: $host", "var": "v", "both": "a.com:1", "number": 7, "in": {"in": {"in": {"in": {"deep": "a.com"}}}},
+        });
+        assert_eq!(fields(json!({"log_format": format}), &x), expected);
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_no_text_are_told_all_the_same() {
+        let mut x = exchange("GET", "http://a.com/?%ff=%fe").build();
+        let odd = http::HeaderValue::from_bytes(b"a\xff").unwrap();
+        x.request.headers.insert("x-a", odd);
+        let entry = fields(json!({}), &x);
+        assert_eq!(entry["request"]["headers"]["x-a"], "a\u{fffd}");
+        assert_eq!(entry["request"]["querystring"], json!({"\u{fffd}": "\u{fffd}"}));
+    }
+
+    /// Hides one argument, one field and the body.
+    struct Hide;
+
+    impl Mask for Hide {
+        fn mask(&self, x: &State, shown: &mut Masked) {
+            shown.request_uri = Some(Uri::from_static("/a?token=***"));
+            let mut headers = x.request.headers.clone();
+            headers.insert("authorization", http::HeaderValue::from_static("***"));
+            shown.headers = Some(headers);
+            shown.body = shown.body.as_ref().map(|body| format!("{} bytes", body.len()).into());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_mask_holds_for_fields_and_for_variables() {
+        let build = || {
+            exchange("POST", "http://a.com/a?token=secret").header("authorization", "secret").body("secret")
+        };
+        let all = json!({"include_req_body": true});
+        let names = [
+            "request_uri",
+            "args",
+            "arg_token",
+            "request",
+            "http_authorization",
+            "request_body",
+            "upstream_uri",
+        ];
+        let format: Map<String, Value> =
+            names.iter().map(|name| ((*name).to_owned(), format!("${name}").into())).collect();
+        for config in [all, json!({"log_format": format})] {
+            let recorder = recorder(&TestEnv::default(), config);
+            let mut x = build().build();
+            recorder.keep_request(1, &mut x);
+            let entry = |x: &Exchange| Value::Object(recorder.fields(&recorder.view(1, x))).to_string();
+            assert!(entry(&x).contains("secret"));
+            x.put_slot(Masks(SmallVec::from_iter([Rc::new(Hide) as Rc<dyn Mask>])));
+            let masked = entry(&x);
+            assert!(!masked.contains("secret"), "{masked}");
+            assert!(masked.contains("token=***") && masked.contains("6 bytes"), "{masked}");
+        }
+    }
+
+    #[tokio::test]
+    async fn bodies_are_kept_by_condition_and_up_to_a_limit() {
+        let cases = [
+            (json!({"include_req_body": true}), Some("0123456789")),
+            (json!({"include_req_body": true, "max_req_body_bytes": 4}), Some("0123")),
+            (
+                json!({"include_req_body": true, "include_req_body_expr": [["arg_a", "==", "1"]]}),
+                Some("0123456789"),
+            ),
+            (json!({"include_req_body": true, "include_req_body_expr": [["arg_a", "==", "2"]]}), None),
+            (json!({"include_req_body": true, "include_req_body_expr": [["status", "==", 404]]}), None),
+            (
+                json!({"include_req_body": true, "include_req_body_expr": [["status", "==", 200]]}),
+                Some("0123456789"),
+            ),
+            (json!({}), None),
+        ];
+        for (config, expected) in cases {
+            let env = TestEnv::default();
+            let recorder = recorder(&env, config.clone());
+            // Whole, and in pieces.
+            for body in [Body::from("0123456789"), Body::boxed(Body::from("0123456789"))] {
+                let mut x = exchange("POST", "http://a.com/?a=1").body(body).build();
+                recorder.keep_request(1, &mut x);
+                assert_eq!(x.request_body.size_hint().exact(), Some(10));
+                assert_eq!(x.request_body.collect_up_to(100).await.unwrap(), "0123456789");
+                x.answered = Answered::Upstream;
+                let entry = Value::Object(recorder.fields(&recorder.view(1, &x)));
+                assert_eq!(entry["request"]["body"].as_str(), expected, "{config}");
+                assert_eq!(entry["request"].get("body").is_some(), expected.is_some());
+            }
+            assert!(env.metrics.logs.reserve(layers::telemetry::log_shipping::MEMORY), "memory came back");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_part_of_a_body_can_be_named() {
+        let recorder = recorder(
+            &TestEnv::default(),
+            json!({"log_format": {"model": "$post_arg.model", "deep": "$post_arg.a.b", "all": "$request_body"}}),
+        );
+        let body = r#"{"model":"m","a":{"b":[1]}}"#;
+        let mut x =
+            exchange("POST", "http://a/").header("content-type", "application/json").body(body).build();
+        recorder.keep_request(1, &mut x);
+        let entry = Value::Object(recorder.fields(&recorder.view(1, &x)));
+        assert_eq!(entry, json!({"model": "m", "deep": [1], "all": body}));
     }
 }

@@ -16,11 +16,16 @@ pub mod json_path;
 pub mod jwt;
 pub mod lists;
 pub mod log_entry;
+pub mod log_http;
 pub mod log_settings;
+#[cfg(test)]
+pub(crate) mod log_sink;
+pub mod log_socket;
 pub mod numbers;
 #[cfg(test)]
 pub(crate) mod peer;
 pub mod redis;
 pub mod reply;
 pub mod request_body;
+pub mod rfc5424;
 pub mod uri;
