@@ -127,7 +127,8 @@ mod tests {
 
     #[test]
     fn a_batch_is_cut_where_a_datagram_ends() {
-        let cases: [(&[&str], bool, usize, &[&str], usize); 5] = [
+        type Case<'a> = (&'a [&'a str], bool, usize, &'a [&'a str], usize);
+        let cases: [Case<'_>; 5] = [
             (&["{1}", "{2}"], false, 100, &["[{1},{2}]"], 0),
             (&["{1}", "{2}", "{3}"], false, 9, &["[{1},{2}]", "[{3}]"], 0),
             (&["{1}", "{2}"], false, 8, &["[{1}]", "[{2}]"], 0),

@@ -18,8 +18,8 @@ pub mod nginx;
 pub mod origin;
 pub mod ports;
 mod process;
-pub mod vault;
 pub mod sink;
+pub mod vault;
 
 pub use client::{Answer, Outcome};
 pub use edge::{ADMIN_KEY, Edge, EdgeBuilder};

@@ -35,6 +35,43 @@ pub fn rfc3339_millis(time: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
 }
 
+/// The time as `format` of `strftime` says, in UTC; nothing if there is a letter behind `%` that is not known: `Y`, `y`,
+/// `m`, `d`, `j`, `H`, `M`, `S`, `b`, `F`, `T` and `%` are.
+pub fn strftime(time: SystemTime, format: &str) -> Option<String> {
+    let (year, month, day, hour, minute, second) = civil(time);
+    let mut text = String::with_capacity(format.len() + 8);
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            text.push(c);
+            continue;
+        }
+        text.push_str(&match chars.next()? {
+            'Y' => format!("{year:04}"),
+            'y' => format!("{:02}", year.rem_euclid(100)),
+            'm' => format!("{month:02}"),
+            'd' => format!("{day:02}"),
+            'j' => format!("{:03}", day_of_year(year, month, day)),
+            'H' => format!("{hour:02}"),
+            'M' => format!("{minute:02}"),
+            'S' => format!("{second:02}"),
+            'b' => MONTHS.get(month - 1)?.to_string(),
+            'F' => format!("{year:04}-{month:02}-{day:02}"),
+            'T' => format!("{hour:02}:{minute:02}:{second:02}"),
+            '%' => "%".to_owned(),
+            _ => return None,
+        });
+    }
+    Some(text)
+}
+
+/// From 1.
+fn day_of_year(year: i64, month: usize, day: u64) -> u64 {
+    const BEFORE: [u64; 12] = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334];
+    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    BEFORE.get(month - 1).copied().unwrap_or_default() + day + u64::from(leap && month > 2)
+}
+
 /// `21/Nov/2026:03:04:05 +0000`, nginx `$time_local`.
 pub fn common_log(time: SystemTime) -> String {
     let (year, month, day, hour, minute, second) = civil(time);
@@ -62,5 +99,23 @@ mod tests {
             assert_eq!(iso8601(time), iso);
             assert_eq!(common_log(time), common);
         }
+    }
+
+    #[test]
+    fn a_format_of_strftime_is_filled_in() {
+        let time = UNIX_EPOCH + Duration::from_millis(1_709_262_245_678);
+        let cases = [
+            ("%Y.%m.%d", Some("2024.03.01")),
+            ("%F %T", Some("2024-03-01 03:04:05")),
+            ("%y%j%%", Some("24061%")),
+            ("%b", Some("Mar")),
+            ("no time", Some("no time")),
+            ("%Q", None),
+            ("%", None),
+        ];
+        for (format, expected) in cases {
+            assert_eq!(strftime(time, format).as_deref(), expected, "{format}");
+        }
+        assert_eq!(rfc3339_millis(time), "2024-03-01T03:04:05.678Z");
     }
 }

@@ -584,7 +584,10 @@ enum Side {
 
 /// A slot of the exchange: what loggers have copied of bodies, by logger.
 #[derive(Default)]
-struct Copies(SmallVec<[(usize, Side, Rc<RefCell<Kept>>); 2]>);
+struct Copies(SmallVec<[Copied; 2]>);
+
+/// The logger, whose body, and its beginning.
+type Copied = (usize, Side, Rc<RefCell<Kept>>);
 
 /// The beginning of a body.
 struct Kept {

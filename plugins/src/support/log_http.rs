@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use config::error::ConfigError;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use layers::plugin::BuildEnv;
 
 use super::batch::Failure;
@@ -45,6 +45,7 @@ impl Call {
 pub struct Post {
     client: HttpClient,
     servers: Vec<Uri>,
+    method: Method,
     headers: HeaderMap,
 }
 
@@ -63,7 +64,12 @@ impl Post {
             max_body: ANSWER,
             ..Settings::default()
         };
-        Ok(Self { client: HttpClient::new(&settings, env)?, servers, headers: HeaderMap::new() })
+        Ok(Self {
+            client: HttpClient::new(&settings, env)?,
+            servers,
+            method: Method::POST,
+            headers: HeaderMap::new(),
+        })
     }
 
     /// A field that every call has.
@@ -84,17 +90,46 @@ impl Post {
         Ok(self.field(name, value))
     }
 
+    /// Fields that every call has.
+    #[must_use]
+    pub fn fields(mut self, fields: HeaderMap) -> Self {
+        self.headers.extend(fields);
+        self
+    }
+
+    /// Another method than `POST`.
+    #[must_use]
+    pub fn method(mut self, method: Method) -> Self {
+        self.method = method;
+        self
+    }
+
     /// Sends `body` to a server and returns its answer, whatever its status.
     ///
     /// # Errors
     /// There was none.
     pub async fn send(&self, body: impl Into<Bytes>) -> Result<Response<Bytes>, Failure> {
+        self.send_with(body, []).await
+    }
+
+    /// As [`send`](Self::send), with further fields.
+    ///
+    /// # Errors
+    /// There was no answer.
+    pub async fn send_with(
+        &self,
+        body: impl Into<Bytes>,
+        fields: impl IntoIterator<Item = (HeaderName, HeaderValue)>,
+    ) -> Result<Response<Bytes>, Failure> {
         let chosen = self.servers.get(fastrand::usize(..self.servers.len().max(1)));
         let Some(server) = chosen else { return Err(Failure::permanent("there is no server")) };
         let mut request = Request::new(body.into());
-        *request.method_mut() = http::Method::POST;
+        *request.method_mut() = self.method.clone();
         *request.uri_mut() = server.clone();
         *request.headers_mut() = self.headers.clone();
+        for (name, value) in fields {
+            request.headers_mut().insert(name, value);
+        }
         let host = server.host().unwrap_or_default();
         self.client.call(request).await.map_err(|error| Failure::retryable(format!("{host}: {error}")))
     }
