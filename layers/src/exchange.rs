@@ -26,6 +26,7 @@ use crate::chain::Plan;
 use crate::consumer::Consumer;
 use crate::error::{Error, Reason};
 use crate::route::Params;
+use crate::stack::Requests;
 use crate::target::{Destination, Target};
 use crate::upstream::cluster::Cluster;
 
@@ -42,6 +43,18 @@ pub struct Conn {
     pub requests: Cell<u64>,
     /// Parts of the forwarding fields that are the same for every request of the connection.
     pub forwarded: ForwardedParts,
+    /// The stack that serves the connection.
+    pub stack: OwnStack,
+}
+
+/// The stack that serves a connection; none in tests and where nothing is served.
+#[derive(Clone, Default)]
+pub struct OwnStack(pub Option<Rc<dyn Requests>>);
+
+impl fmt::Debug for OwnStack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OwnStack").field(&self.0.is_some()).finish()
+    }
 }
 
 /// Header values made once a connection.
@@ -63,7 +76,7 @@ impl Conn {
             peer: HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("unknown")),
             port: HeaderValue::from(local.port()),
         };
-        Self { peer, local, tls, requests: Cell::new(0), forwarded }
+        Self { peer, local, tls, requests: Cell::new(0), forwarded, stack: OwnStack::default() }
     }
 
     /// A plain connection.
@@ -176,6 +189,8 @@ pub struct State {
     pub remote_addr: IpAddr,
     /// The client's port, as far as it is known.
     pub remote_port: u16,
+    /// Part of another request, in which its client was settled: what its own fields say of that counts for nothing.
+    pub nested: bool,
     /// When the head was complete.
     pub started: Instant,
     /// When the head of the answer was there, before response phases.
@@ -236,6 +251,7 @@ impl Exchange {
             conn,
             remote_addr,
             remote_port,
+            nested: false,
             started: Instant::now(),
             responded: None,
             target: None,

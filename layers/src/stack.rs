@@ -7,6 +7,7 @@ use tower::{Layer, Service};
 
 use crate::error::Fault;
 use crate::exchange::Exchange;
+use crate::local::LocalBox;
 
 /// What every layer is and wraps: an exchange in, the same exchange with its answer out.
 pub trait HttpService:
@@ -17,6 +18,13 @@ pub trait HttpService:
 impl<S> HttpService for S where
     S: Service<Exchange, Response = Exchange, Error = Fault, Future: 'static> + Clone + 'static
 {
+}
+
+/// A worker's whole stack, for requests that a plugin makes on a client's behalf.
+pub trait Requests {
+    /// Sends a request through the stack, as if the client of its connection had sent it. Not to be called within a
+    /// step that does not wait: the stack is in use then, and the answer is that of a failure.
+    fn send(&self, x: Exchange) -> LocalBox<'static, Exchange>;
 }
 
 /// Layers in the order in which a request meets them.

@@ -24,8 +24,9 @@ use crate::chain::{Instance, Plan, PluginChain, Source};
 use crate::consumer::{Consumer, ConsumerTable, Consumers};
 use crate::endpoint::{Endpoints, Offers};
 use crate::error::{Error, Fault};
-use crate::exchange::{Answered, Conn, Exchange};
+use crate::exchange::{Answered, Conn, Exchange, OwnStack};
 use crate::plugin::{BuildEnv, Definition, Extras, Hooks, Registration, Upstreams};
+use crate::stack::Requests;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::tls_client::TlsClients;
 
@@ -66,6 +67,13 @@ impl ExchangeBuilder {
     pub fn peer(mut self, address: &str) -> Self {
         let ip = address.parse().expect("an IP address");
         self.conn = Conn::plain(SocketAddr::new(ip, 40_000), self.conn.local);
+        self
+    }
+
+    /// Sets the stack that requests of plugins go through.
+    #[must_use]
+    pub fn stack(mut self, stack: Rc<dyn Requests>) -> Self {
+        self.conn.stack = OwnStack(Some(stack));
         self
     }
 

@@ -92,6 +92,12 @@ impl<S: HttpService> Service<Exchange> for Forwarded<S> {
 
 /// Settles the client's address and the forwarding fields of one request.
 pub fn settle(x: &mut State, forwarding: &Forwarding) {
+    if x.nested {
+        if !forwarding.underscores {
+            remove(&mut x.request.headers, |name| name.contains('_'));
+        }
+        return;
+    }
     let peer = x.conn.peer.ip();
     if let Some(rule) = &forwarding.real_ip
         && contains(&rule.from, peer)
@@ -199,7 +205,7 @@ fn parse_address(text: &str) -> Option<IpAddr> {
 }
 
 /// Whether only the gateway may set this field. `_` and `-` are the same to many servers behind us.
-fn is_ours(name: &str) -> bool {
+pub fn is_ours(name: &str) -> bool {
     name.starts_with(['x', 'X'])
         && OURS.iter().any(|ours| {
             name.len() >= ours.len()
@@ -250,6 +256,20 @@ mod tests {
             assert_eq!(got(&x, "x-forwarded-proto"), "http");
             assert_eq!(got(&x, "x-forwarded-port"), "9080");
         }
+    }
+
+    #[test]
+    fn a_part_of_another_request_has_its_client() {
+        let forwarding = Forwarding {
+            real_ip: Some(RealIp { header: X_REAL_IP, from: nets("127.0.0.0/8"), recursive: false }),
+            ..Forwarding::default()
+        };
+        let mut x = exchange("GET", "http://a/").header("x-real-ip", "6.6.6.6").header("a_b", "1").build();
+        x.nested = true;
+        x.remote_addr = "9.9.9.9".parse().unwrap();
+        settle(&mut x, &forwarding);
+        assert_eq!(x.remote_addr.to_string(), "9.9.9.9");
+        assert!(!x.request.headers.contains_key("a_b"));
     }
 
     #[test]

@@ -26,10 +26,11 @@ use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 
 use crate::body::{Body, BodyError};
-use crate::error::{Error, Fault};
-use crate::exchange::{Conn, Exchange, ResponseBody};
+use crate::error::{Error, Fault, Reason};
+use crate::exchange::{Conn, Exchange, OwnStack, ResponseBody};
+use crate::local::LocalBox;
 use crate::rescue;
-use crate::stack::HttpService;
+use crate::stack::{HttpService, Requests};
 use crate::transport::framing::{Guard, HeadLimits, Position};
 use crate::worker::context::{OpenConnection, WorkerContext};
 use crate::worker::deadlines::{Ended, Phase, Watch, Watched};
@@ -140,6 +141,8 @@ impl<S: HttpService> Server<S> {
         watched: Watched,
         _open: OpenConnection,
     ) {
+        let mut conn = conn;
+        conn.stack = OwnStack(Some(self.clone()));
         let shared = Rc::new(Shared {
             conn: Rc::from(conn),
             context: self.context.clone(),
@@ -485,6 +488,27 @@ fn is_neither(bytes: &[u8]) -> bool {
     memchr::memchr(b'\n', line)
         .and_then(|end| line.get(..end))
         .is_some_and(|line| memchr::memmem::find(line, b" HTTP/1.").is_none())
+}
+
+impl<S: HttpService> Requests for Server<S> {
+    fn send(&self, mut x: Exchange) -> LocalBox<'static, Exchange> {
+        let called = match self.stack.try_borrow_mut() {
+            Ok(mut stack) => Ok(stack.call(x)),
+            Err(_) => {
+                rescue::rescue(&mut x, Error::new(Reason::Internal).detail("the stack is in use"));
+                Err(x)
+            }
+        };
+        Box::pin(async move {
+            match called {
+                Ok(future) => future.await.unwrap_or_else(|Fault { mut exchange, error }| {
+                    rescue::rescue(&mut exchange, error);
+                    exchange
+                }),
+                Err(x) => x,
+            }
+        })
+    }
 }
 
 /// What the requests of one connection share.
