@@ -43,6 +43,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("aws-lambda", ""),
     ("azure-functions", ""),
     ("batch-requests", ""),
+    ("basic-auth", AUTHENTICATION),
     ("body-transformer", "`response-rewrite` with `filters` changes bodies of answers"),
     ("cas-auth", AUTHENTICATION),
     ("chaitin-waf", ""),

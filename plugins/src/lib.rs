@@ -26,6 +26,7 @@ plugins! {
     acl::Acl,
     attach_consumer_label::AttachConsumerLabel,
     basic_auth::BasicAuth,
+    batch_requests::BatchRequests,
     brotli::Brotli,
     client_control::ClientControl,
     consumer_restriction::ConsumerRestriction,
