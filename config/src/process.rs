@@ -950,7 +950,6 @@ deployment:
             [
                 "/apisix/tracing",
                 "/apisix/lru",
-                "/apisix/proxy_cache",
                 "/apisix/proxy_mode",
                 "/nginx_config/enable_cpu_affinity",
                 "/nginx_config/http/access_log_buffer",

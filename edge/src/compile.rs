@@ -254,6 +254,16 @@ impl Compiler {
         &self.refused
     }
 
+    /// What lives over reloads.
+    pub fn carry(&self) -> &Carry {
+        &self.carry
+    }
+
+    /// `plugin_attr` of a plugin.
+    pub fn attr(&self, plugin: &str) -> Option<&Value> {
+        self.env.attrs.get(plugin)
+    }
+
     /// The clusters that exist, by the key of their owner.
     pub fn clusters(&self) -> Vec<(Box<str>, Arc<Cluster>)> {
         self.clusters.by_key.borrow().iter().map(|(key, cluster)| (key.clone(), cluster.clone())).collect()

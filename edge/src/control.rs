@@ -104,6 +104,14 @@ impl Control {
             (&Method::GET, ["server_info"]) if self.catalog.names().contains(&ServerInfo::NAME) => {
                 ok(&self.server_info().await)
             }
+            (&Method::GET, ["caches"]) => ok(&self.live.caches()),
+            (&Method::DELETE, ["caches", zone]) => {
+                if self.live.purge_cache(zone) {
+                    Reply::empty(StatusCode::OK)
+                } else {
+                    not_found(&format!("cache zone[{zone}] is not in use"))
+                }
+            }
             (&Method::GET, ["rejected"]) => ok(&self.rejected()),
             (&Method::GET, ["config"]) => ok(&self.config()),
             (&Method::GET, ["revisions"]) => self.revisions(&query).await,
@@ -447,6 +455,14 @@ mod tests {
             (kind == "dns").then(|| json!({"services": {}}))
         }
 
+        fn caches(&self) -> Value {
+            json!([{"name": "memory_cache"}])
+        }
+
+        fn purge_cache(&self, zone: &str) -> bool {
+            zone == "memory_cache"
+        }
+
         fn reload_plugins(&self) {}
     }
 
@@ -468,6 +484,9 @@ mod tests {
             ("GET", "/v1/route/1", "", 200, r#""createdIndex":1,"modifiedIndex":2"#),
             ("GET", "/v1/route/9", "", 404, r#"{"error_msg":"route[9] not found"}"#),
             ("GET", "/v1/services", "", 200, "[]"),
+            ("GET", "/v1/caches", "", 200, "memory_cache"),
+            ("DELETE", "/v1/caches/memory_cache", "", 200, ""),
+            ("DELETE", "/v1/caches/x", "", 404, "cache zone[x] is not in use"),
             ("GET", "/v1/service/9", "", 404, "service[9] not found"),
             ("GET", "/v1/upstreams", "", 200, "127.0.0.1:80"),
             ("GET", "/v1/upstream/1", "", 200, "/apisix/upstreams/1"),

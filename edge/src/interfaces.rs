@@ -11,11 +11,13 @@ use config::process::{Process, Provider};
 use config::{Item, Kind, Rejected, ResourceKey};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
+use layers::plugin::Definition;
 use layers::telemetry::exposition::Exposition;
 use layers::telemetry::metrics::Metrics;
 use layers::telemetry::names::{self, Metric};
 use layers::upstream::breaker::Phase;
 use plugins::prometheus::Export;
+use plugins::proxy_cache::ProxyCache;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -387,6 +389,19 @@ impl LiveState for State {
             })
             .collect();
         Some(json!({ "services": services }))
+    }
+
+    fn caches(&self) -> Value {
+        let compiler = &self.running.configuration().compiler;
+        plugins::proxy_cache::report(compiler.carry(), compiler.attr(ProxyCache::NAME))
+    }
+
+    fn purge_cache(&self, zone: &str) -> bool {
+        let purged = plugins::proxy_cache::purge_zone(self.running.configuration().compiler.carry(), zone);
+        if purged {
+            tracing::info!(zone, "a zone of the cache was emptied");
+        }
+        purged
     }
 
     fn reload_plugins(&self) {

@@ -42,6 +42,12 @@ pub trait LiveState: Send + Sync + 'static {
     /// The endpoints one kind of discovery knows; nothing if it is not in use.
     fn discovery(&self, kind: &str) -> Option<Value>;
 
+    /// The zones of `proxy-cache` that are in use: what is in them, hits and misses.
+    fn caches(&self) -> Value;
+
+    /// Forget everything in such a zone. False if it is not in use.
+    fn purge_cache(&self, zone: &str) -> bool;
+
     /// Read the list of plugins again.
     fn reload_plugins(&self);
 }

@@ -15,6 +15,7 @@ use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::sticky::{OwnKey, own_key};
 use layers::upstream::tls_client::TlsClients;
+use plugins::proxy_cache::ProxyCache;
 use plugins::redirect::Redirect;
 use serde_json::Value;
 use tokio::runtime::Handle;
@@ -71,6 +72,8 @@ pub fn plugin_attrs(process: &Process) -> HashMap<String, Value> {
     if let Some(attr) = plugins::redirect::attr(attrs.get(Redirect::NAME), https) {
         attrs.insert(Redirect::NAME.to_owned(), attr);
     }
+    // Its zones stand in a section of their own.
+    attrs.insert(ProxyCache::NAME.to_owned(), plugins::proxy_cache::attr(&process.cache));
     attrs
 }
 

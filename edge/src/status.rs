@@ -105,6 +105,14 @@ mod tests {
             None
         }
 
+        fn caches(&self) -> Value {
+            json!([{"name": "memory_cache"}])
+        }
+
+        fn purge_cache(&self, zone: &str) -> bool {
+            zone == "memory_cache"
+        }
+
         fn reload_plugins(&self) {}
     }
 

@@ -33,6 +33,12 @@ impl Carry {
         state
     }
 
+    /// The state under `key`, if somebody holds one.
+    pub fn find<T: Send + Sync + 'static>(&self, key: &str) -> Option<Arc<T>> {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(&(TypeId::of::<T>(), Box::from(key)))?.upgrade()?.downcast().ok()
+    }
+
     /// Forgets keys whose state nobody holds any more.
     pub fn sweep(&self) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);

@@ -88,7 +88,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("openid-connect", AUTHENTICATION),
     ("opentelemetry", METRICS),
     ("openwhisk", ""),
-    ("proxy-cache", ""),
     ("proxy-mirror", ""),
     ("request-validation", ""),
     ("rocketmq-logger", ACCESS_LOG),

@@ -52,6 +52,7 @@ plugins! {
     prometheus::Prometheus,
     proxy_buffering::ProxyBuffering,
     proxy_control::ProxyControl,
+    proxy_cache::ProxyCache,
     proxy_rewrite::ProxyRewrite,
     public_api::PublicApi,
     real_ip::RealIp,

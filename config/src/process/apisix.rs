@@ -452,9 +452,6 @@ fn secret_cache(apisix: &Section<'_>) -> SecretCache {
 
 fn cache(apisix: &Section<'_>) -> Cache {
     let section = apisix.section("proxy_cache");
-    if section.is_present() {
-        apisix.notice("proxy_cache", "the `proxy-cache` plugin is not offered yet");
-    }
     let ttl = section.duration("cache_ttl").unwrap_or(Duration::from_secs(10));
     let zones = match section.list("zones") {
         Some(elements) => elements.iter().filter_map(|element| cache_zone(&section, element)).collect(),
