@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and is not there: Debian packages by apt, h2spec by Go into .cache/bin.
+# Installs what the tests need and is not there: Debian packages by apt, h2spec by Go into .cache/bin, packages of
+# Node.js by npm into .cache/npm.
 # Does nothing when everything is there. Nothing that is installed is started as a service.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,8 +15,17 @@ need protoc protobuf-compiler
 need cmake cmake
 need cc build-essential
 need curl curl
+need node nodejs
+need npm npm
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 install_needed
+
+# The last line of oidc-provider that runs on the Node.js of Debian 12; jose comes with it.
+if [ ! -d .cache/npm/node_modules/oidc-provider ]; then
+    echo "installing oidc-provider"
+    mkdir -p .cache/npm
+    npm install --prefix .cache/npm --no-audit --no-fund --loglevel=error oidc-provider@8.8.1
+fi
 
 mkdir -p .cache/bin
 if [ ! -x .cache/bin/h2spec ]; then

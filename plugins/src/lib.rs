@@ -43,6 +43,7 @@ plugins! {
     http_logger::HttpLogger,
     ip_restriction::IpRestriction,
     jwt_auth::JwtAuth,
+    jwt_issue::JwtIssue,
     key_auth::KeyAuth,
     limit_count::LimitCount,
     mocking::Mocking,

@@ -15,6 +15,7 @@ pub mod frames;
 pub mod golden;
 pub mod load;
 pub mod nginx;
+pub mod node;
 pub mod origin;
 pub mod ports;
 mod process;

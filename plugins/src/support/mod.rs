@@ -1,10 +1,7 @@
 //! What several plugins need: texts with captures, header rules, credentials, the consumer's marks on a request, URIs,
-//! calls of services, Redis, content codings.
-//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, Redis.
-//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, content
-//! codings.
-//! What several plugins need: texts with captures, header rules, the consumer's marks on a request, URIs, log entries.
+//! calls of services, tokens, Redis, content codings, log entries.
 
+pub mod answers;
 pub mod batch;
 pub mod captures;
 pub mod consumer;
@@ -12,6 +9,7 @@ pub mod credentials;
 pub mod encoding;
 pub mod headers;
 pub mod http_call;
+pub mod identity;
 pub mod json_path;
 pub mod jwt;
 pub mod lists;
@@ -28,4 +26,5 @@ pub mod redis;
 pub mod reply;
 pub mod request_body;
 pub mod rfc5424;
+pub mod signing;
 pub mod uri;
