@@ -235,6 +235,7 @@ pub struct State {
     pub plan: Option<Arc<Plan>>,
     slots: SmallVec<[(TypeId, Box<dyn Any>); 2]>,
     finish: SmallVec<[Rc<dyn Finish>; 4]>,
+    kept: Vec<Box<dyn Any>>,
 }
 
 impl Exchange {
@@ -275,6 +276,7 @@ impl Exchange {
             plan: None,
             slots: SmallVec::new(),
             finish: SmallVec::new(),
+            kept: Vec::new(),
         }))
     }
 
@@ -354,6 +356,17 @@ impl State {
         let id = TypeId::of::<T>();
         self.slots.retain(|(slot, _)| *slot != id);
         self.slots.push((id, Box::new(value)));
+    }
+
+    /// Keeps a value, to drop it when all is over: after the log phase, or when the tunnel that the exchange became
+    /// has ended.
+    pub fn keep(&mut self, value: impl Any) {
+        self.kept.push(Box::new(value));
+    }
+
+    /// What [`keep`](Self::keep) was given, for the tunnel.
+    pub(crate) fn take_kept(&mut self) -> Vec<Box<dyn Any>> {
+        std::mem::take(&mut self.kept)
     }
 
     /// Asks to be told when the exchange is over. The last who asked is told first.

@@ -1,24 +1,11 @@
-//! Request counts in windows of time, exact across workers.
-//!
-//! One table serves every limit of the process. It is cut into shards by the hash of the key, each behind a lock that is
-//! held for one look-up; two workers meet only on the same shard at the same instant. A window takes some 50 bytes; old
-//! ones are dropped as new ones come, and a full table gives up those that would end soonest.
+//! Request counts in windows of time, exact across workers. A window takes some 50 bytes.
 
-use std::hash::{BuildHasher, Hash};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use foldhash::quality::RandomState;
-use hashbrown::HashTable;
+use super::table::{Entry, Key, Table, millis};
 
-use crate::telemetry::counter::Padded;
-
-/// Shards of the table; a power of two.
-const SHARDS: usize = 64;
-/// Windows that the table may hold: about 25 MB.
+/// Windows that the table may hold: about 30 MB.
 const CAPACITY: usize = 1 << 19;
-/// Windows looked at for one to give up when a shard is full.
-const SAMPLE: usize = 16;
 
 /// How time is cut into windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,17 +38,9 @@ pub struct Verdict {
     pub reset: Duration,
 }
 
-/// Whose count it is, in a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Key(u64);
-
-/// The part of a key that is known before a request.
-#[derive(Clone, Copy, Debug)]
-pub struct Owner(u64);
-
+/// The requests of one key.
 #[derive(Debug)]
-struct Window {
-    key: u64,
+pub struct Window {
     /// End of the current window, in milliseconds since the table was made.
     end: u64,
     /// How long it is needed after its end, in milliseconds: a sliding one is the next one's `previous`.
@@ -71,30 +50,18 @@ struct Window {
     previous: u64,
 }
 
-impl Window {
-    /// Says nothing about a request at `now` any more.
+impl Entry for Window {
     fn is_over(&self, now: u64) -> bool {
         now >= self.end.saturating_add(self.memory)
     }
-}
 
-#[derive(Debug, Default)]
-struct Shard {
-    windows: Vec<Window>,
-    /// Places in `windows`, by key.
-    places: HashTable<u32>,
-    /// The next window to look at for its age.
-    hand: usize,
+    fn worth(&self) -> (u64, u64) {
+        (self.count.saturating_add(self.previous), self.end)
+    }
 }
 
 /// Counts of all limits.
-#[derive(Debug)]
-pub struct WindowTable {
-    shards: Box<[Padded<Mutex<Shard>>]>,
-    hasher: RandomState,
-    start: Instant,
-    capacity: usize,
-}
+pub type WindowTable = Table<Window>;
 
 impl Default for WindowTable {
     fn default() -> Self {
@@ -103,62 +70,21 @@ impl Default for WindowTable {
 }
 
 impl WindowTable {
-    /// A table of at most `capacity` windows.
-    pub fn with_capacity(capacity: usize) -> Self {
-        Self {
-            shards: (0..SHARDS).map(|_| Padded::default()).collect(),
-            hasher: RandomState::default(),
-            start: Instant::now(),
-            capacity: capacity.div_ceil(SHARDS).max(1),
-        }
-    }
-
-    /// Names the limit whose counts are meant. The same name is the same limit, also after a reload.
-    pub fn owner(&self, name: impl Hash) -> Owner {
-        Owner(self.hasher.hash_one(name))
-    }
-
-    /// The counter of `owner` for `key`.
-    pub fn key(&self, owner: Owner, key: impl Hash) -> Key {
-        // 64 bits of a seeded hash stand for the key: a million keys meet by chance once in 30 million tables.
-        Key(self.hasher.hash_one((owner.0, key)))
-    }
-
     /// Asks whether one more is within `limit`, and counts it if so.
     pub fn take(&self, key: Key, limit: Limit, now: Instant) -> Verdict {
-        let key = key.0;
-        let now = millis(now.saturating_duration_since(self.start));
+        let now = self.time(now);
         let length = millis(limit.window).max(1);
-        // The high bits choose the shard; the table inside uses the others.
-        let index = (key >> 58) as usize % SHARDS;
-        let Some(Padded(shard)) = self.shards.get(index) else { return refused(length) };
-        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(window) = shard.window(key, length, now, limit.kind, self.capacity) else {
-            return refused(length);
-        };
-        match limit.kind {
-            WindowKind::Fixed => window.take_fixed(limit.count, length, now),
-            WindowKind::Sliding => window.take_sliding(limit.count, length, now),
-        }
+        let verdict = self.with(
+            key,
+            now,
+            || Window::new(limit.kind, length, now),
+            |window| match limit.kind {
+                WindowKind::Fixed => window.take_fixed(limit.count, length, now),
+                WindowKind::Sliding => window.take_sliding(limit.count, length, now),
+            },
+        );
+        verdict.unwrap_or_else(|| refused(length))
     }
-
-    /// Windows in the table.
-    pub fn len(&self) -> usize {
-        let sizes = self
-            .shards
-            .iter()
-            .map(|Padded(shard)| shard.lock().unwrap_or_else(PoisonError::into_inner).windows.len());
-        sizes.sum()
-    }
-
-    /// Whether nothing is counted.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn refused(length: u64) -> Verdict {
@@ -166,6 +92,15 @@ fn refused(length: u64) -> Verdict {
 }
 
 impl Window {
+    fn new(kind: WindowKind, length: u64, now: u64) -> Self {
+        let (end, memory) = match kind {
+            WindowKind::Fixed => (now.saturating_add(length), 0),
+            // Sliding windows lie on a grid, as in APISIX.
+            WindowKind::Sliding => ((now / length + 1).saturating_mul(length), length),
+        };
+        Self { end, memory, count: 0, previous: 0 }
+    }
+
     fn take_fixed(&mut self, limit: u64, length: u64, now: u64) -> Verdict {
         if now >= self.end {
             (self.count, self.end) = (0, now.saturating_add(length));
@@ -211,98 +146,11 @@ impl Window {
     }
 }
 
-impl Shard {
-    /// The window of `key`, made if there is none.
-    fn window(
-        &mut self,
-        key: u64,
-        length: u64,
-        now: u64,
-        kind: WindowKind,
-        capacity: usize,
-    ) -> Option<&mut Window> {
-        let found = self.places.find(key, |place| self.key_at(*place) == Some(key)).copied();
-        let place = match found {
-            Some(place) => place,
-            None => self.add(key, length, now, kind, capacity),
-        };
-        self.windows.get_mut(place as usize)
-    }
-
-    fn key_at(&self, place: u32) -> Option<u64> {
-        self.windows.get(place as usize).map(|window| window.key)
-    }
-
-    fn add(&mut self, key: u64, length: u64, now: u64, kind: WindowKind, capacity: usize) -> u32 {
-        // Two old ones for a new one: the table shrinks faster than it grows, without ever stopping to clean up.
-        for _ in 0..2 {
-            self.drop_next_if_over(now);
-        }
-        if self.windows.len() >= capacity {
-            self.give_one_up();
-        }
-        let (end, memory) = match kind {
-            WindowKind::Fixed => (now.saturating_add(length), 0),
-            // Sliding windows lie on a grid, as in APISIX.
-            WindowKind::Sliding => ((now / length + 1).saturating_mul(length), length),
-        };
-        let place = u32::try_from(self.windows.len()).unwrap_or(u32::MAX);
-        self.windows.push(Window { key, end, memory, count: 0, previous: 0 });
-        let windows = &self.windows;
-        self.places
-            .insert_unique(key, place, |place| windows.get(*place as usize).map_or(0, |window| window.key));
-        place
-    }
-
-    fn drop_next_if_over(&mut self, now: u64) {
-        if self.hand >= self.windows.len() {
-            self.hand = 0;
-        }
-        match self.windows.get(self.hand) {
-            Some(window) if window.is_over(now) => self.remove(self.hand),
-            _ => self.hand += 1,
-        }
-    }
-
-    /// Removes the window that ends soonest of a few.
-    fn give_one_up(&mut self) {
-        let len = self.windows.len();
-        let start = fastrand::usize(..len.max(1));
-        let soonest = (0..SAMPLE)
-            .map(|step| (start + step) % len.max(1))
-            .min_by_key(|place| self.windows.get(*place).map_or(u64::MAX, |window| window.end));
-        if let Some(place) = soonest {
-            self.remove(place);
-        }
-    }
-
-    fn remove(&mut self, place: usize) {
-        let Some(key) = self.windows.get(place).map(|window| window.key) else { return };
-        if let Ok(entry) = self.places.find_entry(key, |at| *at as usize == place) {
-            entry.remove();
-        }
-        let last = self.windows.len() - 1;
-        self.windows.swap_remove(place);
-        // The last one has taken the place.
-        if let Some(moved) = self.windows.get(place).map(|window| window.key)
-            && let Some(at) = self.places.find_mut(moved, |at| *at as usize == last)
-        {
-            *at = u32::try_from(place).unwrap_or(u32::MAX);
-        }
-        if self.windows.capacity() > 1024 && self.windows.len() < self.windows.capacity() / 4 {
-            self.windows.shrink_to(self.windows.len() * 2);
-            let windows = &self.windows;
-            self.places.shrink_to(windows.len() * 2, |place| {
-                windows.get(*place as usize).map_or(0, |window| window.key)
-            });
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    use super::super::table::SHARDS;
     use super::*;
 
     fn limit(count: u64, seconds: u64, kind: WindowKind) -> Limit {

@@ -488,7 +488,11 @@ impl UpstreamService {
         }
         if let Some(client) = job.on_upgrade.take() {
             let tunnel = carry(client, connection.switch(), peer.picked, timeouts.read);
-            tokio::task::spawn_local(tunnel);
+            let kept = x.take_kept();
+            tokio::task::spawn_local(async move {
+                tunnel.await;
+                drop(kept);
+            });
         }
         x.response = Response::from_parts(head, Body::Empty);
         x.answered = Answered::Upstream;
