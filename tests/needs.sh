@@ -9,6 +9,8 @@ source tests/apt.sh
 need etcd etcd-server
 need /usr/sbin/nginx nginx
 need setpriv util-linux
+need redis-server redis-server
+need redis-cli redis-tools
 need ip iproute2
 need openssl openssl
 need protoc protobuf-compiler

@@ -75,8 +75,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("lago", ""),
     ("ldap-auth", AUTHENTICATION),
     ("ldap-auth-advanced", AUTHENTICATION),
-    ("limit-conn", "`limit-count` limits requests"),
-    ("limit-req", "`limit-count` limits requests"),
     ("log-rotate", ""),
     ("loggly", ACCESS_LOG),
     ("loki-logger", ACCESS_LOG),

@@ -19,6 +19,7 @@ pub mod node;
 pub mod origin;
 pub mod ports;
 mod process;
+pub mod redis;
 pub mod sink;
 pub mod vault;
 

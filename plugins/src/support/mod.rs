@@ -1,5 +1,6 @@
 //! What several plugins need: texts with captures, header rules, credentials, the consumer's marks on a request, URIs,
 //! calls of services, tokens, Redis, content codings, log entries.
+//! calls of services, limits, Redis, log entries, content codings.
 
 pub mod answers;
 pub mod batch;
@@ -12,6 +13,7 @@ pub mod http_call;
 pub mod identity;
 pub mod json_path;
 pub mod jwt;
+pub mod limiting;
 pub mod lists;
 pub mod log_entry;
 pub mod log_http;

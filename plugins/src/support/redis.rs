@@ -1,8 +1,11 @@
-//! Redis for plugins: one connection that all workers share for each server, or cluster, that settings name.
+//! Redis for plugins: one connection that all workers share for each server that settings name, or that a cluster has.
 //!
-//! The connection lives on the control runtime; a worker hands a command over and waits for the answer, never longer
-//! than the time-out of the settings. A task there connects, watches and connects again with growing pauses. While no
+//! Connections live on the control runtime; a worker hands a command over and waits for the answer, never longer than
+//! the time-out of the settings. A task there connects, watches and connects again with growing pauses. While no
 //! connection can be had, a command fails at once, so that a dead Redis does not cost each request its time-out.
+
+mod cluster;
+mod node;
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -10,29 +13,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use config::error::ConfigError;
+use config::fields::WideText;
 use config::sensitive::Sensitive;
 use layers::plugin::BuildEnv;
-use redis::aio::MultiplexedConnection;
-use redis::cluster::{ClusterClient, ClusterClientBuilder};
-use redis::cluster_async::ClusterConnection;
-use redis::io::tcp::TcpSettings;
-use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue,
-    IntoConnectionInfo, RedisConnectionInfo, RedisError, ServerErrorKind, TlsMode, ToRedisArgs, Value,
-};
+use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, ToRedisArgs, Value};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
-use tokio::sync::{Notify, watch};
-use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::Instant;
 
-/// The shortest time that connecting gets; requests do not wait for it.
-const CONNECT: Duration = Duration::from_secs(1);
-/// How long a connection may be quiet before it is asked whether it still works.
-const QUIET: Duration = Duration::from_secs(2);
-/// The first and the longest pause between attempts to connect.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// Attempts of the cluster's own client to follow slots that move, within a command's time.
-const REDIRECTS: u32 = 3;
+use self::cluster::Cluster;
+use self::node::Node;
 
 /// Where Redis is and how it is spoken to.
 #[derive(Clone, Debug)]
@@ -90,6 +81,150 @@ pub fn address(text: &str) -> Option<(String, u16)> {
     (!host.is_empty()).then(|| (host.to_owned(), port))
 }
 
+/// Where counts are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// In this process.
+    #[default]
+    Local,
+    /// In a Redis server that several gateways may share.
+    Redis,
+    /// In a Redis cluster that several gateways may share.
+    RedisCluster,
+}
+
+/// Puts APISIX's settings of Redis behind those of a plugin that has a `policy`, and a method `redis_settings` that
+/// reads them.
+macro_rules! with_redis {
+    ($(#[$attributes:meta])* pub struct $name:ident { $($fields:tt)* }) => {
+        $(#[$attributes])*
+        pub struct $name {
+            $($fields)*
+            /// The host of Redis. Needed with `policy: redis`.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_host: Option<config::fields::WideText<2, 4096>>,
+            /// The port of Redis. 6379 where it is missing.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_port: Option<config::fields::Int<1, 65535>>,
+            /// The user, where Redis has several.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_username: Option<config::fields::WideText<1, 4096>>,
+            /// The password of Redis or of the cluster.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            #[schemars(extend("x-encrypted" = true))]
+            redis_password: Option<config::sensitive::Sensitive<0>>,
+            /// The database. 0 where it is missing.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_database: Option<config::fields::Int<0, 2_147_483_647>>,
+            /// What asking Redis may take for one request, in milliseconds. 1000 where it is missing.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_timeout: Option<config::fields::Int<1, 2_147_483_647>>,
+            /// Speak TLS to Redis.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_ssl: Option<bool>,
+            /// Verify the certificate of Redis.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_ssl_verify: Option<bool>,
+            /// Taken and not used: one connection serves all requests.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_keepalive_timeout: Option<config::fields::Int<1000, 2_147_483_647>>,
+            /// Taken and not used: one connection serves all requests.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_keepalive_pool: Option<config::fields::Int<1, 2_147_483_647>>,
+            /// Some nodes of the cluster, `host:port`. Needed with `policy: redis-cluster`.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            #[schemars(length(min = 1))]
+            redis_cluster_nodes: Option<Vec<config::fields::WideText<2, 100>>>,
+            /// A name for the cluster. Needed with `policy: redis-cluster`.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_cluster_name: Option<String>,
+            /// Speak TLS to the cluster.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_cluster_ssl: Option<bool>,
+            /// Verify the certificates of the cluster.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_cluster_ssl_verify: Option<bool>,
+        }
+
+        impl $name {
+            /// How Redis is reached; nothing for counts of this process.
+            fn redis_settings(
+                &self,
+            ) -> Result<Option<$crate::support::redis::Settings>, config::error::ConfigError> {
+                $crate::support::redis::Fields {
+                    policy: self.policy,
+                    host: self.redis_host.as_deref(),
+                    port: self.redis_port.map(config::fields::Int::get),
+                    username: self.redis_username.as_deref(),
+                    password: self.redis_password.as_ref(),
+                    database: self.redis_database.map(config::fields::Int::get),
+                    timeout: self.redis_timeout.map(config::fields::Int::get),
+                    ssl: [self.redis_ssl, self.redis_ssl_verify].map(Option::unwrap_or_default),
+                    nodes: self.redis_cluster_nodes.as_deref(),
+                    cluster_name: self.redis_cluster_name.as_deref(),
+                    cluster_ssl: [self.redis_cluster_ssl, self.redis_cluster_ssl_verify]
+                        .map(Option::unwrap_or_default),
+                }
+                .settings()
+            }
+        }
+    };
+}
+pub(crate) use with_redis;
+
+/// The settings of Redis as a plugin has them.
+pub(crate) struct Fields<'a> {
+    pub policy: Policy,
+    pub host: Option<&'a str>,
+    pub port: Option<u32>,
+    pub username: Option<&'a str>,
+    pub password: Option<&'a Sensitive<0>>,
+    pub database: Option<u32>,
+    pub timeout: Option<u32>,
+    pub ssl: [bool; 2],
+    pub nodes: Option<&'a [WideText<2, 100>]>,
+    pub cluster_name: Option<&'a str>,
+    pub cluster_ssl: [bool; 2],
+}
+
+impl Fields<'_> {
+    pub(crate) fn settings(self) -> Result<Option<Settings>, ConfigError> {
+        let missing =
+            |field: &str| ConfigError::new("", config::ErrorKind::MissingField { field: field.into() });
+        let (servers, [ssl, verify]) = match self.policy {
+            Policy::Local => return Ok(None),
+            Policy::Redis => {
+                let host = self.host.ok_or_else(|| missing("redis_host"))?;
+                let port = self.port.and_then(|port| u16::try_from(port).ok()).unwrap_or(6379);
+                (Servers::One(host.to_owned(), port), self.ssl)
+            }
+            Policy::RedisCluster => {
+                self.cluster_name.ok_or_else(|| missing("redis_cluster_name"))?;
+                let nodes = self.nodes.ok_or_else(|| missing("redis_cluster_nodes"))?;
+                let nodes = nodes.iter().enumerate().map(|(index, node)| {
+                    address(node).ok_or_else(|| {
+                        ConfigError::invalid(
+                            format!("/redis_cluster_nodes/{index}"),
+                            format!("`{}` is no address: write `host:port`", &**node),
+                        )
+                    })
+                });
+                (Servers::Cluster(nodes.collect::<Result<_, _>>()?), self.cluster_ssl)
+            }
+        };
+        let one = matches!(servers, Servers::One(..));
+        Ok(Some(Settings {
+            servers,
+            username: self.username.filter(|_| one).map(str::to_owned),
+            password: self.password.cloned(),
+            database: self.database.filter(|_| one).unwrap_or(0),
+            timeout: Duration::from_millis(u64::from(self.timeout.unwrap_or(1000))),
+            tls: Tls::of(ssl, verify),
+        }))
+    }
+}
+
 /// Why a command has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -123,52 +258,17 @@ impl Script {
     }
 }
 
-/// What the watching task tells those who want to send.
-#[derive(Clone)]
-enum State {
-    /// The first attempt to connect, or the first after a connection broke, is under way: worth waiting for.
-    Connecting,
-    /// Connected; how many connections there were before.
-    Up(Link, u64),
-    /// The last attempt failed.
-    Down(Arc<str>),
-}
-
-/// A connection. Copies share it.
-#[derive(Clone)]
-enum Link {
-    One(MultiplexedConnection),
-    Cluster(ClusterConnection),
-}
-
-impl Link {
-    async fn send(&mut self, command: &Cmd) -> Result<Value, RedisError> {
-        match self {
-            Self::One(connection) => command.query_async(connection).await,
-            Self::Cluster(connection) => command.query_async(connection).await,
-        }
-    }
-}
-
 /// A Redis server or cluster.
+#[derive(Debug)]
 pub struct Redis {
-    state: watch::Receiver<State>,
-    /// Wakes the watching task: something is wrong with the connection.
-    suspicion: Arc<Notify>,
+    servers: Connected,
     timeout: Duration,
-    task: AbortHandle,
 }
 
-impl Drop for Redis {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl std::fmt::Debug for Redis {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Redis").field("timeout", &self.timeout).finish_non_exhaustive()
-    }
+#[derive(Debug)]
+enum Connected {
+    One(Node),
+    Cluster(Cluster),
 }
 
 impl Redis {
@@ -177,31 +277,42 @@ impl Redis {
     /// # Errors
     /// The settings cannot work. That Redis cannot be reached is none: commands say so.
     pub fn open(settings: &Settings, env: &BuildEnv<'_>) -> Result<Arc<Self>, ConfigError> {
-        let maker = Maker::new(settings).map_err(|error| ConfigError::invalid("", error.to_string()))?;
         let Settings { servers, username, password, database, timeout, tls } = settings;
+        let seeds = match servers {
+            Servers::One(host, port) => &[(host.clone(), *port)][..],
+            Servers::Cluster(nodes) => nodes,
+        };
+        for (host, port) in seeds {
+            node::client(settings, host, *port)
+                .map_err(|error| ConfigError::invalid("", error.to_string()))?;
+        }
         let secret = password.as_ref().map(|password| Sha1::digest(password.reveal().as_bytes()));
         let name = format!("redis {servers:?} {username:?} {secret:?} {database} {timeout:?} {tls:?}");
-        Ok(env.carry.get_or(&name, || Self::start(maker, *timeout, env.control)))
+        Ok(env.carry.get_or(&name, || Self {
+            servers: match servers {
+                Servers::One(host, port) => Connected::One(Node::start(settings, host, *port, env.control)),
+                Servers::Cluster(_) => Connected::Cluster(Cluster::start(settings, env.control)),
+            },
+            timeout: *timeout,
+        }))
     }
 
-    fn start(maker: Maker, timeout: Duration, control: &tokio::runtime::Handle) -> Self {
-        let (tell, state) = watch::channel(State::Connecting);
-        let suspicion = Arc::new(Notify::new());
-        let watching = watch_over(maker, tell, suspicion.clone(), timeout.max(CONNECT));
-        Self { state, suspicion, timeout, task: control.spawn(watching).abort_handle() }
+    /// When a request that begins now has to have its answers.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.timeout
     }
 
-    /// Sends a command. It may be carried out twice if the connection breaks in the midst of it, and it may be carried
-    /// out although this fails.
+    /// Sends a command, of a cluster to the node of its first key. It may be carried out twice if the connection breaks
+    /// in the midst of it, and it may be carried out although this fails.
     ///
     /// # Errors
     /// There is no answer, or it is an error, or of another type.
     pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Failure> {
-        let value = self.send(command, Instant::now() + self.timeout).await?;
+        let value = self.send(command, self.deadline()).await?;
         redis::from_redis_value(value).map_err(|error| Failure::Refused(error.into()))
     }
 
-    /// Runs a script, all of it at once as Redis does.
+    /// Runs a script, all of it at once as Redis does. One request may run several with one deadline.
     ///
     /// # Errors
     /// As for [`query`](Self::query).
@@ -210,8 +321,8 @@ impl Redis {
         script: &Script,
         keys: &[impl ToRedisArgs],
         arguments: &[impl ToRedisArgs],
+        deadline: Instant,
     ) -> Result<T, Failure> {
-        let deadline = Instant::now() + self.timeout;
         let call = |name: &str, script: &str| {
             let mut command = redis::cmd(name);
             command.arg(script).arg(keys.len());
@@ -233,163 +344,9 @@ impl Redis {
     }
 
     async fn send(&self, command: &Cmd, deadline: Instant) -> Result<Value, Failure> {
-        let mut broken = None;
-        loop {
-            let (mut link, generation) =
-                timeout_at(deadline, self.link(broken)).await.map_err(|_| Failure::TimedOut)??;
-            let error = match timeout_at(deadline, link.send(command)).await {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(error)) => error,
-                Err(_) => {
-                    self.suspicion.notify_one();
-                    return Err(Failure::TimedOut);
-                }
-            };
-            if matches!(error.kind(), ErrorKind::Server(_)) {
-                return Err(Failure::Refused(error));
-            }
-            self.suspicion.notify_one();
-            // A server may close a connection that was quiet; the next one deserves a try, once.
-            if broken.is_some() || !error.is_io_error() {
-                return Err(Failure::Refused(error));
-            }
-            broken = Some(generation);
-        }
-    }
-
-    /// The connection, unless it is the broken one.
-    async fn link(&self, broken: Option<u64>) -> Result<(Link, u64), Failure> {
-        let known = |state: &State| match state {
-            State::Connecting => None,
-            State::Up(_, generation) if Some(*generation) == broken => None,
-            State::Up(link, generation) => Some(Ok((link.clone(), *generation))),
-            State::Down(why) => Some(Err(Failure::Unreachable(why.clone()))),
-        };
-        if let Some(found) = known(&self.state.borrow()) {
-            return found;
-        }
-        let mut state = self.state.clone();
-        let state = state.wait_for(|state| known(state).is_some()).await;
-        let found = state.ok().and_then(|state| known(&state));
-        found.unwrap_or_else(|| Err(Failure::Unreachable("the gateway stops".into())))
-    }
-}
-
-/// Makes connections.
-enum Maker {
-    One(Box<Client>),
-    Cluster(Box<ClusterClient>),
-}
-
-impl Maker {
-    fn new(settings: &Settings) -> Result<Self, RedisError> {
-        let mut redis = RedisConnectionInfo::default().set_skip_set_lib_name();
-        if let Some(username) = &settings.username {
-            redis = redis.set_username(username);
-        }
-        // An empty password is none, as in APISIX.
-        let password = settings.password.as_ref().map(Sensitive::reveal).filter(|text| !text.is_empty());
-        if let Some(password) = password {
-            redis = redis.set_password(password);
-        }
-        let tcp = TcpSettings::default().set_nodelay(true);
-        let node = |(host, port): &(String, u16)| -> Result<ConnectionInfo, RedisError> {
-            let (host, port) = (host.clone(), *port);
-            let address = match settings.tls {
-                Tls::Off => ConnectionAddr::Tcp(host, port),
-                tls => {
-                    let insecure = tls == Tls::Unverified;
-                    ConnectionAddr::TcpTls { host, port, insecure, tls_params: None }
-                }
-            };
-            Ok(address
-                .into_connection_info()?
-                .set_tcp_settings(tcp.clone())
-                .set_redis_settings(redis.clone().set_db(i64::from(settings.database))))
-        };
-        match &settings.servers {
-            Servers::One(host, port) => Ok(Self::One(Box::new(Client::open(node(&(host.clone(), *port))?)?))),
-            Servers::Cluster(nodes) => {
-                let nodes = nodes.iter().map(node).collect::<Result<Vec<_>, _>>()?;
-                let mut builder = ClusterClientBuilder::new(nodes)
-                    .retries(REDIRECTS)
-                    .min_retry_wait(10)
-                    .max_retry_wait(100)
-                    .connection_timeout(settings.timeout.max(CONNECT) / 2)
-                    .response_timeout(settings.timeout)
-                    .tcp_settings(tcp);
-                builder = match settings.tls {
-                    Tls::Off => builder,
-                    Tls::Unverified => builder.tls(TlsMode::Insecure),
-                    Tls::Verified => builder.tls(TlsMode::Secure),
-                };
-                Ok(Self::Cluster(Box::new(builder.build()?)))
-            }
-        }
-    }
-
-    async fn connect(&self) -> Result<Link, RedisError> {
-        match self {
-            Self::One(client) => {
-                // The deadlines are ours; those of the client would count twice.
-                let config =
-                    AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
-                let mut link = Link::One(client.get_multiplexed_async_connection_with_config(&config).await?);
-                link.send(&redis::cmd("PING")).await?;
-                Ok(link)
-            }
-            Self::Cluster(client) => Ok(Link::Cluster(client.get_async_connection().await?)),
-        }
-    }
-}
-
-/// Connects, and connects again whenever the connection does not work, until it is stopped.
-async fn watch_over(maker: Maker, tell: watch::Sender<State>, suspicion: Arc<Notify>, limit: Duration) {
-    let mut generation = 0;
-    let mut pause = PAUSES.0;
-    loop {
-        let error: Arc<str> = match timeout(limit, maker.connect()).await {
-            Ok(Ok(mut link)) => {
-                if generation > 0 {
-                    tracing::info!("redis: connected again");
-                }
-                generation += 1;
-                pause = PAUSES.0;
-                tell.send_replace(State::Up(link.clone(), generation));
-                let rest = Instant::now() + PAUSES.1;
-                healthy(&mut link, &suspicion, limit).await;
-                match link {
-                    Link::One(_) => _ = tell.send_replace(State::Connecting),
-                    // The nodes that still work are used until there is a new connection, and a node that is down for
-                    // long does not cost one after the other.
-                    Link::Cluster(_) => sleep_until(rest).await,
-                }
-                continue;
-            }
-            Ok(Err(error)) => error.to_string().into(),
-            Err(_) => "it does not answer".into(),
-        };
-        if !matches!(&*tell.borrow(), State::Down(_)) {
-            tracing::warn!(%error, "redis: not reachable");
-        }
-        tell.send_replace(State::Down(error));
-        sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-        pause = (pause * 2).min(PAUSES.1);
-    }
-}
-
-/// Returns when the connection does not work any more.
-async fn healthy(link: &mut Link, suspicion: &Notify, limit: Duration) {
-    loop {
-        match link {
-            // Its own client keeps the connections to the nodes; only who uses them knows which slots are served.
-            Link::Cluster(_) => return suspicion.notified().await,
-            Link::One(_) => {
-                let _ = timeout(QUIET, suspicion.notified()).await;
-                if !matches!(timeout(limit, link.send(&redis::cmd("PING"))).await, Ok(Ok(_))) {
-                    return;
-                }
-            }
+        match &self.servers {
+            Connected::One(node) => node.send(command, deadline).await,
+            Connected::Cluster(cluster) => cluster.send(command, deadline).await,
         }
     }
 }
@@ -402,7 +359,9 @@ mod tests {
     use layers::testing::TestEnv;
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::watch;
     use tokio::task::JoinSet;
+    use tokio::time::{sleep, timeout};
 
     use super::*;
 
@@ -524,7 +483,7 @@ mod tests {
         let script = Script::new("return 7");
         assert_eq!(script.hash, "59b6ab2fbe0ee4b25733de0f62e6cda4899ef8e9");
         for _ in 0..3 {
-            assert_eq!(redis.run::<u64>(&script, &["k"], &[1]).await.unwrap(), 7);
+            assert_eq!(redis.run::<u64>(&script, &["k"], &[1], redis.deadline()).await.unwrap(), 7);
         }
         assert_eq!((fake.asked("EVALSHA"), fake.asked("EVAL")), (3, 1));
     }
