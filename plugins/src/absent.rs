@@ -87,7 +87,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("opentelemetry", METRICS),
     ("openwhisk", ""),
     ("proxy-mirror", ""),
-    ("request-validation", ""),
     ("rocketmq-logger", ACCESS_LOG),
     ("saml-auth", AUTHENTICATION),
     ("serverless-post-function", "Lua does not run here"),

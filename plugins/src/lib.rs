@@ -36,10 +36,10 @@ plugins! {
     echo::Echo,
     error_page::ErrorPage,
     fault_injection::FaultInjection,
+    file_logger::FileLogger,
     forward_auth::ForwardAuth,
     gzip::Gzip,
     hmac_auth::HmacAuth,
-    file_logger::FileLogger,
     http_logger::HttpLogger,
     ip_restriction::IpRestriction,
     jwt_auth::JwtAuth,
@@ -62,14 +62,15 @@ plugins! {
     redirect::Redirect,
     referer_restriction::RefererRestriction,
     request_id::RequestId,
+    request_validation::RequestValidation,
     response_rewrite::ResponseRewrite,
     server_info::ServerInfo,
     syslog::Syslog,
     tcp_logger::TcpLogger,
     traffic_split::TrafficSplit,
     ua_restriction::UaRestriction,
-    uri_blocker::UriBlocker,
     udp_logger::UdpLogger,
+    uri_blocker::UriBlocker,
 }
 
 /// Every plugin, by priority, the highest first, as they run.

@@ -7,6 +7,7 @@ pub mod batch;
 pub mod captures;
 pub mod consumer;
 pub mod credentials;
+pub mod doubles;
 pub mod encoding;
 pub mod headers;
 pub mod http_call;
