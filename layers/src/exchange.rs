@@ -143,6 +143,8 @@ pub struct Attempt {
     pub address: SocketAddr,
     /// The status it answered, if it did.
     pub status: Option<u16>,
+    /// When the node was chosen.
+    pub started: Instant,
     /// From the choice of the node to the response head or the failure.
     pub took: Duration,
     /// From the choice of the node to an established connection; zero when one was reused.

@@ -84,14 +84,12 @@ const NOT_YET: &[(&str, &str)] = &[
     ("ocsp-stapling", ""),
     ("openfunction", ""),
     ("openid-connect", AUTHENTICATION),
-    ("opentelemetry", METRICS),
     ("openwhisk", ""),
     ("proxy-mirror", ""),
     ("rocketmq-logger", ACCESS_LOG),
     ("saml-auth", AUTHENTICATION),
     ("serverless-post-function", "Lua does not run here"),
     ("serverless-pre-function", "Lua does not run here"),
-    ("skywalking", METRICS),
     ("skywalking-logger", ACCESS_LOG),
     ("sls-logger", ACCESS_LOG),
     ("splunk-hec-logging", ACCESS_LOG),
@@ -101,7 +99,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
     ("wolf-rbac", AUTHENTICATION),
     ("workflow", "several routes with `vars` can do what its cases do"),
-    ("zipkin", METRICS),
 ];
 
 /// What to do about a name, if it is known.

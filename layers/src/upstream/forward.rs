@@ -238,7 +238,7 @@ impl UpstreamService {
         let took = started.elapsed();
         let status = result.as_ref().ok().map(|answer| answer.response.status().as_u16());
         let failed = result.as_ref().err().map(Error::reason);
-        x.attempts.push(Attempt { address: endpoint.addr(), status, took, connect, failed });
+        x.attempts.push(Attempt { address: endpoint.addr(), status, started, took, connect, failed });
         let leave = peer.leave.take();
         match result {
             Ok(answer) => {

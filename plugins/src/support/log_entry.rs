@@ -823,6 +823,7 @@ mod tests {
         x.answered = Answered::Upstream;
         x.bytes_sent = 10;
         x.attempts.push(Attempt {
+            started: std::time::Instant::now(),
             address: ([127, 0, 0, 1], 1980).into(),
             status: Some(200),
             took: std::time::Duration::ZERO,

@@ -30,4 +30,5 @@ pub mod reply;
 pub mod request_body;
 pub mod rfc5424;
 pub mod signing;
+pub mod trace;
 pub mod uri;
