@@ -48,11 +48,15 @@ pub enum Kind {
     Secret,
     /// Match conditions of a TCP or UDP connection.
     StreamRoute,
+    /// Where requests go by a key. An extension.
+    LookupTable,
+    /// One entry of a lookup table.
+    LookupEntry,
 }
 
 impl Kind {
     /// Every kind once.
-    pub const ALL: [Kind; 13] = [
+    pub const ALL: [Kind; 15] = [
         Kind::Route,
         Kind::Service,
         Kind::Upstream,
@@ -66,10 +70,13 @@ impl Kind {
         Kind::Proto,
         Kind::Secret,
         Kind::StreamRoute,
+        Kind::LookupTable,
+        Kind::LookupEntry,
     ];
 
-    /// The kinds a configuration file has a list of, in the order of the docs; credentials are among the consumers.
-    pub const LISTED: [Kind; 12] = [
+    /// The kinds a configuration file has a list of, in the order of the docs; credentials are among the consumers, and
+    /// entries in their lookup tables.
+    pub const LISTED: [Kind; 13] = [
         Kind::Route,
         Kind::Service,
         Kind::Upstream,
@@ -82,6 +89,7 @@ impl Kind {
         Kind::Proto,
         Kind::Secret,
         Kind::StreamRoute,
+        Kind::LookupTable,
     ];
 
     /// The name in paths of the Admin API, in store keys and in `apisix.yaml`: `routes`, `ssls`.
@@ -101,6 +109,8 @@ impl Kind {
             Kind::Proto => "protos",
             Kind::Secret => "secrets",
             Kind::StreamRoute => "stream_routes",
+            Kind::LookupTable => "lookup_tables",
+            Kind::LookupEntry => "lookup_entries",
         }
     }
 
@@ -121,6 +131,8 @@ impl Kind {
             Kind::Proto => "proto",
             Kind::Secret => "secret",
             Kind::StreamRoute => "stream_route",
+            Kind::LookupTable => "lookup_table",
+            Kind::LookupEntry => "lookup_entry",
         }
     }
 
@@ -134,6 +146,26 @@ impl Kind {
     #[must_use]
     pub fn from_singular(name: &str) -> Option<Kind> {
         Kind::ALL.into_iter().find(|kind| kind.singular() == name)
+    }
+
+    /// The kind among whose objects those of this one stand in stores and paths: a credential among the consumers.
+    #[must_use]
+    pub const fn folder(self) -> Kind {
+        match self {
+            Kind::Credential => Kind::Consumer,
+            Kind::LookupEntry => Kind::LookupTable,
+            kind => kind,
+        }
+    }
+
+    /// What stands inside the objects of this kind, and the word between their id and its own.
+    #[must_use]
+    pub const fn children(self) -> Option<(Kind, &'static str)> {
+        match self {
+            Kind::Consumer => Some((Kind::Credential, "credentials")),
+            Kind::LookupTable => Some((Kind::LookupEntry, "entries")),
+            _ => None,
+        }
     }
 
     /// Position in [`Kind::ALL`].
@@ -178,6 +210,9 @@ impl ResourceKey {
             Kind::Secret => {
                 id.split_once('/').is_some_and(|(manager, id)| MANAGERS.contains(&manager) && is_id(id))
             }
+            Kind::LookupEntry => {
+                id.split_once("/entries/").is_some_and(|(table, key)| is_id(table) && is_entry_key(key))
+            }
             _ => is_id(id),
         };
         if valid {
@@ -191,8 +226,9 @@ impl ResourceKey {
     pub fn from_path(path: &str) -> Option<ResourceKey> {
         let (segment, id) = path.split_once('/')?;
         let kind = match Kind::from_segment(segment)? {
-            Kind::Credential => return None,
+            Kind::Credential | Kind::LookupEntry => return None,
             Kind::Consumer if id.contains("/credentials/") => Kind::Credential,
+            Kind::LookupTable if id.contains("/entries/") => Kind::LookupEntry,
             kind => kind,
         };
         if id.strip_prefix(segment).and_then(|rest| rest.strip_prefix('#')).is_some_and(is_number) {
@@ -213,6 +249,28 @@ impl ResourceKey {
         ResourceKey::new(Kind::Credential, format!("{username}/credentials/{id}"))
     }
 
+    /// The key of an entry of a lookup table.
+    #[must_use]
+    pub fn lookup_entry(table: &str, key: &str) -> ResourceKey {
+        ResourceKey::new(Kind::LookupEntry, format!("{table}/entries/{key}"))
+    }
+
+    /// The object in which this one stands, if it does in one.
+    #[must_use]
+    pub fn owner(&self) -> Option<ResourceKey> {
+        self.consumer().or_else(|| self.lookup_table())
+    }
+
+    /// The lookup table an entry belongs to; nothing for other kinds.
+    #[must_use]
+    pub fn lookup_table(&self) -> Option<ResourceKey> {
+        if self.kind != Kind::LookupEntry {
+            return None;
+        }
+        let (table, _) = self.id.split_once("/entries/")?;
+        Some(ResourceKey::new(Kind::LookupTable, table))
+    }
+
     /// The consumer a credential belongs to; nothing for other kinds.
     #[must_use]
     pub fn consumer(&self) -> Option<ResourceKey> {
@@ -229,6 +287,7 @@ impl ResourceKey {
         match self.kind {
             Kind::Credential => self.id.split_once("/credentials/").map_or(&*self.id, |(_, id)| id),
             Kind::Secret => self.id.split_once('/').map_or(&*self.id, |(_, id)| id),
+            Kind::LookupEntry => self.id.split_once("/entries/").map_or(&*self.id, |(_, key)| key),
             _ => &self.id,
         }
     }
@@ -236,8 +295,7 @@ impl ResourceKey {
 
 impl fmt::Display for ResourceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = if self.kind == Kind::Credential { Kind::Consumer } else { self.kind };
-        write!(f, "{}/{}", kind.segment(), self.id)
+        write!(f, "{}/{}", self.kind.folder().segment(), self.id)
     }
 }
 
@@ -245,6 +303,14 @@ impl fmt::Debug for ResourceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// What a key of a lookup table looks like, in words.
+pub(crate) const ENTRY_KEY_RULE: &str = "1 to 256 visible characters of ASCII without /";
+
+/// Whether text can be a key of a lookup table.
+pub(crate) fn is_entry_key(key: &str) -> bool {
+    (1..=256).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
 }
 
 const MANAGERS: [&str; 3] = ["vault", "aws", "gcp"];
@@ -402,6 +468,9 @@ fn id_rule(kind: Kind) -> &'static str {
     match kind {
         Kind::Consumer => USERNAME_RULE,
         Kind::Credential => "USERNAME/credentials/ID, the ID being 1 to 64 of a-z A-Z 0-9 - _ .",
+        Kind::LookupEntry => {
+            "TABLE/entries/KEY, the KEY being 1 to 256 visible characters of ASCII without /"
+        }
         Kind::Secret => "vault/ID, aws/ID or gcp/ID, the ID being 1 to 64 of a-z A-Z 0-9 - _ .",
         _ => ID_RULE,
     }

@@ -17,6 +17,7 @@ pub mod global_rule;
 pub mod graph;
 pub mod id;
 pub mod listed_plugins;
+pub mod lookup_table;
 pub mod meta;
 pub mod pattern;
 pub mod plugin_catalog;

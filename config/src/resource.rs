@@ -8,6 +8,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use std::sync::Arc;
+
 use schemars::JsonSchema;
 
 use crate::consumer::Consumer;
@@ -19,6 +21,7 @@ use crate::expr::Expr;
 use crate::fields::Plugins;
 use crate::global_rule::GlobalRule;
 use crate::id::{Id, Kind, ResourceKey};
+use crate::lookup_table::{self, LookupEntry, LookupTable};
 use crate::meta::{META, Meta};
 use crate::plugin_catalog::{PluginCatalog, PluginSchema};
 use crate::plugin_config::PluginConfig;
@@ -53,6 +56,8 @@ pub enum Resource {
     Proto(Box<Proto>),
     Secret(Secret),
     StreamRoute(Box<StreamRoute>),
+    LookupTable(Box<LookupTable>),
+    LookupEntry(Arc<LookupEntry>),
 }
 
 impl Resource {
@@ -97,6 +102,8 @@ impl Resource {
                 Manager::Gcp => Resource::Secret(Secret::Gcp(read.object()?)),
             },
             Kind::StreamRoute => Resource::StreamRoute(read.object()?),
+            Kind::LookupTable => Resource::LookupTable(read.object()?),
+            Kind::LookupEntry => Resource::LookupEntry(Arc::from(read.object::<LookupEntry>()?)),
         })
     }
 
@@ -117,6 +124,8 @@ impl Resource {
             Resource::Proto(_) => Kind::Proto,
             Resource::Secret(_) => Kind::Secret,
             Resource::StreamRoute(_) => Kind::StreamRoute,
+            Resource::LookupTable(_) => Kind::LookupTable,
+            Resource::LookupEntry(_) => Kind::LookupEntry,
         }
     }
 
@@ -140,6 +149,8 @@ impl Resource {
             Resource::Secret(Secret::Aws(object)) => object.written(),
             Resource::Secret(Secret::Gcp(object)) => object.written(),
             Resource::StreamRoute(object) => object.written(),
+            Resource::LookupTable(object) => object.written(),
+            Resource::LookupEntry(object) => object.written(),
         }
     }
 
@@ -159,6 +170,8 @@ impl Resource {
             | Resource::PluginMetadata(_)
             | Resource::Ssl(_)
             | Resource::Proto(_)
+            | Resource::LookupTable(_)
+            | Resource::LookupEntry(_)
             | Resource::Secret(_) => None,
         }
     }
@@ -205,6 +218,18 @@ impl Resource {
                 let superior = object.protocol.as_ref().and_then(|protocol| protocol.superior_id.as_ref());
                 id("/protocol/superior_id", superior, Kind::StreamRoute);
             }
+            Resource::LookupTable(table) => {
+                for (key, entry) in table.entries.iter() {
+                    let at = |field: &str| format!("/entries/{}{field}", escape(key));
+                    id(&at("/upstream_id"), entry.upstream_id.as_ref(), Kind::Upstream);
+                    let certificate = client_certificate(entry.upstream.as_deref());
+                    id(&at(INLINE_CERTIFICATE), certificate, Kind::Ssl);
+                }
+            }
+            Resource::LookupEntry(entry) => {
+                id("/upstream_id", entry.upstream_id.as_ref(), Kind::Upstream);
+                id(INLINE_CERTIFICATE, client_certificate(entry.upstream.as_deref()), Kind::Ssl);
+            }
             _ => {}
         }
         if let Some(plugins) = self.plugins() {
@@ -231,6 +256,8 @@ impl Resource {
             Resource::Secret(Secret::Aws(object)) => &object.literals,
             Resource::Secret(Secret::Gcp(object)) => &object.literals,
             Resource::StreamRoute(object) => &object.literals,
+            Resource::LookupTable(object) => &object.literals,
+            Resource::LookupEntry(object) => &object.literals,
         }
     }
 }
@@ -258,6 +285,9 @@ fn visit_references_of_plugins(plugins: &Plugins, visit: &mut dyn FnMut(&str, Re
                 id(format!("{place}/upstream/tls/client_cert_id"), certificate, Kind::Ssl);
             }
         }
+    }
+    if let Some(settings) = plugins.get("upstream-lookup") {
+        id("/plugins/upstream-lookup/table".to_owned(), settings.get("table"), Kind::LookupTable);
     }
     if let Some(settings) = plugins.get("grpc-transcode") {
         id("/plugins/grpc-transcode/proto_id".to_owned(), settings.get("proto_id"), Kind::Proto);
@@ -334,6 +364,18 @@ wire!(
     },
     fn plugins_mut(&mut self) -> Option<&mut Plugins> {
         self.plugins.as_deref_mut()
+    }
+);
+wire!(
+    LookupTable,
+    fn check(&self, _: &ResourceKey, errors: &mut Vec<ConfigError>) {
+        LookupTable::check(self, errors);
+    }
+);
+wire!(
+    LookupEntry,
+    fn check(&self, _: &ResourceKey, errors: &mut Vec<ConfigError>) {
+        LookupEntry::check(self, "", errors);
     }
 );
 wire!(
@@ -458,6 +500,8 @@ impl Read<'_> {
         rules::check(T::RULES, object, "", errors);
         match self.key.kind {
             Kind::Upstream => upstream::check_fields(object, "", errors),
+            Kind::LookupTable => lookup_table::check_table_fields(object, errors),
+            Kind::LookupEntry => lookup_table::check_entry_fields(object, "", errors),
             Kind::Route | Kind::Service | Kind::StreamRoute => {
                 if let Some(Value::Object(upstream)) = object.get("upstream") {
                     upstream::check_fields(upstream, "/upstream", errors);

@@ -21,6 +21,7 @@ use crate::credential::Credential;
 use crate::error::{ConfigError, ErrorKind, escape, nearest};
 use crate::global_rule::GlobalRule;
 use crate::id::Kind;
+use crate::lookup_table::{LookupEntry, LookupTable};
 use crate::meta::{META, Meta};
 use crate::plugin_catalog::{PluginCatalog, PluginSchema};
 use crate::plugin_config::PluginConfig;
@@ -57,6 +58,8 @@ pub fn schema_for(kind: Kind, catalog: &dyn PluginCatalog) -> Value {
             "oneOf": Manager::ALL.map(schema_for_manager),
         }),
         Kind::StreamRoute => of::<StreamRoute>(),
+        Kind::LookupTable => of::<LookupTable>(),
+        Kind::LookupEntry => of::<LookupEntry>(),
     };
     if let Some(Value::Object(plugins)) = schema.pointer_mut("/properties/plugins") {
         let members = plugin_schemas(kind, catalog);

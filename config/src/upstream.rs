@@ -154,6 +154,16 @@ impl Upstream {
         self.keepalive_pool.as_deref().copied().unwrap_or_default()
     }
 
+    /// Keeps no idle connection of a pool of its own longer than this.
+    pub fn bound_idle(&mut self, limit: std::time::Duration) {
+        let Some(pool) = &mut self.keepalive_pool else { return };
+        let idle = pool.idle_timeout.duration();
+        let limit = if idle.is_zero() { limit } else { idle.min(limit) };
+        if let Some(limit) = Seconds::new(limit.as_secs_f64()) {
+            pool.idle_timeout = IdleTimeout(limit);
+        }
+    }
+
     /// How much of the load may be retries.
     #[must_use]
     pub fn retry_budget(&self) -> RetryBudget {

@@ -314,6 +314,7 @@ fn running(
     let client = HttpClient::alone(&http_call::Settings::default(), tls, discovery, &env.control)
         .map_err(|error| StartError::setting("apisix.ssl.ssl_trusted_certificate", error.to_string()))?;
     env.attrs.insert(NodeStatus::NAME.to_owned(), plugins::node_status::attr(&instance.id));
+    let (lookups, clusters) = (env.lookups.clone(), env.clusters.clone());
     let mut compiler = Compiler::new(env);
     let secrets = Secrets::default();
     let graph = Graph::with_env(Arc::new(secrets.clone()));
@@ -324,6 +325,7 @@ fn running(
     let configuration = Configuration { graph, compiler, certificates };
     let running = Running::new(configuration, catalog, secrets, published, metrics.clone());
     tokio::spawn(running.secrets().clone().run(client, running.clone()));
+    tokio::spawn(lookups.run(clusters, running.clone(), process.data_dir.join("lookup_tables")));
     Ok(running)
 }
 

@@ -28,8 +28,11 @@ use layers::upstream::cluster::{Cluster, ClusterEnv};
 use layers::upstream::tls_client::ClientPem;
 use serde_json::Value;
 
+use crate::lookup_tables::Lookups;
 use crate::snapshot::Snapshot;
 use crate::{merge, settings};
+
+mod lookup;
 
 /// What compiling needs beside the resources.
 pub struct Env {
@@ -45,6 +48,8 @@ pub struct Env {
     pub consumers: Consumers,
     /// What plugins offer under paths of their own.
     pub endpoints: Endpoints,
+    /// Lookup tables and their lists.
+    pub lookups: Lookups,
     /// Shared metrics.
     pub metrics: Arc<Metrics>,
     /// What upstreams are made with.
@@ -71,6 +76,7 @@ impl Env {
             catalog,
             consumers: Consumers::default(),
             endpoints: Endpoints::default(),
+            lookups: Lookups::default(),
             clusters: settings::clusters(process, &control)?,
             metrics,
             control,
@@ -218,9 +224,11 @@ impl Upstreams for UpstreamsOf<'_> {
 }
 
 /// The order in which kinds are compiled: what is referred to comes first.
-const ORDER: [Kind; 10] = [
+const ORDER: [Kind; 12] = [
     Kind::Ssl,
     Kind::Upstream,
+    Kind::LookupTable,
+    Kind::LookupEntry,
     Kind::PluginMetadata,
     Kind::Service,
     Kind::PluginConfig,
@@ -266,7 +274,14 @@ impl Compiler {
 
     /// The clusters that exist, by the key of their owner.
     pub fn clusters(&self) -> Vec<(Box<str>, Arc<Cluster>)> {
-        self.clusters.by_key.borrow().iter().map(|(key, cluster)| (key.clone(), cluster.clone())).collect()
+        let by_key = self.clusters.by_key.borrow();
+        let own = by_key.iter().map(|(key, cluster)| (key.clone(), cluster.clone()));
+        own.chain(self.env.lookups.clusters()).collect()
+    }
+
+    /// Lookup tables and their lists.
+    pub fn lookups(&self) -> &Lookups {
+        &self.env.lookups
     }
 
     /// Brings the data plane up to date with `graph`, in which the objects `changed` are new, different or gone.
@@ -280,6 +295,8 @@ impl Compiler {
                 let item = graph.get(key).cloned();
                 match kind {
                     Kind::Upstream => self.upstream(graph, key, item.as_deref()),
+                    Kind::LookupTable => self.lookup_table(graph, key, item.as_deref()),
+                    Kind::LookupEntry => self.lookup_entry(graph, key, item.as_deref()),
                     Kind::Service => self.service(graph, key, item.as_deref()),
                     Kind::PluginConfig | Kind::ConsumerGroup => self.plugins_of(graph, key, item.as_deref()),
                     Kind::Consumer | Kind::Credential => {
@@ -332,6 +349,8 @@ impl Compiler {
                     waiting.extend(self.holders(graph, &key.id));
                     false
                 }
+                // Routes hold the table and see its entries change.
+                Kind::LookupTable | Kind::LookupEntry => false,
                 _ => true,
             };
             if !affected.insert(key.clone()) {
@@ -339,6 +358,11 @@ impl Compiler {
             }
             if spreads {
                 waiting.extend(graph.referrers(&key));
+                if key.kind == Kind::Upstream {
+                    // Fetched lists are not in the graph and may refer to it.
+                    let listed = |item: &&Arc<Item>| matches!(&item.resource, Resource::LookupTable(table) if table.source.is_some());
+                    waiting.extend(graph.iter(Kind::LookupTable).filter(listed).map(|item| item.key.clone()));
+                }
             }
         }
         affected

@@ -112,6 +112,18 @@ impl Control {
                     not_found(&format!("cache zone[{zone}] is not in use"))
                 }
             }
+            (&Method::GET, ["lookup_tables"]) => ok(&self.live.lookup_tables(None).into()),
+            (&Method::GET, ["lookup_tables", id]) => match self.live.lookup_tables(Some(id)).pop() {
+                Some(table) => ok(&table),
+                None => not_found(&format!("lookup table[{id}] not found")),
+            },
+            (&Method::GET, ["lookup_tables", id, key]) => match self.live.lookup_entry(id, key) {
+                Some(mut entry) => {
+                    redact(Kind::LookupEntry, &mut entry);
+                    ok(&entry)
+                }
+                None => not_found(&format!("lookup entry[{key}] not found")),
+            },
             (&Method::GET, ["rejected"]) => ok(&self.rejected()),
             (&Method::GET, ["config"]) => ok(&self.config()),
             (&Method::GET, ["revisions"]) => self.revisions(&query).await,
@@ -463,6 +475,15 @@ mod tests {
             zone == "memory_cache"
         }
 
+        fn lookup_tables(&self, id: Option<&str>) -> Vec<Value> {
+            let table = json!({"id": "t", "entries": 1});
+            if id.is_none_or(|id| id == "t") { vec![table] } else { Vec::new() }
+        }
+
+        fn lookup_entry(&self, id: &str, key: &str) -> Option<Value> {
+            ((id, key) == ("t", "k")).then(|| json!({"key": "k", "entry": {"tls": {"client_key": "hidden"}}}))
+        }
+
         fn reload_plugins(&self) {}
     }
 
@@ -504,6 +525,11 @@ mod tests {
             ("GET", "/v1/healthcheck/routes/9", "", 404, "routes[9] not found"),
             ("GET", "/v1/healthcheck/routes", "", 404, "missing src id for src type routes"),
             ("GET", "/v1/healthcheck/ssls/1", "", 400, "invalid src type ssls"),
+            ("GET", "/v1/lookup_tables", "", 200, r#"[{"id":"t","entries":1}]"#),
+            ("GET", "/v1/lookup_tables/t", "", 200, r#"{"id":"t","entries":1}"#),
+            ("GET", "/v1/lookup_tables/u", "", 404, "lookup table[u] not found"),
+            ("GET", "/v1/lookup_tables/t/k", "", 200, r#""tls":{}"#),
+            ("GET", "/v1/lookup_tables/t/l", "", 404, "lookup entry[l] not found"),
             ("GET", "/v1/rejected", "", 200, r#"{"pointer":"/uri","error":"write a path"}"#),
             ("GET", "/v1/config", "", 200, r#""revision":1,"applied_revision":7"#),
             ("GET", "/v1/revisions", "", 200, r#""author":"ann","key":"consumers/jack""#),

@@ -30,6 +30,7 @@ use crate::endpoint::{Endpoint, Handler, admin_tls};
 use crate::explain::{self, Question, Rules};
 use crate::instance::Instance;
 use crate::live::{Applied, Checker, HealthCounter, LiveState, NodeHealth, Readiness};
+use crate::lookup_tables::Lookups;
 use crate::running::Running;
 use crate::settings;
 use crate::status::Status;
@@ -66,6 +67,7 @@ impl Interfaces {
         };
         let state = Arc::new(State {
             stage: AtomicU8::new(STARTING),
+            lookups: running.configuration().compiler.lookups().clone(),
             running: running.clone(),
             rules: settings::rules(process),
             provider: provider(process),
@@ -205,6 +207,7 @@ const BREAKER: &str = "breaker";
 struct State {
     stage: AtomicU8,
     running: Running,
+    lookups: Lookups,
     rules: Rules,
     provider: &'static str,
     /// Stands before the keys of objects: `/apisix`.
@@ -240,6 +243,7 @@ impl State {
         }
         drop(configuration);
         self.collect_nodes(prefix, out);
+        self.collect_lookups(out);
         out.family("", &names::CONFIG_REJECTED_ITEMS);
         for kind in Kind::ALL {
             let count = rejected.iter().filter(|other| **other == kind).count();
@@ -249,6 +253,40 @@ impl State {
 }
 
 impl State {
+    /// Lookup tables and their lists.
+    fn collect_lookups(&self, out: &mut Exposition) {
+        let views = self.lookups.views();
+        if views.is_empty() {
+            return;
+        }
+        out.family("", &names::LOOKUP_ENTRIES);
+        for view in &views {
+            out.sample("", names::LOOKUP_ENTRIES.name, [("table", view.table.id())], view.counts.0);
+        }
+        out.family("", &names::LOOKUP_ACTIVE_ENTRIES);
+        for view in &views {
+            out.sample("", names::LOOKUP_ACTIVE_ENTRIES.name, [("table", view.table.id())], view.counts.1);
+        }
+        let listed = || views.iter().filter_map(|view| Some((view, view.stale_since?)));
+        if listed().next().is_none() {
+            return;
+        }
+        out.family("", &names::LOOKUP_LIST_STALE_SINCE);
+        for (view, stale) in listed() {
+            let since = stale.map_or(0, |since| {
+                since.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs().max(1)
+            });
+            out.sample("", names::LOOKUP_LIST_STALE_SINCE.name, [("table", view.table.id())], since);
+        }
+        out.family("", &names::LOOKUP_FETCHES_TOTAL);
+        for (view, _) in listed() {
+            for (outcome, count) in [("good", view.fetches.0), ("failed", view.fetches.1)] {
+                let labels = [("table", view.table.id()), ("outcome", outcome)];
+                out.sample("", names::LOOKUP_FETCHES_TOTAL.name, labels, count);
+            }
+        }
+    }
+
     /// What is thought of nodes.
     fn collect_nodes(&self, prefix: &str, out: &mut Exposition) {
         let checkers = self.health();
@@ -402,6 +440,14 @@ impl LiveState for State {
             tracing::info!(zone, "a zone of the cache was emptied");
         }
         purged
+    }
+
+    fn lookup_tables(&self, id: Option<&str>) -> Vec<Value> {
+        self.lookups.shown(id)
+    }
+
+    fn lookup_entry(&self, id: &str, key: &str) -> Option<Value> {
+        self.lookups.shown_entry(id, key)
     }
 
     fn reload_plugins(&self) {

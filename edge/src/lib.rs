@@ -14,6 +14,7 @@ mod instance;
 mod interfaces;
 pub mod live;
 mod lookup;
+pub mod lookup_tables;
 pub mod merge;
 pub mod offline;
 mod running;

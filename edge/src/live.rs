@@ -48,6 +48,12 @@ pub trait LiveState: Send + Sync + 'static {
     /// Forget everything in such a zone. False if it is not in use.
     fn purge_cache(&self, zone: &str) -> bool;
 
+    /// Lookup tables, or the one of this id, with their lists.
+    fn lookup_tables(&self, id: Option<&str>) -> Vec<Value>;
+
+    /// What a request with this key would meet in a lookup table; nothing if it is unknown.
+    fn lookup_entry(&self, id: &str, key: &str) -> Option<Value>;
+
     /// Read the list of plugins again.
     fn reload_plugins(&self);
 }

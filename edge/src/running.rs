@@ -159,6 +159,12 @@ impl Running {
         }
     }
 
+    /// Compiles these objects again, because something that is not in the graph has changed. Blocks.
+    pub fn again(&self, changed: Vec<ResourceKey>) {
+        let revision = self.progress.borrow().revision;
+        self.compile(changed, revision);
+    }
+
     fn take(&self, event: StoreEvent, changed: &mut Vec<ResourceKey>, revision: &mut Option<u64>) {
         let catalog = &*self.catalog;
         match event {

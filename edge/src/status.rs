@@ -113,6 +113,14 @@ mod tests {
             zone == "memory_cache"
         }
 
+        fn lookup_tables(&self, _: Option<&str>) -> Vec<Value> {
+            Vec::new()
+        }
+
+        fn lookup_entry(&self, _: &str, _: &str) -> Option<Value> {
+            None
+        }
+
         fn reload_plugins(&self) {}
     }
 

@@ -97,6 +97,12 @@ reasons! {
     Overloaded "overloaded" 503 Gateway "connection_limit_reached",
     /// The matched route has no upstream.
     NoUpstream "no_upstream" 503 Gateway "proxy_configuration_error",
+    /// The lookup table has no entry for the request's key.
+    LookupUnknown "lookup_unknown" 404 Client "destination_not_found",
+    /// The lookup table is not there, or its list has not been fetched yet, and no entry of it fits.
+    LookupNotReady "lookup_not_ready" 503 Gateway "destination_unavailable",
+    /// The entry of the lookup table was set aside because it is wrong.
+    LookupRefused "lookup_refused" 503 Gateway "proxy_configuration_error",
     /// The upstream that the route names does not exist.
     UpstreamMissing "upstream_missing" 502 Gateway "proxy_configuration_error",
     /// The upstream has no nodes.

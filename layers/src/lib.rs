@@ -14,6 +14,7 @@ pub mod exchange;
 pub mod http;
 pub mod limits;
 pub mod local;
+pub mod lookup;
 pub mod plugin;
 pub mod rescue;
 pub mod route;

@@ -57,6 +57,9 @@ fn http(reason: Reason) -> Response<Body> {
         Reason::RouteNotFound | Reason::ServiceNotFound => {
             ("text/plain; charset=utf-8", Body::from("{\"error_msg\":\"404 Route Not Found\"}\n"))
         }
+        Reason::LookupUnknown => {
+            ("text/plain; charset=utf-8", Body::from("{\"error_msg\":\"404 Unknown Lookup Key\"}\n"))
+        }
         _ => ("text/html; charset=utf-8", Body::from(page(status))),
     };
     let mut response = Response::new(body);

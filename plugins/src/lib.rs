@@ -74,6 +74,7 @@ plugins! {
     ua_restriction::UaRestriction,
     udp_logger::UdpLogger,
     uri_blocker::UriBlocker,
+    upstream_lookup::UpstreamLookup,
 }
 
 /// Every plugin, by priority, the highest first, as they run.

@@ -25,6 +25,7 @@ use crate::store::standalone::Standalone;
 
 pub mod auth;
 pub mod configs;
+mod lookup;
 pub mod patch;
 pub(crate) mod plugins;
 pub mod query;
@@ -41,6 +42,8 @@ pub(crate) use resource::redact;
 
 /// Largest body of a request about one resource, in bytes: that of APISIX.
 pub const MAX_BODY: usize = 3 << 19;
+/// Largest body of a request about many entries of a lookup table, in bytes.
+pub const MAX_MANY: usize = 64 << 20;
 /// Largest body of a request about a whole configuration, in bytes.
 pub const MAX_CONFIGS: usize = 256 << 20;
 /// How much of a body that is not JSON goes back into the error.
@@ -158,7 +161,8 @@ impl Admin {
             return Err(no_route());
         }
         let is_write = matches!(*method, Method::PUT | Method::POST | Method::PATCH);
-        let content = if is_write { read(body, &parts.headers, MAX_BODY).await? } else { Bytes::new() };
+        let limit = if is_many(path) { MAX_MANY } else { MAX_BODY };
+        let content = if is_write { read(body, &parts.headers, limit).await? } else { Bytes::new() };
         if let ("plugins", Some("reload")) = (first, path.get(1).map(String::as_str)) {
             return self.reload(method);
         }
@@ -184,8 +188,7 @@ impl Admin {
         let Some((first, rest)) = path.split_first() else { return Err(Reply::not_found()) };
         let unsupported =
             || Reply::error(StatusCode::NOT_FOUND, format!("Unsupported resource type: {first}"));
-        let kind =
-            Kind::from_segment(first).filter(|kind| *kind != Kind::Credential).ok_or_else(unsupported)?;
+        let kind = Kind::from_segment(first).filter(|kind| kind.folder() == *kind).ok_or_else(unsupported)?;
         if self.standalone.is_some() {
             let message =
                 "the provider is yaml: read and write the whole configuration by /apisix/admin/configs";
@@ -194,11 +197,18 @@ impl Admin {
         if kind == Kind::StreamRoute && !self.stream {
             return Err(Reply::bad_request("stream mode is disabled, can not add stream routes"));
         }
-        let in_consumer: Vec<String>;
+        let in_owner: Vec<String>;
         let (kind, path) = match (kind, rest) {
             (Kind::Consumer, [username, child, tail @ ..]) if child == "credentials" => {
-                in_consumer = [std::slice::from_ref(username), tail].concat();
-                (Kind::Credential, in_consumer.as_slice())
+                in_owner = [std::slice::from_ref(username), tail].concat();
+                (Kind::Credential, in_owner.as_slice())
+            }
+            (Kind::LookupTable, [table, child]) if child == "entries" && *method == Method::PATCH => {
+                return self.lookup_entries(table, body, identity).await;
+            }
+            (Kind::LookupTable, [table, child, tail @ ..]) if child == "entries" => {
+                in_owner = [std::slice::from_ref(table), tail].concat();
+                (Kind::LookupEntry, in_owner.as_slice())
             }
             (Kind::Consumer, [_, child, ..]) => {
                 return Err(Reply::error(
@@ -220,6 +230,11 @@ impl Admin {
         (self.reload_plugins)();
         Ok(Reply::with(StatusCode::OK, "text/plain", "done"))
     }
+}
+
+/// Whether the path is that of all entries of a lookup table.
+fn is_many(path: &[String]) -> bool {
+    matches!(path, [kind, _, child] if kind == Kind::LookupTable.segment() && child == "entries")
 }
 
 /// The segments of a path, decoded one by one, so that an encoded slash separates nothing. Empty ones at the

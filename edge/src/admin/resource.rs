@@ -45,6 +45,8 @@ pub(super) fn title(kind: Kind) -> &'static str {
         Kind::PluginConfig => "plugin config",
         Kind::GlobalRule => "global rule",
         Kind::StreamRoute => "stream route",
+        Kind::LookupTable => "lookup table",
+        Kind::LookupEntry => "lookup entry",
         other => other.singular(),
     }
 }
@@ -52,9 +54,11 @@ pub(super) fn title(kind: Kind) -> &'static str {
 /// The methods a kind has, for the `Allow` header.
 fn methods(kind: Kind) -> &'static str {
     match kind {
-        Kind::Route | Kind::Service | Kind::Upstream | Kind::Ssl => "GET, PUT, POST, PATCH, DELETE",
+        Kind::Route | Kind::Service | Kind::Upstream | Kind::Ssl | Kind::LookupTable => {
+            "GET, PUT, POST, PATCH, DELETE"
+        }
         Kind::Consumer | Kind::Credential | Kind::PluginMetadata => "GET, PUT, DELETE",
-        Kind::ConsumerGroup | Kind::PluginConfig | Kind::GlobalRule | Kind::Secret => {
+        Kind::ConsumerGroup | Kind::PluginConfig | Kind::GlobalRule | Kind::Secret | Kind::LookupEntry => {
             "GET, PUT, PATCH, DELETE"
         }
         Kind::Proto | Kind::StreamRoute => "GET, PUT, POST, DELETE",
@@ -95,10 +99,10 @@ impl Admin {
         let page = Page::parse(call.query)?;
         let mut list = self.store.list(call.kind).await?;
         match (call.kind, call.path.first()) {
-            (Kind::Credential, Some(username)) => {
-                let consumer = ResourceKey::new(Kind::Consumer, username.as_str());
-                list.retain(|item| item.key.consumer().as_ref() == Some(&consumer));
-                if list.is_empty() && self.store.get(&consumer).await?.is_none() {
+            (Kind::Credential | Kind::LookupEntry, Some(owner)) => {
+                let owner = ResourceKey::new(call.kind.folder(), owner.as_str());
+                list.retain(|item| item.key.owner().as_ref() == Some(&owner));
+                if list.is_empty() && self.store.get(&owner).await?.is_none() {
                     return Err(Reply::not_found());
                 }
             }
@@ -229,6 +233,7 @@ impl Admin {
                 | Kind::Proto
                 | Kind::StreamRoute
                 | Kind::Consumer
+                | Kind::LookupTable
         );
         let _order = if referred {
             Order::Alone(self.order.write().await)
@@ -273,6 +278,11 @@ impl Admin {
         {
             return Err(Reply::error(StatusCode::NOT_FOUND, "consumer not found"));
         }
+        if let Some(table) = key.lookup_table()
+            && self.store.get(&table).await?.is_none()
+        {
+            return Err(Reply::error(StatusCode::NOT_FOUND, "lookup table not found"));
+        }
         if let Resource::GlobalRule(rule) = &resource {
             for other in self.store.list(Kind::GlobalRule).await? {
                 let plugins = other.parse().ok().and_then(|mut value| Some(value.get_mut("plugins")?.take()));
@@ -291,7 +301,12 @@ impl Admin {
         Ok((key, resource))
     }
 
-    async fn check_reference(&self, kind: Kind, pointer: &str, target: &ResourceKey) -> Result<(), Reply> {
+    pub(super) async fn check_reference(
+        &self,
+        kind: Kind,
+        pointer: &str,
+        target: &ResourceKey,
+    ) -> Result<(), Reply> {
         let what = title(target.kind);
         let failed = |why: &str| {
             let message = format!("failed to fetch {what} info by {what} id [{}], {why}", target.id);
@@ -324,6 +339,7 @@ impl Admin {
             // As APISIX writes it, without a space.
             Kind::Proto => "this proto,",
             Kind::StreamRoute => "this stream route directly, ",
+            Kind::LookupTable => "this lookup table, ",
             _ => return Ok(None),
         };
         for (kind, name) in users(target.kind) {
@@ -369,8 +385,8 @@ impl Call<'_> {
     /// The id in the path, and what follows it.
     fn id(&self) -> (Option<String>, String) {
         let named = match self.kind {
-            // The consumer's name, or the manager, comes first.
-            Kind::Credential | Kind::Secret => 2,
+            // The consumer's name, the manager or the table comes first.
+            Kind::Credential | Kind::Secret | Kind::LookupEntry => 2,
             _ => 1,
         };
         let id = self.path.get(named - 1).cloned();
@@ -387,6 +403,7 @@ impl Call<'_> {
         let first = self.path.first().map_or("", String::as_str);
         match self.kind {
             Kind::Credential => ResourceKey::parse(self.kind, &format!("{first}/credentials/{id}")),
+            Kind::LookupEntry => ResourceKey::parse(self.kind, &format!("{first}/entries/{id}")),
             Kind::Secret => ResourceKey::parse(self.kind, &format!("{first}/{id}")),
             kind => ResourceKey::parse(kind, id),
         }
@@ -469,6 +486,13 @@ fn value_of(key: &ResourceKey, resource: Resource) -> Value {
     value
 }
 
+/// As it is stored when it is written now.
+pub(super) fn stored_value(key: &ResourceKey, resource: Resource) -> Value {
+    let mut value = value_of(key, resource);
+    set_times(&mut value, None, None);
+    value
+}
+
 fn set_times(value: &mut Value, created: Option<u64>, updated: Option<u64>) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     if let Some(object) = value.as_object_mut() {
@@ -495,6 +519,16 @@ fn users(target: Kind) -> &'static [(Kind, &'static str)] {
             (Kind::ConsumerGroup, "consumer_group"),
             (Kind::GlobalRule, "global_rules"),
             (Kind::StreamRoute, "stream_route"),
+            (Kind::LookupTable, "lookup_table"),
+            (Kind::LookupEntry, "lookup_entry"),
+        ],
+        Kind::LookupTable => &[
+            (Kind::Route, "route"),
+            (Kind::Service, "service"),
+            (Kind::PluginConfig, "plugin_config"),
+            (Kind::GlobalRule, "global_rule"),
+            (Kind::Consumer, "consumer"),
+            (Kind::ConsumerGroup, "consumer_group"),
         ],
         Kind::Service => &[(Kind::Route, "route"), (Kind::StreamRoute, "stream_route")],
         Kind::PluginConfig => &[(Kind::Route, "route")],
@@ -520,6 +554,7 @@ fn refers(item: &Stored, target: &ResourceKey) -> Option<By> {
         Kind::ConsumerGroup => "group_id",
         Kind::Proto => "proto_id",
         Kind::StreamRoute => "superior_id",
+        Kind::LookupTable => "table",
         _ => return None,
     };
     let contains = |text: &str| memchr::memmem::find(&item.value, text.as_bytes()).is_some();
@@ -529,6 +564,10 @@ fn refers(item: &Stored, target: &ResourceKey) -> Option<By> {
     let value = item.parse().ok()?;
     let is_target = |id: Option<&Value>| id.is_some_and(|id| same_id(id, &target.id));
     if is_target(value.get(field)) || is_target(value.pointer("/protocol").and_then(|is| is.get(field))) {
+        return Some(By::Field);
+    }
+    let entries = value.get("entries").and_then(Value::as_object);
+    if entries.is_some_and(|entries| entries.values().any(|entry| is_target(entry.get(field)))) {
         return Some(By::Field);
     }
     let plugins = value.get("plugins")?;
@@ -542,7 +581,11 @@ fn refers(item: &Stored, target: &ResourceKey) -> Option<By> {
         target.kind == Kind::Proto
             && is_target(plugins.pointer("/grpc-transcode").and_then(|is| is.get(field)))
     };
-    (split() || transcode()).then_some(By::Plugin)
+    let lookup = || {
+        target.kind == Kind::LookupTable
+            && is_target(plugins.pointer("/upstream-lookup").and_then(|is| is.get(field)))
+    };
+    (split() || transcode() || lookup()).then_some(By::Plugin)
 }
 
 /// Take out what nobody may read back: private keys.

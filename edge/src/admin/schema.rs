@@ -69,6 +69,9 @@ fn id_of(kind: Kind, body: &Value) -> String {
         Kind::Credential => {
             text("id").filter(|id| id.contains('/')).unwrap_or("user/credentials/id".to_owned())
         }
+        Kind::LookupEntry => {
+            text("id").filter(|id| id.contains('/')).unwrap_or("table/entries/key".to_owned())
+        }
         Kind::Secret => text("id").filter(|id| id.contains('/')).unwrap_or_else(|| manager_of(body)),
         _ => text("id").unwrap_or_else(|| "unnamed".to_owned()),
     }

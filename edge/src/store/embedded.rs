@@ -678,9 +678,9 @@ impl Batch<'_, '_> {
 
     fn delete_with_children(&mut self, key: &ResourceKey, author: &str) -> Result<Vec<Change>, redb::Error> {
         let mut changes = Vec::new();
-        if key.kind == Kind::Consumer {
-            let (from, to) = (format!("{key}/credentials/"), format!("{key}/credentials0"));
-            let children = collect(&self.tables.items, Kind::Credential, (from.as_str(), to.as_str()))?;
+        if let Some((kind, word)) = key.kind.children() {
+            let (from, to) = (format!("{key}/{word}/"), format!("{key}/{word}0"));
+            let children = collect(&self.tables.items, kind, (from.as_str(), to.as_str()))?;
             for child in children {
                 changes.extend(self.delete(&child.key, author)?);
             }
@@ -810,10 +810,9 @@ fn decode(key: ResourceKey, bytes: &[u8]) -> Option<Stored> {
     })
 }
 
-/// The keys of a kind: from its segment and `/` to its segment and the character after `/`. Credentials live
-/// among the consumers.
+/// The keys of a kind: from the segment of its folder and `/` to that and the character after `/`.
 fn range(kind: Kind) -> (String, String) {
-    let kind = if kind == Kind::Credential { Kind::Consumer } else { kind };
+    let kind = kind.folder();
     (format!("{}/", kind.segment()), format!("{}0", kind.segment()))
 }
 

@@ -234,9 +234,7 @@ impl Store for Etcd {
 
     fn list(&self, kind: Kind) -> BoxFuture<'_, Result<Vec<Stored>, StoreError>> {
         Box::pin(async move {
-            // Credentials live among the consumers.
-            let folder = if kind == Kind::Credential { Kind::Consumer } else { kind };
-            let prefix = &format!("{}/{}/", self.shared.settings.prefix, folder.segment());
+            let prefix = &format!("{}/{}/", self.shared.settings.prefix, kind.folder().segment());
             let shared = &*self.shared;
             let listing = shared.call(|client| async move { list(&client, shared, prefix).await });
             let mut items = listing.await?.items;
@@ -306,9 +304,9 @@ impl Store for Etcd {
             let name = &self.shared.name(key);
             let answer = self.shared.call(|mut client| async move {
                 let mut operations = vec![TxnOp::delete(name.as_str(), None)];
-                if key.kind == Kind::Consumer {
+                if let Some((_, word)) = key.kind.children() {
                     let all = DeleteRange::new().with_prefix();
-                    operations.push(TxnOp::delete(format!("{name}/credentials/"), Some(all)));
+                    operations.push(TxnOp::delete(format!("{name}/{word}/"), Some(all)));
                 }
                 client.txn(Txn::new().and_then(operations)).await
             });
@@ -429,7 +427,7 @@ impl Shared {
             return false;
         }
         let mut gone = vec![key.clone()];
-        let children = mirror.kept.iter().filter(|kept| kept.consumer().as_ref() == Some(key));
+        let children = mirror.kept.iter().filter(|kept| kept.owner().as_ref() == Some(key));
         gone.extend(children.cloned());
         let modified_index = mirror.revision;
         for key in &gone {

@@ -196,7 +196,7 @@ impl Shared {
 /// The kind whose list an object stands in.
 #[must_use]
 pub fn list_of(kind: Kind) -> Kind {
-    if kind == Kind::Credential { Kind::Consumer } else { kind }
+    kind.folder()
 }
 
 impl State {

@@ -340,6 +340,20 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Sees whether a cluster could be built, without one.
+    ///
+    /// # Errors
+    /// As [`Cluster::build`].
+    pub fn check(
+        upstream: &Upstream,
+        client: Option<ClientPem>,
+        env: &ClusterEnv,
+    ) -> Result<(), ConfigError> {
+        Settings::compile(upstream, client.as_ref(), env, None)?;
+        nodes(upstream)?;
+        Ok(())
+    }
+
     /// Takes in an edit of the upstream. Endpoints that stay keep what is known of them.
     ///
     /// # Errors
