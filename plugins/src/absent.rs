@@ -94,11 +94,11 @@ const NOT_YET: &[(&str, &str)] = &[
     ("sls-logger", ACCESS_LOG),
     ("splunk-hec-logging", ACCESS_LOG),
     ("tencent-cloud-cls", ACCESS_LOG),
-    ("traffic-label", "`traffic-split` divides requests by weight"),
     ("ua-restriction", "a route's `vars` on `http_user_agent` can choose requests"),
     ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
     ("wolf-rbac", AUTHENTICATION),
     ("workflow", "several routes with `vars` can do what its cases do"),
+    ("zipkin", METRICS),
 ];
 
 /// What to do about a name, if it is known.

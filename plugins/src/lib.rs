@@ -69,12 +69,14 @@ plugins! {
     server_info::ServerInfo,
     syslog::Syslog,
     tcp_logger::TcpLogger,
+    traffic_label::TrafficLabel,
     traffic_split::TrafficSplit,
     zipkin::Zipkin,
     ua_restriction::UaRestriction,
     udp_logger::UdpLogger,
     uri_blocker::UriBlocker,
     upstream_lookup::UpstreamLookup,
+    workflow::Workflow,
 }
 
 /// Every plugin, by priority, the highest first, as they run.

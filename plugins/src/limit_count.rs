@@ -241,6 +241,13 @@ fn interval(config: &Config) -> Result<Option<Duration>, ConfigError> {
     Duration::try_from_secs_f64(seconds).map(Some).map_err(|_| error("write fewer seconds"))
 }
 
+impl Config {
+    /// Whether counts are shared with other objects.
+    pub(crate) fn has_group(&self) -> bool {
+        self.group.is_some()
+    }
+}
+
 impl LimitCount {
     /// A limit of `place`, which names the object that holds the settings.
     pub(crate) fn new(
@@ -613,6 +620,11 @@ mod tests {
             (json!({"group": "g", "rules": [rule]}), "exclude each other"),
             (json!({"rules": [rule, rule]}), "/rules/1/key: an element is written twice"),
             (json!({"count": 1, "time_window": 1, "rejected_code": 199}), "/rejected_code"),
+            (json!({"rules": []}), "/rules"),
+            (
+                json!({"count": 1, "time_window": 1, "policy": "redis-cluster", "redis_cluster_name": "c", "redis_cluster_nodes": []}),
+                "/redis_cluster_nodes",
+            ),
             (json!({"count": 1, "time_window": 1, "policy": "memcached"}), "/policy"),
             (json!({"count": 1, "time_window": 1, "policy": "redis"}), "`redis_host` is missing"),
             (

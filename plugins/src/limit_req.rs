@@ -348,6 +348,7 @@ mod tests {
         let cases = [
             (json!({}), "none of `rate`, `rules`"),
             (json!({"rate": 1, "key": "a"}), "`burst` is missing"),
+            (json!({"rules": []}), "/rules"),
             (json!({"rate": 0, "burst": 0, "key": "a"}), "/rate"),
             (json!({"rate": 1, "burst": -1, "key": "a"}), "/burst"),
             (json!({"rate": 1, "burst": 0, "key": "a", "key_type": "constant"}), "/key_type"),

@@ -93,7 +93,7 @@ impl<T> CompiledRule<T> {
 
 /// Deals out requests by weight, in an order that repeats: whatever stretch of one period is looked at, everybody has
 /// got his weight.
-struct Shares {
+pub(crate) struct Shares {
     order: Order,
     number: AtomicU64,
 }
@@ -113,7 +113,8 @@ enum Order {
 const PERIOD: u64 = 4096;
 
 impl Shares {
-    fn new(weights: impl Iterator<Item = u32>) -> Self {
+    /// Dealt out in proportion to the weights.
+    pub(crate) fn new(weights: impl Iterator<Item = u32>) -> Self {
         let weights: Vec<u64> = weights.map(u64::from).collect();
         let common = weights.iter().fold(0, |common, weight| divisor(common, *weight)).max(1);
         let weights: Vec<u64> = weights.iter().map(|weight| weight / common).collect();
@@ -136,7 +137,8 @@ impl Shares {
     }
 
     /// The entry of the next request; nothing when nobody gets a share.
-    fn next(&self) -> Option<usize> {
+    /// Whose turn it is; nobody's if there are no weights.
+    pub(crate) fn next(&self) -> Option<usize> {
         // Relaxed: numbers must differ, their order among workers does not matter.
         let number = || self.number.fetch_add(1, Ordering::Relaxed);
         match &self.order {

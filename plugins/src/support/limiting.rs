@@ -305,6 +305,11 @@ impl Answers {
     }
 }
 
+/// An empty list where an element is needed: types of settings do not say so.
+pub fn at_least_one(pointer: &str) -> ConfigError {
+    ConfigError::invalid(pointer, "the list is empty: write at least one element")
+}
+
 /// Errors of settings that have both a limit of their own and `rules`, neither, or only parts. `own` are the fields of
 /// the limit and whether they are there.
 pub fn check_rules<'k>(
@@ -329,6 +334,9 @@ pub fn check_rules<'k>(
             errors.push(ConfigError::new(format!("/rules/{index}/key"), ErrorKind::Duplicate));
         }
         seen.push(key);
+    }
+    if seen.is_empty() {
+        errors.push(at_least_one("/rules"));
     }
     errors
 }

@@ -202,6 +202,9 @@ impl Fields<'_> {
             Policy::RedisCluster => {
                 self.cluster_name.ok_or_else(|| missing("redis_cluster_name"))?;
                 let nodes = self.nodes.ok_or_else(|| missing("redis_cluster_nodes"))?;
+                if nodes.is_empty() {
+                    return Err(super::limiting::at_least_one("/redis_cluster_nodes"));
+                }
                 let nodes = nodes.iter().enumerate().map(|(index, node)| {
                     address(node).ok_or_else(|| {
                         ConfigError::invalid(
