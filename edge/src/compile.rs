@@ -240,6 +240,11 @@ const ORDER: [Kind; 12] = [
 ];
 
 impl Compiler {
+    /// The published consumers.
+    pub fn consumers(&self) -> &Consumers {
+        &self.env.consumers
+    }
+
     /// With nothing compiled yet.
     pub fn new(env: Env) -> Self {
         Self {

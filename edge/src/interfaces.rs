@@ -93,6 +93,7 @@ impl Interfaces {
                 store: opened.store.clone(),
                 catalog: running.catalog().clone(),
                 secrets: running.secrets().clone(),
+                consumers: running.configuration().compiler.consumers().clone(),
                 access,
                 prefix: prefix.clone(),
                 cors: settings.cors,

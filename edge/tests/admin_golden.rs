@@ -220,6 +220,7 @@ fn admin(text: &str, data_dir: &Path) -> Admin {
     };
     Admin::new(AdminParts {
         secrets: edge::secrets::Secrets::default(),
+        consumers: layers::consumer::Consumers::default(),
         store,
         catalog: Arc::new(Catalog),
         access: Access::new(&settings, data_dir).unwrap(),

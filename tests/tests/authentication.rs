@@ -480,3 +480,42 @@ async fn a_credential_that_is_taken_away_is_refused_soon() {
     edge.delete("consumers/jack/credentials/new").await;
     eventually("no secret holds", || async { (status(&edge, &two).await == 401).then_some(()) }).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_belongs_to_one_consumer() {
+    let origin = echo::start().await;
+    let edge = Edge::embedded().start().await;
+    let basic = |user: &str| json!({"basic-auth": {"username": user, "password": "word"}});
+    edge.put("consumers", json!({"username": "ann", "plugins": basic("foo")})).await;
+    edge.put("consumers", json!({"username": "ben"})).await;
+    edge.put("consumers/ben/credentials/c", json!({"plugins": basic("bar")})).await;
+    edge.put("routes/1", json!({"uri": "/*", "plugins": {"basic-auth": {}}, "upstream": origin.upstream()}))
+        .await;
+    for user in ["foo", "bar"] {
+        let call = || {
+            Call::get("/")
+                .header("authorization", &format!("Basic {}", STANDARD.encode(format!("{user}:word"))))
+        };
+        eventually("both are known", || async { (edge.send(call()).await.status == 200).then_some(()) })
+            .await;
+    }
+    let with = |name: &str, user: &str| json!({"username": name, "plugins": basic(user)});
+    for (path, body, status, other) in [
+        ("consumers", with("ann", "foo"), 200, ""),
+        ("consumers/ben/credentials/c", json!({"plugins": basic("bar")}), 200, ""),
+        ("consumers", with("cat", "foo"), 400, "ann"),
+        ("consumers", with("cat", "bar"), 400, "ben"),
+        ("consumers", with("ben", "bar"), 400, "ben"),
+        ("consumers/ben/credentials/d", json!({"plugins": basic("foo")}), 400, "ann"),
+        ("consumers", with("cat", "baz"), 201, ""),
+    ] {
+        let answer = edge.call_admin("PUT", path, Some(&body)).await.expect_status(status);
+        if status == 400 {
+            let told = format!("duplicate key found with consumer: {other}");
+            assert_eq!(answer.json(), json!({"error_msg": told}), "{path} {body}");
+        }
+    }
+    // What was taken away a moment ago is free.
+    edge.delete("consumers/ann").await;
+    edge.call_admin("PUT", "consumers", Some(&with("dan", "foo"))).await.expect_status(201);
+}

@@ -16,6 +16,7 @@ use http::header::{
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Body;
 use http_body_util::{BodyExt, Limited};
+use layers::consumer::Consumers;
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
@@ -62,6 +63,8 @@ pub struct AdminParts {
     pub catalog: Arc<dyn PluginCatalog>,
     /// What references to secrets are looked up in.
     pub secrets: Secrets,
+    /// The consumers that requests are recognised as now.
+    pub consumers: Consumers,
     /// Who may use it.
     pub access: Access,
     /// What keys begin with in answers, without a slash at the end: `/apisix`.
@@ -81,6 +84,7 @@ pub struct Admin {
     store: Arc<dyn Store>,
     catalog: Arc<dyn PluginCatalog>,
     secrets: Secrets,
+    consumers: Consumers,
     access: Access,
     prefix: String,
     cors: bool,
@@ -95,10 +99,32 @@ impl Admin {
     /// An Admin API on top of its parts.
     #[must_use]
     pub fn new(parts: AdminParts) -> Admin {
-        let AdminParts { store, catalog, secrets, access, prefix, cors, stream, standalone, reload_plugins } =
-            parts;
+        let AdminParts {
+            store,
+            catalog,
+            secrets,
+            consumers,
+            access,
+            prefix,
+            cors,
+            stream,
+            standalone,
+            reload_plugins,
+        } = parts;
         let order = tokio::sync::RwLock::new(());
-        Admin { store, catalog, secrets, access, prefix, cors, stream, standalone, reload_plugins, order }
+        Admin {
+            store,
+            catalog,
+            secrets,
+            consumers,
+            access,
+            prefix,
+            cors,
+            stream,
+            standalone,
+            reload_plugins,
+            order,
+        }
     }
 
     /// Answer one request of `peer`. Never fails: whatever goes wrong is an answer.

@@ -4,6 +4,7 @@
 //! may refer to, and writes that must be alone, exclude other writes, so that a reference that was checked
 //! still stands when the answer is given; everything else runs side by side.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use config::graph::Item;
@@ -283,6 +284,9 @@ impl Admin {
         {
             return Err(Reply::error(StatusCode::NOT_FOUND, "lookup table not found"));
         }
+        if let Some(other) = self.other_with_its_key(&key, &resource).await? {
+            return Err(Reply::bad_request(format!("duplicate key found with consumer: {other}")));
+        }
         if let Resource::GlobalRule(rule) = &resource {
             for other in self.store.list(Kind::GlobalRule).await? {
                 let plugins = other.parse().ok().and_then(|mut value| Some(value.get_mut("plugins")?.take()));
@@ -299,6 +303,42 @@ impl Admin {
             }
         }
         Ok((key, resource))
+    }
+
+    /// The consumer that a key of this consumer or credential already belongs to. As in APISIX it is looked up among
+    /// those in use, so of two writes at the same time both may get through; requests are then recognised as the first
+    /// in the order of their ids.
+    async fn other_with_its_key(
+        &self,
+        key: &ResourceKey,
+        resource: &Resource,
+    ) -> Result<Option<Arc<str>>, StoreError> {
+        if !matches!(key.kind, Kind::Consumer | Kind::Credential) {
+            return Ok(None);
+        }
+        for (plugin, settings) in resource.plugins().into_iter().flat_map(|plugins| plugins.iter()) {
+            let registration = plugins::registrations().iter().find(|known| known.name == plugin);
+            let Some((extras, name)) = registration.map(|known| ((known.extras)(), known.name)) else {
+                continue;
+            };
+            let Some(own) = extras.consumer_key(settings) else { continue };
+            let Some(known) = self.consumers.find(name, &own) else { continue };
+            let owner = match &known.credential_id {
+                Some(id) => ResourceKey::new(Kind::Credential, format!("{}/credentials/{id}", known.name)),
+                None => ResourceKey::new(Kind::Consumer, &*known.name),
+            };
+            // What was written a moment ago is in use a moment later: only what is still stored counts.
+            let stored = match self.store.get(&owner).await? {
+                Some(stored) if owner != *key => stored.parse()?,
+                _ => continue,
+            };
+            let stored = Resource::parse_with(&owner, &stored, &*self.catalog, &self.secrets).ok();
+            let theirs = stored.and_then(|stored| extras.consumer_key(stored.plugins()?.get(plugin)?));
+            if theirs.is_some_and(|theirs| theirs == own) {
+                return Ok(Some(known.name.clone()));
+            }
+        }
+        Ok(None)
     }
 
     pub(super) async fn check_reference(
