@@ -343,6 +343,22 @@ mod tests {
     }
 
     #[test]
+    fn no_change_of_a_token_is_signed_and_none_breaks_the_reader() {
+        let secret = b"secret";
+        let key = Key::secret(Algorithm::HS256, secret).unwrap();
+        let good = hs256(&json!({"alg": "HS256", "typ": "JWT"}), &json!({"key": "a", "exp": 1}), secret);
+        for at in 0..good.len() {
+            assert!(!is_valid(&good[..at], &key) && !is_valid(&good[at + 1..], &key), "cut at {at}");
+            for other in ["A", "z", "-", "_", ".", "=", "+", " ", "\0", "\u{e9}"] {
+                let changed = format!("{}{other}{}", &good[..at], &good[at + 1..]);
+                assert!(changed == good || !is_valid(&changed, &key), "{other:?} at {at}");
+                let longer = format!("{}{other}{}", &good[..at], &good[at..]);
+                assert!(!is_valid(&longer, &key), "{other:?} before {at}");
+            }
+        }
+    }
+
+    #[test]
     fn a_key_is_for_one_kind_of_algorithm() {
         let p256 = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
         let der = aws_lc_rs::encoding::AsDer::<aws_lc_rs::encoding::PublicKeyX509Der<'_>>::as_der(
