@@ -11,10 +11,13 @@ pub const HARMLESS: &[(&str, &str)] =
 const MISNOMERS: &[(&str, &str)] = &[
     ("uri-rewrite", "use `proxy-rewrite`"),
     ("request-rewrite", "use `proxy-rewrite`"),
-    ("coraza", "no web application firewall is offered yet; take it out"),
+    (
+        "coraza",
+        "no web application firewall is offered; `uri-blocker` and `request-validation` refuse some of what one would",
+    ),
     ("debug-logger", "ask `postern explain` what happens to a request, and take it out"),
     ("chash", "write `type: chash` into the upstream"),
-    ("oauth", "OAuth is not offered yet; use `key-auth`"),
+    ("oauth", "use `openid-connect`"),
 ];
 
 const AUTHENTICATION: &str = "`key-auth`, `basic-auth`, `jwt-auth` and `hmac-auth` authenticate";
@@ -42,8 +45,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("authz-keycloak", AUTHENTICATION),
     ("aws-lambda", ""),
     ("azure-functions", ""),
-    ("batch-requests", ""),
-    ("basic-auth", AUTHENTICATION),
     ("body-transformer", "`response-rewrite` with `filters` changes bodies of answers"),
     ("cas-auth", AUTHENTICATION),
     ("chaitin-waf", ""),
@@ -60,7 +61,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("ext-plugin-post-resp", ""),
     ("ext-plugin-pre-req", ""),
     ("feishu-auth", AUTHENTICATION),
-    ("forward-auth", AUTHENTICATION),
     ("gm", ""),
     ("google-cloud-logging", ACCESS_LOG),
     ("graphql-limit-count", "`limit-count` limits requests"),
@@ -96,6 +96,7 @@ const NOT_YET: &[(&str, &str)] = &[
     ("tencent-cloud-cls", ACCESS_LOG),
     ("ua-restriction", "a route's `vars` on `http_user_agent` can choose requests"),
     ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
+    ("traffic-label", "`traffic-split` divides requests by weight"),
     ("wolf-rbac", AUTHENTICATION),
     ("workflow", "several routes with `vars` can do what its cases do"),
     ("zipkin", METRICS),

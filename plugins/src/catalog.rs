@@ -156,6 +156,52 @@ mod tests {
     }
 
     #[test]
+    fn names_that_texts_about_apisix_use_are_answered_with_what_is_meant() {
+        let catalog = Catalog::default();
+        let upstream = |fields: Value| {
+            let mut upstream = json!({"nodes": {"127.0.0.1:80": 1}});
+            upstream.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            (Kind::Upstream, upstream)
+        };
+        let plugin = |name: &str| (Kind::Route, json!({"uri": "/", "plugins": {name: {}}}));
+        let cases = [
+            (plugin("uri-rewrite"), "/plugins/uri-rewrite", "use `proxy-rewrite`"),
+            (plugin("request-rewrite"), "/plugins/request-rewrite", "use `proxy-rewrite`"),
+            (plugin("coraza"), "/plugins/coraza", "no web application firewall"),
+            (plugin("debug-logger"), "/plugins/debug-logger", "`postern explain`"),
+            (plugin("chash"), "/plugins/chash", "`type: chash`"),
+            (plugin("oauth"), "/plugins/oauth", "`openid-connect`"),
+            (
+                upstream(json!({"checks": {"active": {"type": "redis"}}})),
+                "/checks/active/type",
+                "write one of `http`, `https`, `tcp`",
+            ),
+            (upstream(json!({"max_failures": 3})), "/max_failures", "`\"breaker\": {"),
+            (
+                upstream(json!({"checks": {"active": {"max_failures": 3}}})),
+                "/checks/active/max_failures",
+                "`\"breaker\": {",
+            ),
+            (
+                upstream(json!({"checks": {"active": {"half_open": 3}}})),
+                "/checks/active/half_open",
+                "`\"breaker\": {",
+            ),
+            (upstream(json!({"retry_conditions": ["timeout"]})), "/retry_conditions", "`\"retry\": {"),
+            (upstream(json!({"http_5xx": true})), "/http_5xx", "`\"retry\": {"),
+            (upstream(json!({"type": "rondom"})), "/type", "`random`"),
+        ];
+        for ((kind, value), pointer, words) in cases {
+            let errors = Resource::parse(&ResourceKey::new(kind, "1"), &value, &catalog).unwrap_err();
+            let told = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+            let here = errors.iter().find(|error| error.pointer == pointer);
+            assert!(here.is_some_and(|error| error.to_string().contains(words)), "{value}: {told}");
+        }
+        let (kind, random) = upstream(json!({"type": "random"}));
+        assert!(Resource::parse(&ResourceKey::new(kind, "1"), &random, &catalog).is_ok());
+    }
+
+    #[test]
     fn a_harmless_plugin_is_kept_as_it_is_written() {
         let plugins = json!({"proxy-buffering": {"disable_proxy_buffering": true}, "ai": {}});
         assert_eq!(route(plugins.clone(), &Catalog::default()).unwrap()["plugins"], plugins);

@@ -213,15 +213,32 @@ const ELSEWHERE: [(&[&str], &str); 5] = [
     ),
 ];
 
-/// Names that belong into one of the blocks, at the top of the upstream.
+/// Names that belong into one of the blocks, at the top of the upstream or among its health checks.
 pub(super) fn misplaced(upstream: &Map<String, Value>, at: &str, errors: &mut Vec<ConfigError>) {
-    for (names, instead) in ELSEWHERE {
-        for name in names.iter().filter(|name| upstream.contains_key(**name)) {
-            let what = format!("`{name}` at the top of an upstream");
-            let kind = ErrorKind::Unsupported { what, instead: instead.to_owned() };
-            errors.push(ConfigError::new(format!("{at}/{name}"), kind));
+    let places = [
+        (Some(upstream), "", "at the top of an upstream"),
+        (member(upstream, &["checks", "active"]), "/checks/active", "in `checks.active`"),
+        (member(upstream, &["checks", "passive"]), "/checks/passive", "in `checks.passive`"),
+    ];
+    for (members, under, place) in places {
+        let Some(members) = members else { continue };
+        for (names, instead) in ELSEWHERE {
+            for name in names.iter().filter(|name| members.contains_key(**name)) {
+                // There it is at home.
+                if *name == "unhealthy" && !under.is_empty() {
+                    continue;
+                }
+                let what = format!("`{name}` {place}");
+                let kind = ErrorKind::Unsupported { what, instead: instead.to_owned() };
+                errors.push(ConfigError::new(format!("{at}{under}/{name}"), kind));
+            }
         }
     }
+}
+
+/// The object at a path of members.
+fn member<'a>(of: &'a Map<String, Value>, path: &[&str]) -> Option<&'a Map<String, Value>> {
+    path.iter().try_fold(of, |of, name| of.get(*name)?.as_object())
 }
 
 #[cfg(test)]
