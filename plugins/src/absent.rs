@@ -98,8 +98,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
     ("traffic-label", "`traffic-split` divides requests by weight"),
     ("wolf-rbac", AUTHENTICATION),
-    ("workflow", "several routes with `vars` can do what its cases do"),
-    ("zipkin", METRICS),
 ];
 
 /// What to do about a name, if it is known.
