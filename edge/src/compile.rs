@@ -221,6 +221,21 @@ impl Upstreams for UpstreamsOf<'_> {
         self.used.borrow_mut().push(key);
         Ok(cluster)
     }
+
+    fn proto(&self, name: &str) -> Option<String> {
+        let content = |item: &Item| match &item.resource {
+            Resource::Proto(proto) => Some(proto.content.to_string()),
+            _ => None,
+        };
+        if let Some(item) = self.graph.get(&ResourceKey::new(Kind::Proto, name)) {
+            return content(item);
+        }
+        let named = |item: &&Arc<Item>| match &item.resource {
+            Resource::Proto(proto) => proto.name.as_deref() == Some(name),
+            _ => false,
+        };
+        self.graph.iter(Kind::Proto).find(named).and_then(|item| content(item))
+    }
 }
 
 /// The order in which kinds are compiled: what is referred to comes first.
@@ -356,6 +371,11 @@ impl Compiler {
                 }
                 // Routes hold the table and see its entries change.
                 Kind::LookupTable | Kind::LookupEntry => false,
+                // One definition may import another, which only compiling tells.
+                Kind::Proto => {
+                    waiting.extend(self.holders(graph, "grpc-transcode"));
+                    true
+                }
                 _ => true,
             };
             if !affected.insert(key.clone()) {

@@ -376,7 +376,7 @@ fn build_plugin<D: Definition>(
     D::build(parse_plugin::<D>(value)?, env, hooks).map_err(|error| vec![error])
 }
 
-/// Where plugins find upstreams of their own (`traffic-split`).
+/// Where plugins find other resources: upstreams of their own (`traffic-split`), definitions of services.
 pub trait Upstreams {
     /// The upstream resource of that id; it lives on through its edits.
     ///
@@ -389,6 +389,11 @@ pub trait Upstreams {
     /// # Errors
     /// It cannot work as it is written.
     fn inline(&self, name: &str, upstream: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError>;
+
+    /// The content of the proto resource with that id or name, if there is one.
+    fn proto(&self, _name: &str) -> Option<String> {
+        None
+    }
 }
 
 /// What a plugin may use while it is built.

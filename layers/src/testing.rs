@@ -122,15 +122,19 @@ where
 }
 
 /// Upstreams of a test: none by id; inline ones cannot be made.
-struct NoUpstreams;
+struct NoUpstreams<'a>(&'a [(&'static str, &'static str)]);
 
-impl Upstreams for NoUpstreams {
+impl Upstreams for NoUpstreams<'_> {
     fn by_id(&self, id: &str) -> Result<Arc<Cluster>, ConfigError> {
         Err(ConfigError::invalid("", format!("there is no upstream {id} in this test")))
     }
 
     fn inline(&self, name: &str, _: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError> {
         Err(ConfigError::invalid("", format!("{name}: there are no upstreams in this test")))
+    }
+
+    fn proto(&self, name: &str) -> Option<String> {
+        self.0.iter().find(|(id, _)| *id == name).map(|(_, content)| (*content).to_owned())
     }
 }
 
@@ -145,6 +149,8 @@ pub struct TestEnv {
     pub endpoints: Endpoints,
     /// The plugin's metadata.
     pub metadata: Option<Value>,
+    /// Proto resources: id and content.
+    pub protos: Vec<(&'static str, &'static str)>,
     /// The plugin's `plugin_attr`.
     pub attr: Option<Value>,
     /// Metrics.
@@ -170,7 +176,7 @@ impl TestEnv {
             carry: &self.carry,
             consumers: &self.consumers,
             endpoints: &self.endpoints,
-            upstreams: &NoUpstreams,
+            upstreams: &NoUpstreams(&self.protos),
             metrics: &self.metrics,
             control: &control,
             discovery: &Discovery::new(control.clone(), discovery::Settings::default()),

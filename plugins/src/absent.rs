@@ -65,8 +65,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("google-cloud-logging", ACCESS_LOG),
     ("graphql-limit-count", "`limit-count` limits requests"),
     ("graphql-proxy-cache", ""),
-    ("grpc-transcode", ""),
-    ("grpc-web", ""),
     ("http-dubbo", ""),
     ("inspect", "`postern explain` tells what happens to a request"),
     ("jwe-decrypt", ""),

@@ -9,6 +9,7 @@ pub mod consumer;
 pub mod credentials;
 pub mod doubles;
 pub mod encoding;
+pub mod grpc;
 pub mod headers;
 pub mod http_call;
 pub mod identity;
