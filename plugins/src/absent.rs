@@ -83,7 +83,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("openfunction", ""),
     ("openid-connect", AUTHENTICATION),
     ("openwhisk", ""),
-    ("proxy-mirror", ""),
     ("rocketmq-logger", ACCESS_LOG),
     ("saml-auth", AUTHENTICATION),
     ("serverless-post-function", "Lua does not run here"),

@@ -59,6 +59,7 @@ plugins! {
     proxy_buffering::ProxyBuffering,
     proxy_cache::ProxyCache,
     proxy_control::ProxyControl,
+    proxy_mirror::ProxyMirror,
     proxy_rewrite::ProxyRewrite,
     public_api::PublicApi,
     real_ip::RealIp,

@@ -74,6 +74,17 @@ impl Configuration {
     }
 }
 
+/// What became of copies of requests.
+#[derive(Debug, Default)]
+pub struct Mirrored {
+    /// They were answered, whatever the answer was.
+    pub sent: Counter,
+    /// They were not: no connection, no answer in time.
+    pub failed: Counter,
+    /// They were not made because there is no room for them, or a body is too large or did not come to its end.
+    pub dropped: Counter,
+}
+
 type Collector = Box<dyn Fn(&mut Exposition) + Send + Sync>;
 type DoorReader = Box<dyn Fn() -> Door + Send + Sync>;
 
@@ -90,6 +101,8 @@ pub struct Metrics {
     pub retries: Counter,
     /// Retries that the budget did not allow.
     pub retry_budget_exhausted: Counter,
+    /// Copies of requests, by what became of them.
+    pub mirrored: Mirrored,
     /// The configuration in use.
     pub configuration: Configuration,
     /// Requests by route, service and consumer: what the `prometheus` plugin counts.
@@ -190,6 +203,9 @@ impl Metrics {
         out.single("", &names::PANICS_TOTAL, self.panics.value());
         out.single("", &names::RETRIES_TOTAL, self.retries.value());
         out.single("", &names::RETRY_BUDGET_EXHAUSTED_TOTAL, self.retry_budget_exhausted.value());
+        let Mirrored { sent, failed, dropped } = &self.mirrored;
+        let outcomes = [("sent", sent.value()), ("failed", failed.value()), ("dropped", dropped.value())];
+        labelled(out, "", &names::MIRRORED_TOTAL, "outcome", outcomes);
         out.single("", &names::CONFIG_REVISION, self.configuration.revision.value());
         out.single("", &names::CONFIG_STALE_SINCE, self.configuration.stale_since.load(Ordering::Relaxed));
         out.single("", &names::CONFIG_RELOADS_TOTAL, self.configuration.published.value());

@@ -77,6 +77,7 @@ metrics! {
     RETRY_BUDGET_EXHAUSTED_TOTAL Counter "postern_retry_budget_exhausted_total" "Retries not made because the retry budget was used up.",
     NODE_BREAKER_STATE Gauge "postern_node_breaker_state" "State of a node's circuit breaker: 0 closed, 1 half-open, 2 open.",
     NODE_BREAKER_OPENED_TOTAL Counter "postern_node_breaker_opened_total" "How often a node's circuit breaker has opened.",
+    MIRRORED_TOTAL Counter "postern_mirrored_requests_total" "Copies of requests made by proxy-mirror, by what became of them.",
     LOOKUP_ENTRIES Gauge "postern_lookup_entries" "Entries of a lookup table.",
     LOOKUP_ACTIVE_ENTRIES Gauge "postern_lookup_active_entries" "Entries of a lookup table that are in use and hold connections and probes.",
     LOOKUP_LIST_STALE_SINCE Gauge "postern_lookup_list_stale_since_seconds" "Since when the fetched list of a lookup table is not confirmed, in seconds since 1970; 0 while it is current.",

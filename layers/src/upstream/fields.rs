@@ -85,7 +85,7 @@ pub(crate) fn takes_trailers(headers: &HeaderMap) -> bool {
 
 /// The fields of a request that go on to the upstream, in their order, without `Host` and `Content-Length`.
 /// `Expect` stays here: the client is told to go on when the upstream connection takes the body.
-pub(crate) fn forwarded(headers: &HeaderMap) -> HeaderMap {
+pub fn forwarded(headers: &HeaderMap) -> HeaderMap {
     let named = headers.contains_key(header::CONNECTION);
     // Two more for what the caller adds.
     let mut out = HeaderMap::with_capacity(headers.len() + 2);

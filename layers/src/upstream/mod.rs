@@ -7,7 +7,7 @@ pub mod cluster;
 pub(crate) mod connect;
 pub mod endpoint;
 pub mod ewma;
-pub(crate) mod fields;
+pub mod fields;
 pub mod forward;
 pub mod health;
 pub mod least_conn;

@@ -59,6 +59,8 @@ pub struct Settings {
     pub max_body: usize,
     /// Calls at once; what is more fails at once.
     pub in_flight: usize,
+    /// Speak HTTP/2 without asking first; otherwise only where TLS agrees on it.
+    pub http2: bool,
 }
 
 impl Default for Settings {
@@ -71,6 +73,7 @@ impl Default for Settings {
             idle: Duration::from_secs(60),
             max_body: 1 << 20,
             in_flight: 1024,
+            http2: false,
         }
     }
 }
@@ -210,6 +213,7 @@ impl Inner {
             .http1_max_buf_size(MAX_HEAD)
             .http1_max_headers(MAX_FIELDS)
             .http2_max_header_list_size(MAX_HEAD as u32)
+            .http2_only(settings.http2)
             .build(connector);
         let places = Arc::new(Semaphore::new(settings.in_flight));
         Self { client, control: control.clone(), settings, places }
