@@ -3,6 +3,7 @@
 //! Runs when the request is over, before every logger, and changes neither what the upstream gets nor what other
 //! plugins see before. A body that is not of the format of any rule, or too large to look into, is not told at all.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -23,6 +24,7 @@ use serde_json::Value;
 use crate::support::captures::{Replacement, Text};
 use crate::support::headers;
 use crate::support::json_path::JsonPath;
+use crate::support::log_entry::{Mask, Masked, Masks};
 
 /// Settings.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -108,6 +110,12 @@ pub enum Action {
 pub struct DataMask {
     query: Box<[(Box<str>, Change)]>,
     headers: Box<[(HeaderName, Change)]>,
+    /// Nothing is hidden of bodies where there is nothing.
+    body: Option<Arc<BodyRules>>,
+}
+
+/// What is hidden of bodies.
+struct BodyRules {
     json: Box<[(JsonPath, Change)]>,
     form: Box<[(Box<str>, Change)]>,
     max_body: u64,
@@ -216,14 +224,15 @@ fn compile(config: &Config) -> Result<DataMask, ConfigError> {
             }
         }
     }
-    Ok(DataMask {
-        query: query.into(),
-        headers: fields.into(),
-        json: json.into(),
-        form: form.into(),
-        max_body: config.max_body_size,
-        max_arguments: config.max_req_post_args as usize,
-    })
+    let body = (!json.is_empty() || !form.is_empty()).then(|| {
+        Arc::new(BodyRules {
+            json: json.into(),
+            form: form.into(),
+            max_body: config.max_body_size,
+            max_arguments: config.max_req_post_args as usize,
+        })
+    });
+    Ok(DataMask { query: query.into(), headers: fields.into(), body })
 }
 
 impl Hide for DataMask {
@@ -240,9 +249,25 @@ impl Hide for DataMask {
                 }
             }
         }
-        if let Some(body) = x.slot::<BufferedBody>().and_then(|body| self.masked_body(&body.bytes)) {
-            let kind = if self.json.is_empty() { None } else { Some("application/json") };
+        let Some(rules) = &self.body else { return };
+        if let Some(body) = x.slot::<BufferedBody>().and_then(|body| rules.masked(&body.bytes)) {
+            let kind = if rules.json.is_empty() { None } else { Some("application/json") };
             x.put_slot(BufferedBody::new(body, kind));
+        }
+        // The copies that loggers keep are theirs: they ask.
+        if let Some(masks) = x.slot_mut::<Masks>() {
+            masks.0.push(Rc::new(BodyMask(rules.clone())));
+        }
+    }
+}
+
+/// Hides parts of the body that a logger has kept.
+struct BodyMask(Arc<BodyRules>);
+
+impl Mask for BodyMask {
+    fn mask(&self, _: &State, shown: &mut Masked) {
+        if let Some(body) = shown.body.as_ref().and_then(|body| self.0.masked(body)) {
+            shown.body = Some(body);
         }
     }
 }
@@ -276,9 +301,12 @@ impl DataMask {
         PathAndQuery::try_from(masked).or_else(|_| PathAndQuery::try_from(path)).ok()
     }
 
+}
+
+impl BodyRules {
     /// What is told of a body; nothing if that is the body itself.
-    pub fn masked_body(&self, body: &Bytes) -> Option<Bytes> {
-        if self.json.is_empty() && self.form.is_empty() || body.is_empty() {
+    fn masked(&self, body: &Bytes) -> Option<Bytes> {
+        if body.is_empty() {
             return None;
         }
         if body.len() as u64 > self.max_body {
@@ -428,7 +456,8 @@ mod tests {
             (&json!({}), "a=1", None),
         ];
         for (rules, body, told) in cases {
-            let masked = mask(rules).masked_body(&Bytes::from(body.to_owned()));
+            let body_rules = mask(rules).body;
+            let masked = body_rules.and_then(|rules| rules.masked(&Bytes::from(body.to_owned())));
             assert_eq!(masked.as_deref(), told.map(str::as_bytes), "{body}");
         }
     }

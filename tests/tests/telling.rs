@@ -41,6 +41,40 @@ async fn what_is_masked_is_not_in_the_access_log_and_reaches_the_upstream() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn loggers_see_the_request_and_its_body_masked() {
+    let origin = echo::start().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("entries.log");
+    let plugins = json!({
+        "file-logger": {"path": file, "include_req_body": true},
+        "data-mask": {"request": [
+            {"type": "query", "name": "token", "action": "replace", "value": "*****"},
+            {"type": "header", "name": "Authorization", "action": "remove"},
+            {"type": "body", "body_format": "json", "name": "$.password", "action": "remove"},
+            {"type": "body", "body_format": "json", "name": "$.users[*].card", "action": "regex",
+             "regex": "^(\\d+)-.*$", "value": "$1-****"},
+        ]},
+    });
+    let edge = Edge::file()
+        .route(json!({"uri": "/*", "plugins": plugins, "upstream": origin.upstream()}))
+        .start()
+        .await;
+    let secret = json!({"password": "secret1", "users": [{"name": "ann", "card": "1234-secret2"}]});
+    for body in [secret.to_string(), "{\"password\":\"secret3\"".to_owned()] {
+        let call =
+            Call::new("POST", "/a?token=secret4").header("authorization", "secret5").body(body.clone());
+        let got = edge.send(call).await.expect_status(200).json();
+        assert_eq!((&got["body"], &got["query"]), (&body.into(), &"token=secret4".into()));
+    }
+    let told = eventually("two entries", || async {
+        std::fs::read_to_string(&file).ok().filter(|text| text.lines().count() == 2)
+    })
+    .await;
+    assert!(!told.contains("secret"), "{told}");
+    assert!(told.contains("token=*****") && told.contains("1234-****") && told.contains("ann"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_instance_tells_who_it_is_where_the_plugins_are_enabled() {
     let route = json!({"uri": "/apisix/status", "plugins": {"public-api": {}}});
     let edge = Edge::file().route(route.clone()).start().await;
