@@ -637,7 +637,7 @@ impl<T: Eq + Hash, const MIN: usize, const UNIQUE: bool> List<T, MIN, UNIQUE> {
 
 impl<T, const MIN: usize, const UNIQUE: bool> List<T, MIN, UNIQUE> {
     /// A list that is written in the code and known to be right.
-    pub(crate) fn of_constants(list: Vec<T>) -> Self {
+    pub fn of_constants(list: Vec<T>) -> Self {
         List(list)
     }
 }

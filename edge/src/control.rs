@@ -104,6 +104,7 @@ impl Control {
             (&Method::GET, ["server_info"]) if self.catalog.names().contains(&ServerInfo::NAME) => {
                 ok(&self.server_info().await)
             }
+            (&Method::GET, ["breakers"]) => ok(&self.live.breakers()),
             (&Method::GET, ["caches"]) => ok(&self.live.caches()),
             (&Method::DELETE, ["caches", zone]) => {
                 if self.live.purge_cache(zone) {
@@ -467,6 +468,10 @@ mod tests {
             (kind == "dns").then(|| json!({"services": {}}))
         }
 
+        fn breakers(&self) -> Value {
+            json!([{"route": "1"}])
+        }
+
         fn caches(&self) -> Value {
             json!([{"name": "memory_cache"}])
         }
@@ -505,6 +510,7 @@ mod tests {
             ("GET", "/v1/route/1", "", 200, r#""createdIndex":1,"modifiedIndex":2"#),
             ("GET", "/v1/route/9", "", 404, r#"{"error_msg":"route[9] not found"}"#),
             ("GET", "/v1/services", "", 200, "[]"),
+            ("GET", "/v1/breakers", "", 200, "route"),
             ("GET", "/v1/caches", "", 200, "memory_cache"),
             ("DELETE", "/v1/caches/memory_cache", "", 200, ""),
             ("DELETE", "/v1/caches/x", "", 404, "cache zone[x] is not in use"),

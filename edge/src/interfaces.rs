@@ -242,6 +242,7 @@ impl State {
                 out.sample(prefix, names::ETCD_MODIFY_INDEXES.name, [("key", key)], index);
             }
         }
+        plugins::api_breaker::expose(configuration.compiler.carry(), out);
         drop(configuration);
         self.collect_nodes(prefix, out);
         self.collect_lookups(out);
@@ -428,6 +429,10 @@ impl LiveState for State {
             })
             .collect();
         Some(json!({ "services": services }))
+    }
+
+    fn breakers(&self) -> Value {
+        plugins::api_breaker::report(self.running.configuration().compiler.carry())
     }
 
     fn caches(&self) -> Value {

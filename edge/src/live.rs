@@ -42,6 +42,9 @@ pub trait LiveState: Send + Sync + 'static {
     /// The endpoints one kind of discovery knows; nothing if it is not in use.
     fn discovery(&self, kind: &str) -> Option<Value>;
 
+    /// Circuits of `api-breaker` that have seen failures.
+    fn breakers(&self) -> Value;
+
     /// The zones of `proxy-cache` that are in use: what is in them, hits and misses.
     fn caches(&self) -> Value;
 

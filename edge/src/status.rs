@@ -105,6 +105,10 @@ mod tests {
             None
         }
 
+        fn breakers(&self) -> Value {
+            json!([])
+        }
+
         fn caches(&self) -> Value {
             json!([{"name": "memory_cache"}])
         }

@@ -39,7 +39,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("ai-rag", AI),
     ("ai-rate-limiting", "`limit-count` limits requests"),
     ("ai-request-rewrite", AI),
-    ("api-breaker", "passive health checks (`checks.passive` of the upstream) take failing nodes out"),
     ("authz-casbin", ""),
     ("authz-casdoor", AUTHENTICATION),
     ("authz-keycloak", AUTHENTICATION),

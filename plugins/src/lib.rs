@@ -23,6 +23,7 @@ macro_rules! plugins {
 }
 
 plugins! {
+    api_breaker::ApiBreaker,
     acl::Acl,
     attach_consumer_label::AttachConsumerLabel,
     basic_auth::BasicAuth,

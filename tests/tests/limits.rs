@@ -375,3 +375,37 @@ async fn a_place_is_given_back_when_the_client_goes_away_and_when_a_tunnel_ends(
         .await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_circuit_stays_over_a_reload_and_is_told_until_the_upstream_works_again() {
+    let free = e2e::ports::Port::free();
+    let settings = json!({"break_response_code": 599, "unhealthy": {"http_statuses": [502], "failures": 2},
+        "healthy": {"http_statuses": [200], "successes": 1}});
+    let upstream = json!({"type": "roundrobin", "retries": 0, "nodes": {free.addr().to_string(): 1}});
+    let resources = |desc: &str| {
+        json!({"routes": [{"id": "shop", "desc": desc, "uri": "/shop", "plugins": {"api-breaker": settings}, "upstream": upstream}],
+            "global_rules": [{"id": "1", "plugins": {"prometheus": {}}}]})
+    };
+    let edge = Edge::file()
+        .config(json!({"nginx_config": {"worker_processes": 2}}))
+        .resources(resources("one"))
+        .start()
+        .await;
+    assert_eq!(statuses(&edge, "/shop", 3).await, [502, 502, 599]);
+    let circuit = || async { edge.call_control("/v1/breakers").await.json()[0].clone() };
+    assert_eq!(
+        circuit().await,
+        json!({"route": "shop", "host": "127.0.0.1", "state": "open", "failures": 2, "opened": 1})
+    );
+    let page = Call::get("/apisix/prometheus/metrics").send_to(edge.metrics).await.text();
+    assert!(page.contains("postern_breaker_hosts{route=\"shop\",state=\"open\"} 1\n"), "{page}");
+    edge.reload(&resources("two")).await;
+    let opened = Instant::now();
+    assert!(
+        edge.get("/shop").await.status == 599 || opened.elapsed() > Duration::from_secs(2),
+        "a change of the configuration has closed the circuit"
+    );
+    let _origin = echo::named_at(free.addr(), "shop").await;
+    edge.until_status("/shop", 200).await;
+    assert_eq!(circuit().await["state"], "closed");
+}

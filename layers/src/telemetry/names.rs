@@ -75,6 +75,7 @@ metrics! {
     PANICS_TOTAL Counter "postern_panics_total" "Panics that were caught while a request was handled.",
     RETRIES_TOTAL Counter "postern_upstream_retries_total" "Further attempts to reach an upstream after a failed one.",
     RETRY_BUDGET_EXHAUSTED_TOTAL Counter "postern_retry_budget_exhausted_total" "Retries not made because the retry budget was used up.",
+    BREAKER_HOSTS Gauge "postern_breaker_hosts" "Hosts of a route whose api-breaker is open or half-open.",
     NODE_BREAKER_STATE Gauge "postern_node_breaker_state" "State of a node's circuit breaker: 0 closed, 1 half-open, 2 open.",
     NODE_BREAKER_OPENED_TOTAL Counter "postern_node_breaker_opened_total" "How often a node's circuit breaker has opened.",
     MIRRORED_TOTAL Counter "postern_mirrored_requests_total" "Copies of requests made by proxy-mirror, by what became of them.",
