@@ -90,9 +90,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("sls-logger", ACCESS_LOG),
     ("splunk-hec-logging", ACCESS_LOG),
     ("tencent-cloud-cls", ACCESS_LOG),
-    ("ua-restriction", "a route's `vars` on `http_user_agent` can choose requests"),
-    ("uri-blocker", "a route's `vars` on `uri` can choose requests, and `fault-injection` can refuse them"),
-    ("traffic-label", "`traffic-split` divides requests by weight"),
     ("wolf-rbac", AUTHENTICATION),
 ];
 

@@ -126,9 +126,10 @@ impl BasicAuth {
     /// The consumer, if the password is right.
     fn find(&self, user: &str, password: &[u8]) -> Option<Arc<Consumer>> {
         let (user_without, password_without) = (without_space(user.as_bytes()), without_space(password));
-        let known = self.gate.find(Self::NAME, user).or_else(|| {
-            self.gate.find(Self::NAME, std::str::from_utf8(&user_without).ok()?)
-        });
+        // Both, whether or not the first finds somebody: no name takes less time than another.
+        let exact = self.gate.find(Self::NAME, user);
+        let without = std::str::from_utf8(&user_without).ok().and_then(|user| self.gate.find(Self::NAME, user));
+        let known = exact.or(without);
         let verifier = known.as_ref().and_then(|known| known.verifier::<Password>());
         let fingerprint = verifier.map_or(&self.nobody, |password| &password.0);
         // Both, whatever the first says: APISIX takes white space out before it compares, and clients rely on it.
