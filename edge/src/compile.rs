@@ -642,7 +642,7 @@ impl Compiler {
             return Err(vec![missing_reference("/plugin_config_id", missing)]);
         }
         let destination = self.destination(graph, key, route, service_key.as_ref(), service)?;
-        let plan = if owners.is_empty() { Arc::default() } else { Arc::new(merge::merge(owners)) };
+        let plan = (!owners.is_empty()).then(|| Arc::new(merge::merge(owners)));
         Ok(Target {
             route_id: key.id.clone(),
             route_name: route.name.as_ref().map(|name| name.as_str().into()),
@@ -652,10 +652,12 @@ impl Compiler {
             service_name: service.and_then(|service| service.name.as_ref()).map(|name| name.as_str().into()),
             plan,
             destination,
-            timeout: route.timeout.as_ref().map(|timeout| Timeouts {
-                connect: timeout.connect.duration(),
-                send: timeout.send.duration(),
-                read: timeout.read.duration(),
+            timeout: route.timeout.as_ref().map(|timeout| {
+                Box::new(Timeouts {
+                    connect: timeout.connect.duration(),
+                    send: timeout.send.duration(),
+                    read: timeout.read.duration(),
+                })
             }),
             websocket: route
                 .enable_websocket
@@ -913,7 +915,7 @@ fn refused_entry(
         service: None,
         service_id: None,
         service_name: None,
-        plan: Arc::default(),
+        plan: None,
         destination: Destination::Nothing(Reason::RouteRefused),
         timeout: None,
         websocket: false,

@@ -248,7 +248,7 @@ pub fn explain(question: &Question, rules: &Rules, snapshot: &Snapshot) -> Resul
             .collect(),
         refused: target.refused.clone(),
     });
-    explanation.plugins.extend(steps(&target.plan, false, &x));
+    explanation.plugins.extend(target.plan.iter().flat_map(|plan| steps(plan, false, &x)));
     if let Err(error) = settled {
         explanation.answer = Some(Answer {
             status: error.reason().status().as_u16(),

@@ -135,7 +135,7 @@ pub(crate) fn settle(x: &mut Exchange, snapshot: &Snapshot) -> Result<(), Error>
     x.matched_uri = Some(uri);
     x.matched_host = host;
     let refused = target.refused.clone();
-    x.plan = Some(target.plan.clone());
+    x.plan.clone_from(&target.plan);
     x.target = Some(target);
     match refused {
         None => Ok(()),

@@ -211,8 +211,8 @@ enum Progress {
     Waits(Arc<Instance>, Arc<dyn Waits>),
 }
 
-/// The plan of a route, the consumer, and the two merged.
-type MergedPlan = (Arc<Plan>, Arc<Consumer>, Arc<Plan>);
+/// The plan of a route if it has one, the consumer, and the two merged.
+type MergedPlan = (Option<Arc<Plan>>, Arc<Consumer>, Arc<Plan>);
 
 /// Merged plans of routes and consumers, kept by each worker. Bounded: when full it starts again.
 #[derive(Default)]
@@ -221,16 +221,17 @@ struct Merged(HashMap<(usize, usize), MergedPlan>);
 const MERGED_LIMIT: usize = 4096;
 
 impl Merged {
-    fn plan(&mut self, base: Arc<Plan>, consumer: &Arc<Consumer>) -> Arc<Plan> {
+    fn plan(&mut self, base: Option<Arc<Plan>>, consumer: &Arc<Consumer>) -> Arc<Plan> {
         // The entry holds both, so their addresses cannot be taken by others while it stands.
-        let key = (Arc::as_ptr(&base) as usize, Arc::as_ptr(consumer) as usize);
+        let key =
+            (base.as_ref().map_or(0, |base| Arc::as_ptr(base) as usize), Arc::as_ptr(consumer) as usize);
         if let Some((_, _, merged)) = self.0.get(&key) {
             return merged.clone();
         }
         if self.0.len() >= MERGED_LIMIT {
             self.0.clear();
         }
-        let merged = Arc::new(base.with_consumer(consumer));
+        let merged = Arc::new(base.as_deref().unwrap_or(&Plan::default()).with_consumer(consumer));
         self.0.insert(key, (base, consumer.clone(), merged.clone()));
         merged
     }
@@ -296,7 +297,7 @@ fn add_consumer(merged: &RefCell<Merged>, x: &mut Exchange) -> Result<(), Error>
         return Err(Error::new(Reason::ConsumerRefused).detail(why.to_string()));
     }
     if !consumer.plugins.is_empty() {
-        let base = x.plan.take().unwrap_or_default();
+        let base = x.plan.take();
         x.plan = Some(merged.borrow_mut().plan(base, &consumer));
     }
     Ok(())

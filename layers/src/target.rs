@@ -44,12 +44,12 @@ pub struct Target {
     pub service_id: Option<Arc<str>>,
     /// The name of its service.
     pub service_name: Option<Arc<str>>,
-    /// Its plugins, merged with those of its plugin configuration and service.
-    pub plan: Arc<Plan>,
+    /// Its plugins, merged with those of its plugin configuration and service; nothing where there are none.
+    pub plan: Option<Arc<Plan>>,
     /// Its upstream.
     pub destination: Destination,
-    /// Time limits in place of the upstream's.
-    pub timeout: Option<Timeouts>,
+    /// Time limits in place of the upstream's. Boxed, as few routes have some.
+    pub timeout: Option<Box<Timeouts>>,
     /// Whether a protocol switch to WebSocket is forwarded (`enable_websocket`).
     pub websocket: bool,
     /// The route may not serve: why, in words for the log. It answers 503.

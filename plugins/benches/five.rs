@@ -90,7 +90,7 @@ fn target() -> Arc<Target> {
         service: None,
         service_id: None,
         service_name: None,
-        plan: Arc::new(Plan::default()),
+        plan: None,
         destination: Destination::Nothing(Reason::NoUpstream),
         timeout: None,
         websocket: false,

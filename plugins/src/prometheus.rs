@@ -392,7 +392,7 @@ mod tests {
             service: None,
             service_id: Some("s1".into()),
             service_name: None,
-            plan: Arc::new(Plan::default()),
+            plan: None,
             destination: Destination::Nothing(layers::error::Reason::NoUpstream),
             timeout: None,
             websocket: false,

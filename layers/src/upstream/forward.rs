@@ -213,7 +213,11 @@ impl UpstreamService {
     ) -> Result<Served, Error> {
         let started = Instant::now();
         let endpoint = peer.picked.endpoint().clone();
-        let timeouts = x.target.as_ref().and_then(|target| target.timeout).unwrap_or(state.settings.timeouts);
+        let timeouts = x
+            .target
+            .as_ref()
+            .and_then(|target| target.timeout.as_deref().copied())
+            .unwrap_or(state.settings.timeouts);
         let mut fresh = None;
         let mut connect = Duration::ZERO;
         let result = loop {
