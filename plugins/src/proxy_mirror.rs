@@ -265,7 +265,11 @@ impl ProxyMirror {
         let mut request = Request::new(());
         *request.method_mut() = x.forward.method.as_ref().unwrap_or(&x.request.method).clone();
         *request.uri_mut() = target.clone();
-        *request.headers_mut() = fields::forwarded(&x.request.headers);
+        let mut headers = fields::forwarded(&x.request.headers);
+        // The copy has a length of its own, and its authority is in the target or set below.
+        headers.remove(header::CONTENT_LENGTH);
+        headers.remove(header::HOST);
+        *request.headers_mut() = headers;
         if self.grpc {
             *request.version_mut() = Version::HTTP_2;
             request.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));

@@ -3,6 +3,7 @@
 
 pub mod frames;
 pub mod framing;
+pub(crate) mod join;
 pub mod listen;
 pub mod proxy_protocol;
 pub mod tls_server;

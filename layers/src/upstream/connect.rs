@@ -20,6 +20,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::error::{Error, Reason};
+use crate::transport::join;
 
 /// What went over a connection so far. A retry needs to know whether the request reached the socket.
 #[derive(Debug, Default)]
@@ -141,7 +142,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = match &mut this.stream {
-            Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, pieces),
+            Transport::Plain(stream) => join::poll_write(Pin::new(stream), cx, pieces),
             Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, pieces),
         };
         this.count(result)

@@ -6,6 +6,7 @@
 
 use http::StatusCode;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use smallvec::SmallVec;
 
 /// Fields that a `Connection` field cannot take away: framing, routing, and what the gateway adds.
 fn is_protected(name: &str) -> bool {
@@ -41,9 +42,17 @@ fn connection_tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
         .map(str::trim)
 }
 
-fn is_named(headers: &HeaderMap, name: &HeaderName) -> bool {
-    connection_tokens(headers).any(|token| token.eq_ignore_ascii_case(name.as_str()))
-        && !is_protected(name.as_str())
+/// The fields that `Connection` names. Nearly always it says `keep-alive` or `close`, and then nothing is looked up;
+/// `upgrade` is settled elsewhere.
+fn named(headers: &HeaderMap) -> SmallVec<[HeaderName; 2]> {
+    let option = |token: &str| {
+        ["keep-alive", "close", "upgrade"].iter().any(|known| token.eq_ignore_ascii_case(known))
+    };
+    connection_tokens(headers)
+        .filter(|token| !option(token))
+        .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
+        .filter(|name| !is_protected(name.as_str()))
+        .collect()
 }
 
 /// Take off the fields that a client's `Connection` names, and the names themselves. Done before anything is
@@ -52,11 +61,8 @@ pub(crate) fn drop_named(headers: &mut HeaderMap) {
     if !headers.contains_key(header::CONNECTION) {
         return;
     }
-    let named: Vec<HeaderName> = headers.keys().filter(|name| is_named(headers, name)).cloned().collect();
+    named(headers).iter().for_each(|name| drop(headers.remove(name)));
     let upgrade = connection_tokens(headers).any(|token| token.eq_ignore_ascii_case("upgrade"));
-    for name in named.iter().filter(|name| **name != header::UPGRADE) {
-        headers.remove(name);
-    }
     match upgrade {
         true => headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade")),
         false => headers.remove(header::CONNECTION),
@@ -83,34 +89,28 @@ pub(crate) fn takes_trailers(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The fields of a request that go on to the upstream, in their order, without `Host` and `Content-Length`.
-/// `Expect` stays here: the client is told to go on when the upstream connection takes the body.
+/// The fields of a request that go on to the upstream, in their order. `Host` and `Content-Length` are among them and
+/// are for the caller to settle. `Expect` stays here: the client is told to go on when the upstream connection takes
+/// the body.
 pub fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    let named = headers.contains_key(header::CONNECTION);
-    // Two more for what the caller adds.
-    let mut out = HeaderMap::with_capacity(headers.len() + 2);
-    for (name, value) in headers {
-        let stays = is_hop_by_hop(name)
-            || matches!(*name, header::HOST | header::CONTENT_LENGTH | header::EXPECT)
-            || (named && is_named(headers, name));
-        if !stays {
-            out.append(name, value.clone());
-        }
+    let stays = |name: &HeaderName| is_hop_by_hop(name) || *name == header::EXPECT;
+    if !headers.keys().any(stays) {
+        return headers.clone();
+    }
+    let named = named(headers);
+    let mut out = HeaderMap::with_capacity(headers.len());
+    for (name, value) in headers.iter().filter(|(name, _)| !stays(name) && !named.contains(name)) {
+        out.append(name, value.clone());
     }
     out
 }
 
 /// Take the fields of the upstream's connection off a response.
 pub(crate) fn sanitize_response(headers: &mut HeaderMap) {
-    if headers.contains_key(header::CONNECTION) {
-        let named: Vec<HeaderName> = headers.keys().filter(|name| is_named(headers, name)).cloned().collect();
-        named.iter().for_each(|name| drop(headers.remove(name)));
-    }
-    // One look at each field instead of a search for each name: most responses have none of them.
-    if headers.keys().any(is_hop_by_hop) {
-        let own: Vec<HeaderName> = headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
-        own.iter().for_each(|name| drop(headers.remove(name)));
-    }
+    named(headers).iter().for_each(|name| drop(headers.remove(name)));
+    // One look at each field instead of a search for each name: responses have few of them or none.
+    let own: SmallVec<[HeaderName; 2]> = headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
+    own.iter().for_each(|name| drop(headers.remove(name)));
 }
 
 /// What is wrong with the head of an answer in a way that hyper lets pass. `switch` says whether a protocol switch was
@@ -176,7 +176,7 @@ mod tests {
             ("connection: content-type|content-type: a/b", "content-type: a/b", "not the framing"),
             ("te: trailers|transfer-encoding: chunked|upgrade: h2c|http2-settings: AA", "", "the rest"),
             ("proxy-connection: close|proxy-authorization: x|expect: 100-continue", "", "of the proxy hop"),
-            ("host: a|content-length: 5", "", "these are set anew"),
+            ("te: a|host: a|content-length: 5", "host: a|content-length: 5", "these the caller sets anew"),
             ("trailer: x-sum", "trailer: x-sum", "what follows the body is announced to the end"),
         ];
         for (given, wanted, case) in cases {

@@ -15,6 +15,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::transport::frames::{Flood, Frames};
 use crate::transport::framing::{Guard, Position, Refusal};
+use crate::transport::join;
 use crate::worker::deadlines::{Phase, Watch};
 
 /// A client's socket, with bytes that were read ahead of their reader.
@@ -82,7 +83,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bytes: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, bytes)
+        join::poll_write(Pin::new(&mut self.tcp), cx, bytes)
     }
 
     fn is_write_vectored(&self) -> bool {
