@@ -27,7 +27,7 @@ use super::picker::{PickKey, Tried};
 use super::pool::{Claim, Key, Pool};
 use super::request_body::Outgoing;
 use super::response_body::{self, Lease, Leased};
-use super::send::{self, Failure, Http1, Http2, Http2Stream, Protocol, Route, Switching, Wait};
+use super::send::{self, Failure, Http1, Http2, Http2Stream, Protocol, Route, Wait};
 use super::settings::PassHost;
 use super::tls_client;
 use super::tunnel;
@@ -134,7 +134,7 @@ impl UpstreamService {
         let started = Instant::now();
         cluster.budget.request(started);
         let mut state = cluster.state();
-        let key =
+        let mut key =
             PickKey { hash: state.settings.hash_key.as_ref().map_or(0, |key| key.hash(x)), now: started };
         let mut tried = Tried::default();
         let choice = state.first(&key, x).map_err(Error::new)?;
@@ -157,7 +157,7 @@ impl UpstreamService {
         let until = state.settings.retry_timeout.map(|limit| started + limit);
         let mut peer = Peer::new(x, &state, choice);
         loop {
-            let outcome = self.attempt(x, &state, &job, peer).await;
+            let outcome = self.attempt(x, &state, &job, peer, key.now).await;
             let retry = &state.settings.retry;
             let may = match &outcome {
                 Ok(served) => job.idempotent && retry.after_status(served.status()),
@@ -173,7 +173,8 @@ impl UpstreamService {
             }
             // What has become known since then counts: a verdict, another address, an edit.
             let next = cluster.state();
-            let Some(choice) = next.again(&PickKey { now, ..key }, &tried) else {
+            key.now = now;
+            let Some(choice) = next.again(&key, &tried) else {
                 return self.conclude(x, &state, &mut job, outcome);
             };
             if !job.cluster.budget.retry(now, next.settings.allowance) {
@@ -203,15 +204,16 @@ impl UpstreamService {
         Ok(())
     }
 
-    /// One attempt at one endpoint; a reused connection that died at once is replaced by a fresh one within it.
+    /// One attempt at one endpoint, begun just now; a reused connection that died at once is replaced by a fresh one
+    /// within it.
     async fn attempt(
         &self,
         x: &mut Exchange,
         state: &State,
         job: &Job,
         mut peer: Peer,
+        started: Instant,
     ) -> Result<Served, Error> {
-        let started = Instant::now();
         let endpoint = peer.picked.endpoint().clone();
         let timeouts = x
             .target
@@ -221,16 +223,22 @@ impl UpstreamService {
         let mut fresh = None;
         let mut connect = Duration::ZERO;
         let result = loop {
-            let dialled = Instant::now();
-            let connected = match self.connect(state, &peer, &timeouts, fresh).await {
+            let mut begun = fresh.unwrap_or(started);
+            let connected = match self.connect(state, &peer, &timeouts, fresh, begun).await {
                 Ok(connected) => connected,
                 Err(error) => break Err(error),
             };
             let reused = connected.is_reused();
-            if !reused {
-                connect = dialled.elapsed();
+            // An idle connection is there at once; all else has been waited for.
+            if !matches!(connected, Connected::Http1 { reused: true, .. }) {
+                let now = Instant::now();
+                if !reused {
+                    connect = now - begun;
+                }
+                begun = now;
             }
-            match self.exchange(x, state, job, &peer, connected, &timeouts).await {
+            let wait = Wait { outgoing: &job.outgoing, timeouts: &timeouts, started: begun };
+            match self.exchange(x, state, job, &peer, connected, &wait).await {
                 Ok(answer) => break Ok(answer),
                 // The peer closed an idle connection just as it was used: nothing was lost, so nothing is counted.
                 Err(failure) if reused && fresh.is_none() && job.may_go_again(&failure) => {
@@ -239,14 +247,15 @@ impl UpstreamService {
                 Err(failure) => break Err(job.judge(failure)),
             }
         };
-        let took = started.elapsed();
+        let now = Instant::now();
+        let took = now - started;
         let status = result.as_ref().ok().map(|answer| answer.response.status().as_u16());
         let failed = result.as_ref().err().map(Error::reason);
         x.attempts.push(Attempt { address: endpoint.addr(), status, started, took, connect, failed });
         let leave = peer.leave.take();
         match result {
             Ok(answer) => {
-                let (now, status) = (Instant::now(), answer.response.status().as_u16());
+                let status = answer.response.status().as_u16();
                 endpoint.latency.observe(took, now);
                 job.cluster.report_status(state, &endpoint, status);
                 if let Some(leave) = leave {
@@ -330,6 +339,7 @@ impl UpstreamService {
         peer: &Peer,
         timeouts: &Timeouts,
         fresh: Option<Instant>,
+        now: Instant,
     ) -> Result<Connected, Error> {
         let settings = &state.settings;
         let endpoint = peer.picked.endpoint();
@@ -337,7 +347,7 @@ impl UpstreamService {
         let key = Key { endpoint: endpoint.id(), transport: settings.transport(), name };
         if settings.protocol() == Protocol::Http1 {
             if fresh.is_none()
-                && let Some(connection) = self.pool.take(key)
+                && let Some(connection) = self.pool.take(key, now)
             {
                 return Ok(Connected::Http1 { connection, reused: true });
             }
@@ -387,24 +397,22 @@ impl UpstreamService {
         job: &Job,
         peer: &Peer,
         mut connected: Connected,
-        timeouts: &Timeouts,
+        wait: &Wait<'_>,
     ) -> Result<Answer, Failure> {
-        let now = Instant::now();
         let route = Route {
             host: &peer.host,
             tls: state.settings.tls().is_some(),
             protocol: state.settings.protocol(),
             upgrade: job.upgrade.as_ref(),
         };
-        let request = send::request(x, &route, &job.outgoing, now).map_err(|error| Failure {
+        let request = send::request(x, &route, &job.outgoing, wait.started).map_err(|error| Failure {
             error,
             unsent: false,
             silent: true,
         })?;
-        let wait = Wait { outgoing: &job.outgoing, timeouts, started: now };
         let response = match &mut connected {
-            Connected::Http1 { connection, .. } => connection.send(request, &wait).await?,
-            Connected::Http2 { stream, .. } => stream.send(request, &wait).await?,
+            Connected::Http1 { connection, .. } => connection.send(request, wait).await?,
+            Connected::Http2 { stream, .. } => stream.send(request, wait).await?,
         };
         let switched = job.upgrade.is_some() && matches!(connected, Connected::Http1 { .. });
         // An answer that cannot be trusted ends its connection.
@@ -491,7 +499,7 @@ impl UpstreamService {
             head.headers.append(header::SET_COOKIE, cookie.clone());
         }
         if let Some(client) = job.on_upgrade.take() {
-            let tunnel = carry(client, connection.switch(), peer.picked, timeouts.read);
+            let tunnel = carry(client, connection, peer.picked, timeouts.read);
             let kept = x.take_kept();
             tokio::task::spawn_local(async move {
                 tunnel.await;
@@ -504,7 +512,7 @@ impl UpstreamService {
 }
 
 /// Carries a tunnel from the moment both sides have switched. The endpoint counts as active for as long.
-async fn carry(client: OnUpgrade, upstream: Switching, picked: Picked, idle: Duration) {
+async fn carry(client: OnUpgrade, upstream: Http1, picked: Picked, idle: Duration) {
     let (Ok(client), Some(upstream)) = tokio::join!(client, upstream.upgraded()) else {
         tracing::debug!(endpoint = %picked.endpoint(), "a protocol switch came to nothing");
         return;

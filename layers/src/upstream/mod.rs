@@ -1,5 +1,6 @@
 //! Upstreams: which node, over which connection, how often.
 
+mod bell;
 pub mod breaker;
 pub mod budget;
 pub mod chash;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use hashbrown::HashMap;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
+use tokio::task::unconstrained;
 
 use super::send::{Http1, Http2, Http2Stream};
 use crate::error::Reason;
@@ -177,14 +178,13 @@ impl Drop for Dialing {
 
 impl Pool {
     /// The most recently used idle connection that is still open.
-    pub(crate) fn take(&self, key: Key<'_>) -> Option<Http1> {
+    pub(crate) fn take(&self, key: Key<'_>, now: Instant) -> Option<Http1> {
         let mut inner = self.0.borrow_mut();
         let idle = inner.idle.get_mut(&key.place())?;
-        let now = Instant::now();
         while let Some(youngest) = idle.iter().rposition(|idle| idle.name.as_deref() == key.name) {
-            let candidate = idle.remove(youngest);
+            let mut candidate = idle.remove(youngest);
             let expired = candidate.expires.is_some_and(|at| at <= now);
-            if !expired && candidate.connection.is_ready() {
+            if !expired && candidate.connection.is_still_ready() {
                 return Some(candidate.connection);
             }
         }
@@ -197,6 +197,7 @@ impl Pool {
         if !connection.is_ready() || connection.served() >= keepalive.requests || keepalive.size == 0 {
             return;
         }
+        connection.rest();
         let now = Instant::now();
         let limit = [keepalive.idle, connection.idle_limit()].into_iter().flatten().min();
         let idle = Idle {
@@ -244,7 +245,8 @@ impl Pool {
             return;
         }
         let pool = Rc::downgrade(&self.0);
-        tokio::task::spawn_local(async move {
+        // Without a budget: when many have closed at once, it would be used up before the last one is looked at.
+        tokio::task::spawn_local(unconstrained(async move {
             loop {
                 tokio::time::sleep(SWEEP).await;
                 let Some(pool) = pool.upgrade() else { return };
@@ -255,15 +257,15 @@ impl Pool {
                     return;
                 }
             }
-        });
+        }));
     }
 }
 
 impl Inner {
     fn expire(&mut self, now: Instant) {
         self.idle.retain(|_, list| {
-            list.retain(|idle| {
-                !idle.connection.is_closed() && idle.expires.is_none_or(|expires| expires > now)
+            list.retain_mut(|idle| {
+                idle.connection.is_still_ready() && idle.expires.is_none_or(|expires| expires > now)
             });
             debug_assert!(list.is_sorted_by_key(|idle| idle.since), "the oldest is first");
             !list.is_empty()
@@ -295,10 +297,8 @@ mod tests {
     async fn connection(listener: &TcpListener) -> Http1 {
         let addr = listener.local_addr().unwrap();
         let io = connect::connect(addr, None, Duration::from_secs(5)).await.unwrap();
-        let connection = Http1::start(io).await.unwrap();
-        while !connection.is_ready() {
-            tokio::task::yield_now().await;
-        }
+        let mut connection = Http1::start(io).await.unwrap();
+        assert!(connection.is_still_ready());
         connection
     }
 
@@ -307,19 +307,46 @@ mod tests {
         let test = async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let pool = Pool::default();
+            let now = Instant::now();
             let keepalive = Keepalive { size: 2, idle: None, requests: 10 };
             let key = |name| Key { endpoint: 1, transport: 1, name: Some(name) };
             for name in ["a", "b", "c"] {
                 pool.put(key(name), connection(&listener).await, keepalive);
             }
-            assert!(pool.take(key("a")).is_none(), "the oldest had to go");
-            assert!(pool.take(Key { name: None, ..key("b") }).is_none(), "a name is never another's");
-            assert!(pool.take(Key { transport: 2, ..key("b") }).is_none(), "nor is an identity");
-            assert!(pool.take(Key { endpoint: 2, ..key("b") }).is_none(), "nor is an endpoint");
-            assert!(pool.take(key("b")).is_some() && pool.take(key("c")).is_some());
-            assert!(pool.take(key("b")).is_none(), "one is taken once");
+            assert!(pool.take(key("a"), now).is_none(), "the oldest had to go");
+            assert!(pool.take(Key { name: None, ..key("b") }, now).is_none(), "a name is never another's");
+            assert!(pool.take(Key { transport: 2, ..key("b") }, now).is_none(), "nor is an identity");
+            assert!(pool.take(Key { endpoint: 2, ..key("b") }, now).is_none(), "nor is an endpoint");
+            assert!(pool.take(key("b"), now).is_some() && pool.take(key("c"), now).is_some());
+            assert!(pool.take(key("b"), now).is_none(), "one is taken once");
         };
         LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn a_sweep_lets_go_of_what_the_peer_has_closed() {
+        let test = async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let pool = Pool::default();
+            let keepalive = Keepalive { size: 400, idle: None, requests: 10 };
+            let key = Key { endpoint: 1, transport: 1, name: None };
+            let kept = || pool.0.borrow().idle.values().map(Vec::len).sum::<usize>();
+            let mut peers = Vec::new();
+            for _ in 0..300 {
+                pool.put(key, connection(&listener).await, keepalive);
+                peers.push(listener.accept().await.unwrap());
+            }
+            pool.0.borrow_mut().expire(Instant::now());
+            assert_eq!(kept(), 300, "all are open");
+            peers.truncate(1);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while kept() > 1 {
+                assert!(Instant::now() < deadline, "{} are kept", kept());
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                pool.0.borrow_mut().expire(Instant::now());
+            }
+        };
+        LocalSet::new().run_until(unconstrained(test)).await;
     }
 
     #[tokio::test]

@@ -125,6 +125,17 @@ impl Outgoing {
         }
     }
 
+    /// Whether nothing is left that has to be asked for.
+    pub(crate) fn is_spent(&self) -> bool {
+        match self {
+            Self::Empty | Self::Full(_) => true,
+            Self::Streamed(stream) => {
+                let state = stream.state.borrow();
+                state.ended || state.body.is_end_stream()
+            }
+        }
+    }
+
     /// Who is waited for; none for a body that has been here from the start.
     pub(crate) fn progress(&self) -> Option<Progress> {
         match self {

@@ -93,7 +93,14 @@ impl HttpBody for UpstreamBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match Pin::new(&mut self.incoming).poll_frame(cx) {
+        let this = &mut *self;
+        let frame = match &mut this.lease {
+            Some(Lease { connection: Leased::Http1 { connection, .. }, .. }) => {
+                connection.poll_fed(cx, |cx| Pin::new(&mut this.incoming).poll_frame(cx))
+            }
+            _ => Pin::new(&mut this.incoming).poll_frame(cx),
+        };
+        match frame {
             Poll::Pending => self.poll_stalled(cx).map(|()| {
                 self.lease = None;
                 Some(Err(Stalled(self.limit).into()))

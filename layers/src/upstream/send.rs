@@ -1,17 +1,18 @@
 //! One request over one connection, and its response. The only file that knows hyper's client.
 //!
-//! Connections are driven by a task of their own on the worker, so a peer that closes an idle one is noticed at
-//! once. What a caller gets back of a failure is whether anything of the request can have reached the upstream
-//! and whether anything of an answer came, because that is what decides about another attempt.
+//! An HTTP/1 connection has no task: whoever waits for its answer drives it, so that a request is one task from the
+//! client's first byte to the last; an HTTP/2 connection, which many share, has one. What a caller gets back of a
+//! failure is whether anything of the request can have reached the upstream and whether anything of an answer came,
+//! because that is what decides about another attempt.
 //!
 //! `Expect: 100-continue` is not forwarded: the client is told to go on when the upstream connection starts to
 //! take the body, and other informational answers end here.
 
-use std::cell::{Cell, RefCell};
-use std::future::Future;
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,9 +22,10 @@ use http::{Method, Request, Response, Uri, Version};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::TokioIo;
-use tokio::sync::oneshot;
-use tokio::time::sleep_until;
+use tokio::task::unconstrained;
+use tokio::time::{Sleep, sleep_until};
 
+use super::bell::Bell;
 use super::connect::{Io, Traffic};
 use super::fields;
 use super::request_body::{Outgoing, Progress, RequestBody};
@@ -75,12 +77,20 @@ impl Wait<'_> {
         }
     }
 
-    /// `response`, unless the upstream lets time pass. One timer, which is looked at only when it fires.
-    async fn head<T>(&self, response: impl Future<Output = T>) -> Result<T, Reason> {
+    /// `response`, unless the upstream lets time pass. One timer, which is looked at only when it fires: it may have been
+    /// set for an earlier request on the connection.
+    async fn head<T>(
+        &self,
+        timer: &mut Option<Pin<Box<Sleep>>>,
+        response: impl Future<Output = T>,
+    ) -> Result<T, Reason> {
         let mut response = pin!(response);
         let (first, _) = self.deadline(self.started);
-        let mut timer = pin!(sleep_until(first.into()));
-        std::future::poll_fn(|cx| {
+        let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(first.into())));
+        if timer.deadline() > first.into() {
+            timer.as_mut().reset(first.into());
+        }
+        poll_fn(|cx| {
             if let Poll::Ready(response) = response.as_mut().poll(cx) {
                 return Poll::Ready(Ok(response));
             }
@@ -137,14 +147,20 @@ pub(crate) fn request(
             parts.scheme = Some(if route.tls { Scheme::HTTPS } else { Scheme::HTTP });
             parts.authority = Some(Authority::try_from(route.host.as_bytes()).map_err(bad_host)?);
             parts.path_and_query = Some(target);
+            headers.remove(header::HOST);
             Uri::from_parts(parts).map_err(bad_host)?
         }
     };
     // The length is said where the client said it or the body has one; a body of unknown length is chunked.
-    if let Some(length) = outgoing.exact_length()
-        && (length > 0 || x.request.headers.contains_key(header::CONTENT_LENGTH))
-    {
-        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    let said = headers.contains_key(header::CONTENT_LENGTH);
+    match outgoing.exact_length() {
+        Some(length) if length > 0 || said => {
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        }
+        None if said => {
+            headers.remove(header::CONTENT_LENGTH);
+        }
+        _ => {}
     }
     let mut request = Request::new(outgoing.attempt(now));
     *request.method_mut() = x.forward.method.as_ref().unwrap_or(&x.request.method).clone();
@@ -180,25 +196,33 @@ fn http1_settings() -> http1::Builder {
     settings
 }
 
+/// What hyper makes of an HTTP/1 connection.
+type Engine = http1::Connection<TokioIo<Io>, RequestBody>;
+
 /// An HTTP/1 connection: one request at a time.
 #[derive(Debug)]
 pub(crate) struct Http1 {
     sender: http1::SendRequest<RequestBody>,
-    link: Rc<Link>,
+    engine: Driven,
+    bell: Bell,
+    timer: Option<Pin<Box<Sleep>>>,
+    traffic: Rc<Traffic>,
     served: u32,
+    /// A switch of protocols was asked for.
+    switching: bool,
     /// How long the peer said it keeps an idle connection.
     idle_limit: Option<Duration>,
 }
 
+/// Who lets the engine read and write.
 #[derive(Debug)]
-struct Link {
-    traffic: Rc<Traffic>,
-    /// A switch was asked for: when the connection ends, its stream is wanted back.
-    upgrading: Cell<bool>,
-    reclaim: RefCell<Option<oneshot::Sender<Upgraded>>>,
-    /// Where it arrives, perhaps before the response head is looked at: hyper may be done with the connection in the
-    /// same turn in which it hands the head over.
-    reclaimed: RefCell<Option<oneshot::Receiver<Upgraded>>>,
+enum Driven {
+    /// Whoever waits for something of it.
+    ByWaiting(Box<Engine>),
+    /// A task of its own.
+    ByTask,
+    /// It has ended. The stream is kept if it was asked for.
+    Ended(Option<Box<Upgraded>>),
 }
 
 /// The stream behind a connection that has switched protocols, and what was read from it already.
@@ -208,41 +232,36 @@ pub(crate) struct Upgraded {
     pub(crate) early: Bytes,
 }
 
-/// The stream of a connection that answered 101, as soon as hyper lets go of it.
-pub(crate) struct Switching {
-    // Dropping it would end the connection.
-    _connection: Http1,
-    upgraded: Option<oneshot::Receiver<Upgraded>>,
-}
-
-impl Switching {
-    pub(crate) async fn upgraded(self) -> Option<Upgraded> {
-        self.upgraded?.await.ok()
-    }
-}
-
 impl Http1 {
     /// Start HTTP/1 on a new connection.
     ///
     /// # Errors
     /// None in practice; nothing is written yet.
     pub(crate) async fn start(io: Io) -> Result<Self, Error> {
-        let link = Rc::new(Link {
-            traffic: Rc::clone(io.traffic()),
-            upgrading: Cell::new(false),
-            reclaim: RefCell::new(None),
-            reclaimed: RefCell::new(None),
-        });
-        let (sender, connection) =
+        let traffic = Rc::clone(io.traffic());
+        let (sender, engine) =
             http1_settings().handshake(TokioIo::new(io)).await.map_err(|error| classify(error, None))?;
-        let driver = Http1Driver { connection: Some(connection), link: Rc::clone(&link) };
-        tokio::task::spawn_local(driver);
-        Ok(Self { sender, link, served: 0, idle_limit: None })
+        let engine = Driven::ByWaiting(Box::new(engine));
+        let bell = Bell::default();
+        Ok(Self { sender, engine, bell, timer: None, traffic, served: 0, switching: false, idle_limit: None })
     }
 
-    /// Ready for a request: the last one was finished by both sides and the peer has not closed.
+    /// Ready for a request: the last one was finished by both sides, and no end of the connection was seen.
     pub(crate) fn is_ready(&self) -> bool {
         self.sender.is_ready() && !self.sender.is_closed()
+    }
+
+    /// Nobody uses it: what happens to it wakes nobody.
+    pub(crate) fn rest(&self) {
+        self.bell.detach();
+    }
+
+    /// As [`is_ready`](Self::is_ready), after a look whether the peer has closed it or sent what nobody asked for.
+    pub(crate) fn is_still_ready(&mut self) -> bool {
+        if self.bell.answer() {
+            self.drive();
+        }
+        self.is_ready()
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -258,6 +277,49 @@ impl Http1 {
         self.idle_limit
     }
 
+    /// Let the engine read and write what it can.
+    fn drive(&mut self) {
+        let Driven::ByWaiting(engine) = &mut self.engine else { return };
+        self.bell.answer();
+        let cx = &mut self.bell.context();
+        // A connection that may switch protocols must not be shut down when hyper is done with it.
+        let end = match self.switching {
+            true => engine.poll_without_shutdown(cx),
+            false => Pin::new(&mut **engine).poll(cx),
+        };
+        let Poll::Ready(end) = end else { return };
+        if let Err(error) = &end {
+            tracing::debug!(%error, "upstream connection failed");
+        }
+        if let Driven::ByWaiting(engine) = std::mem::replace(&mut self.engine, Driven::Ended(None))
+            && self.switching
+            && end.is_ok()
+        {
+            let parts = engine.into_parts();
+            let upgraded = Upgraded { io: parts.io.into_inner(), early: parts.read_buf };
+            self.engine = Driven::Ended(Some(Box::new(upgraded)));
+        }
+    }
+
+    /// Poll `fed`, which waits for something that the engine brings. Where nobody else drives the engine it is driven
+    /// here, and then only the engine wakes the task: `fed` would do so a second time, for what is at hand already.
+    pub(crate) fn poll_fed<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut fed: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        if matches!(self.engine, Driven::ByTask) {
+            return fed(cx);
+        }
+        let quiet = &mut Context::from_waker(Waker::noop());
+        if let Poll::Ready(value) = self.bell.unheard(|| fed(quiet)) {
+            return Poll::Ready(value);
+        }
+        self.bell.attach(cx);
+        self.drive();
+        self.bell.unheard(|| fed(quiet))
+    }
+
     /// Send `request` and wait for the head of its response.
     pub(crate) async fn send(
         &mut self,
@@ -265,15 +327,15 @@ impl Http1 {
         wait: &Wait<'_>,
     ) -> Result<Response<Incoming>, Failure> {
         self.served += 1;
-        if request.headers().contains_key(header::UPGRADE) {
-            let (sender, receiver) = oneshot::channel();
-            self.link.reclaim.replace(Some(sender));
-            self.link.reclaimed.replace(Some(receiver));
-            self.link.upgrading.set(true);
-        }
-        let (written, read) = (self.link.traffic.written.get(), self.link.traffic.read.get());
-        let result = wait.head(self.sender.try_send_request(request)).await;
-        let silent = self.link.traffic.read.get() == read;
+        self.switching = request.headers().contains_key(header::UPGRADE);
+        let (written, read) = (self.traffic.written.get(), self.traffic.read.get());
+        let mut timer = self.timer.take();
+        // Without a budget, because whoever has used up his is promised a wake-up that a quiet context does not give.
+        let mut response = pin!(unconstrained(self.sender.try_send_request(request)));
+        let response = poll_fn(|cx| self.poll_fed(cx, |cx| response.as_mut().poll(cx)));
+        let result = wait.head(&mut timer, response).await;
+        self.timer = timer;
+        let silent = self.traffic.read.get() == read;
         match result {
             Ok(Ok(response)) => {
                 if let Some(seconds) = fields::keep_alive_timeout(response.headers()) {
@@ -281,55 +343,50 @@ impl Http1 {
                     let margin = Duration::from_millis(500);
                     self.idle_limit = Some(Duration::from_secs(seconds).saturating_sub(margin));
                 }
+                if !wait.outgoing.is_spent() {
+                    self.drive_by_task();
+                }
                 Ok(response)
             }
             Ok(Err(mut failure)) => {
-                let unsent = failure.take_message().is_some() || self.link.traffic.written.get() == written;
+                let unsent = failure.take_message().is_some() || self.traffic.written.get() == written;
                 let error = classify(failure.into_error(), Some(wait.outgoing));
                 Err(Failure { error, unsent, silent })
             }
             Err(reason) => {
-                let unsent = self.link.traffic.written.get() == written;
+                let unsent = self.traffic.written.get() == written;
                 Err(Failure { error: Error::new(reason), unsent, silent })
             }
         }
     }
 
-    /// After a 101: the stream, once hyper is done with it.
-    pub(crate) fn switch(self) -> Switching {
-        let upgraded = self.link.reclaimed.take();
-        Switching { _connection: self, upgraded }
-    }
-}
-
-/// Drives one HTTP/1 connection to its end.
-struct Http1Driver {
-    connection: Option<http1::Connection<TokioIo<Io>, RequestBody>>,
-    link: Rc<Link>,
-}
-
-impl Future for Http1Driver {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let upgrading = self.link.upgrading.get();
-        let Some(connection) = self.connection.as_mut() else { return Poll::Ready(()) };
-        if !upgrading {
-            let end = ready!(Pin::new(connection).poll(cx));
-            if let Err(error) = end {
-                tracing::debug!(%error, "idle upstream connection failed");
+    /// The answer has begun before the request has ended. The request must go on even while the client does not take
+    /// the answer, so nobody can be waited for.
+    fn drive_by_task(&mut self) {
+        match std::mem::replace(&mut self.engine, Driven::ByTask) {
+            Driven::ByWaiting(engine) if !self.switching => {
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = engine.await {
+                        tracing::debug!(%error, "upstream connection failed");
+                    }
+                });
             }
-            return Poll::Ready(());
+            other => self.engine = other,
         }
-        // A connection that may switch protocols must not be shut down when hyper is done with it.
-        let end = ready!(connection.poll_without_shutdown(cx));
-        let reclaim = self.link.reclaim.borrow_mut().take();
-        if let (Ok(()), Some(reclaim), Some(connection)) = (end, reclaim, self.connection.take()) {
-            let parts = connection.into_parts();
-            // The receiver may be gone with its exchange; then the stream ends here.
-            let _ = reclaim.send(Upgraded { io: parts.io.into_inner(), early: parts.read_buf });
-        }
-        Poll::Ready(())
+    }
+
+    /// After a 101: the stream, once hyper is done with it.
+    pub(crate) async fn upgraded(mut self) -> Option<Upgraded> {
+        poll_fn(|cx| {
+            self.bell.attach(cx);
+            self.drive();
+            match &mut self.engine {
+                Driven::ByWaiting(_) => Poll::Pending,
+                Driven::ByTask => Poll::Ready(None),
+                Driven::Ended(upgraded) => Poll::Ready(upgraded.take().map(|upgraded| *upgraded)),
+            }
+        })
+        .await
     }
 }
 
@@ -476,7 +533,7 @@ impl Http2Stream {
         wait: &Wait<'_>,
     ) -> Result<Response<Incoming>, Failure> {
         let read = self.connection.link.traffic.read.get();
-        let result = wait.head(self.connection.sender.try_send_request(request)).await;
+        let result = wait.head(&mut None, self.connection.sender.try_send_request(request)).await;
         match result {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(mut failure)) => {

@@ -8,6 +8,8 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use discovery::Discovery;
+use http_body::Frame;
+use http_body_util::StreamBody;
 use rustls::RootCertStore;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -19,6 +21,7 @@ use super::super::Keepalive;
 use super::super::cluster::ClusterEnv;
 use super::super::tls_client::TlsClients;
 use super::*;
+use crate::body::BodyError;
 use crate::testing::{ExchangeBuilder, exchange, field, text};
 
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
@@ -581,6 +584,35 @@ fn an_answer_that_is_not_read_to_its_end_takes_its_connection_along() {
         drop(x);
         assert_eq!(cluster.endpoints().first().unwrap().active, 0);
         until("the connection is closed", || origin.open.get() == 0).await;
+    });
+}
+
+#[test]
+fn a_request_goes_on_while_its_early_answer_is_not_read() {
+    local(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let got = Rc::new(Cell::new(0));
+        let seen = got.clone();
+        spawn_local(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut bytes = vec![0; 4096];
+            assert!(stream.read(&mut bytes).await.unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf").await.unwrap();
+            loop {
+                seen.set(seen.get() + stream.read(&mut bytes).await.unwrap());
+            }
+        });
+        let (pieces, receiver) = tokio::sync::mpsc::unbounded_channel::<Bytes>();
+        let body = futures_util::stream::unfold(receiver, |mut receiver| async move {
+            let piece = receiver.recv().await?;
+            Some((Ok::<_, BodyError>(Frame::data(piece)), receiver))
+        });
+        let request = exchange("POST", "http://a.test/").body(Body::boxed(StreamBody::new(body)));
+        let (x, failed) = send(&service(), &cluster(&[addr], json!({})), request).await;
+        assert_eq!((failed, x.response.status().as_u16()), (None, 200));
+        pieces.send(Bytes::from(vec![b'a'; 100_000])).unwrap();
+        until("the body has come", || got.get() >= 100_000).await;
     });
 }
 
