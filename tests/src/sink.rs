@@ -1,4 +1,5 @@
-//! Where loggers of a test send to: an HTTP server, a TCP server, a UDP socket and a file, and what each has got.
+//! Where loggers of a test send to: an HTTP server, a TCP server, a UDP socket, a broker and
+//! a file, and what each has got.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UdpSocket;
 use tokio::task::JoinHandle;
 
-use crate::origin::Origin;
+use crate::origin::{Origin, kafka};
 
 /// Everything that has arrived, as text; what belongs together ends with a line feed.
 #[derive(Clone, Debug, Default)]
@@ -37,6 +38,7 @@ pub struct Sinks {
     http: (Origin, Arrived),
     tcp: (Origin, Arrived),
     udp: (SocketAddr, Arrived, JoinHandle<()>),
+    kafka: (Origin, Origin, Arrived),
     folder: TempDir,
 }
 
@@ -73,7 +75,11 @@ impl Sinks {
                 kept.add(&String::from_utf8_lossy(&buffer[..count]));
             }
         });
-        Sinks { http, tcp, udp: (address, arrived, task), folder: tempfile::tempdir().expect("a folder") }
+        let records = Arrived::default();
+        let open = kafka::start(records.clone(), false).await;
+        let closed = kafka::start(records.clone(), true).await;
+        let folder = tempfile::tempdir().expect("a folder");
+        Sinks { http, tcp, udp: (address, arrived, task), kafka: (open, closed, records), folder }
     }
 
     /// The file.
@@ -81,21 +87,24 @@ impl Sinks {
         self.folder.path().join("log")
     }
 
-    /// `text` with the places in it: `@http@` is `host:port`, `@tcp@` and `@udp@` are ports of 127.0.0.1, `@file@` is
-    /// a path.
+    /// `text` with the places in it: `@http@` is `host:port`, `@tcp@`, `@udp@`, `@kafka@` and `@kafka-sasl@` are ports of
+    /// 127.0.0.1, `@file@` is a path.
     pub fn fill(&self, text: &str) -> String {
         text.replace("@http@", &self.http.0.node())
             .replace("@tcp@", &self.tcp.0.addr.port().to_string())
             .replace("@udp@", &self.udp.0.port().to_string())
+            .replace("@kafka@", &self.kafka.0.addr.port().to_string())
+            .replace("@kafka-sasl@", &self.kafka.1.addr.port().to_string())
             .replace("@file@", &self.file().display().to_string())
     }
 
-    /// What has arrived at one of `http`, `tcp`, `udp` and `file` so far.
+    /// What has arrived at one of `http`, `tcp`, `udp`, `kafka` and `file` so far.
     pub fn arrived(&self, place: &str) -> String {
         match place {
             "http" => self.http.1.text(),
             "tcp" => self.tcp.1.text(),
             "udp" => self.udp.1.text(),
+            "kafka" => self.kafka.2.text(),
             "file" => std::fs::read_to_string(self.file()).unwrap_or_default(),
             other => panic!("there is no place `{other}` for logs"),
         }

@@ -413,7 +413,7 @@ impl Recorder {
     }
 
     /// The request as entries of this logger see it.
-    fn view<'a>(&self, owner: usize, x: &'a Exchange) -> View<'a> {
+    pub(crate) fn view<'a>(&self, owner: usize, x: &'a Exchange) -> View<'a> {
         let copy = |side| {
             let (_, _, kept) =
                 x.slot::<Copies>()?.0.iter().find(|(other, of, _)| (*other, *of) == (owner, side))?;

@@ -16,6 +16,7 @@ pub mod identity;
 pub mod json_path;
 pub mod jwt;
 pub mod limiting;
+pub mod kafka;
 pub mod lists;
 pub mod log_entry;
 pub mod log_http;
