@@ -51,7 +51,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("degraphql", ""),
     ("dingtalk-auth", AUTHENTICATION),
     ("dubbo-proxy", ""),
-    ("error-log-logger", ""),
     ("example-plugin", ""),
     ("exit-transformer", "`response-rewrite` with `vars` on `status` changes answers"),
     ("ext-plugin-post-req", ""),

@@ -228,7 +228,8 @@ impl Elasticsearch {
             return Err(refused(&answer));
         }
         let told: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
-        let number = told["version"]["number"].as_str().and_then(|number| number.split('.').next()?.parse().ok());
+        let number = told.pointer("/version/number").and_then(Value::as_str);
+        let number = number.and_then(|number| number.split('.').next()?.parse().ok());
         let Some(number) = number else { return Err(Failure::retryable("the server tells no version")) };
         Ok(*self.version.get_or_init(|| number))
     }
@@ -241,10 +242,10 @@ impl Sink for Elasticsearch {
         let version = self.version().await?;
         let mut body = String::new();
         for (index, fields) in batch {
-            let mut create = json!({"_index": index});
-            if let Some(kind) = self.kind.as_ref().filter(|_| version < 9) {
-                create["_type"] = kind.as_str().into();
-            }
+            let create = match self.kind.as_ref().filter(|_| version < 9) {
+                Some(kind) => json!({"_index": index, "_type": kind}),
+                None => json!({"_index": index}),
+            };
             body.push_str(&json!({ "create": create }).to_string());
             body.push('\n');
             body.push_str(&line(fields));
@@ -300,7 +301,7 @@ fn judge(answer: &[u8], count: usize) -> Result<(), Failure> {
         let passing = StatusCode::from_u16(item.status).is_ok_and(is_passing);
         if passing { again.push(place) } else { refused += 1 }
         if problem.is_empty() {
-            let reason = item.error["reason"].as_str().unwrap_or_default();
+            let reason = item.error.get("reason").and_then(Value::as_str).unwrap_or_default();
             problem = format!("status {}: {reason}", item.status);
         }
     }

@@ -37,6 +37,7 @@ plugins! {
     data_mask::DataMask,
     echo::Echo,
     elasticsearch_logger::ElasticsearchLogger,
+    error_log_logger::ErrorLogLogger,
     error_page::ErrorPage,
     fault_injection::FaultInjection,
     file_logger::FileLogger,

@@ -1,6 +1,7 @@
 //! What the gateway tells of itself.
 
 pub mod counter;
+pub mod error_log;
 pub mod exposition;
 pub mod log_file;
 pub mod log_shipping;

@@ -147,7 +147,7 @@ impl Broker {
     fn produce(&self, reader: &mut Reader<'_>, out: &mut Vec<u8>) -> Option<()> {
         // Transaction, acknowledgements, time-out, one topic with one partition.
         reader.text()?;
-        (reader.i16()?, reader.i32()?, reader.i32()?);
+        reader.take(2 + 4 + 4)?;
         let topic = reader.text()?;
         reader.i32()?;
         let partition = reader.i32()?;
@@ -192,11 +192,13 @@ fn values(batch: &[u8]) -> Option<Vec<String>> {
         .map(|_| {
             reader.varint()?;
             reader.take(1)?;
-            (reader.varint()?, reader.varint()?);
+            reader.varint()?;
+            reader.varint()?;
             let key = reader.varbytes()?;
             let value = String::from_utf8_lossy(reader.varbytes()??).into_owned();
             for _ in 0..reader.varint()? {
-                (reader.varbytes()?, reader.varbytes()?);
+                reader.varbytes()?;
+                reader.varbytes()?;
             }
             Some(match key {
                 Some(key) => format!("{}: {value}", String::from_utf8_lossy(key)),
