@@ -80,8 +80,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("saml-auth", AUTHENTICATION),
     ("serverless-post-function", "Lua does not run here"),
     ("serverless-pre-function", "Lua does not run here"),
-    ("skywalking-logger", ACCESS_LOG),
-    ("skywalking", METRICS),
     ("sls-logger", ACCESS_LOG),
     ("tencent-cloud-cls", ACCESS_LOG),
     ("wolf-rbac", AUTHENTICATION),
