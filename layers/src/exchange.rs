@@ -227,6 +227,8 @@ pub struct State {
     pub attempts: SmallVec<[Attempt; 1]>,
     /// Bytes of the response body that were handed to the connection.
     pub bytes_sent: u64,
+    /// Bytes of the response head as HTTP/1.1 writes it, once it has left.
+    pub head_sent: u64,
     /// The response body was handed over to its end.
     pub complete: bool,
     /// Somebody reads the fields of the response when it is over; otherwise they leave without being copied.
@@ -272,6 +274,7 @@ impl Exchange {
             refused: None,
             attempts: SmallVec::new(),
             bytes_sent: 0,
+            head_sent: 0,
             complete: false,
             keeps_head: false,
             global_plan: None,
@@ -290,6 +293,7 @@ impl Exchange {
 
     /// Takes the response out to be sent; the exchange goes with its body.
     pub fn into_response(mut self) -> Response<ResponseBody> {
+        self.head_sent = self.head_length();
         let (parts, body) = std::mem::take(&mut self.response).into_parts();
         *self.response.status_mut() = parts.status;
         if self.keeps_head {

@@ -251,12 +251,18 @@ impl State {
         (line + fields + 2) as u64 + body
     }
 
-    /// Bytes of the answer: the head as HTTP/1.1 writes it, as far as its fields were kept, and what was sent of the body.
+    /// Bytes of the answer: the head as HTTP/1.1 writes it, and what was sent of the body.
     pub fn response_length(&self) -> u64 {
+        let head = if self.head_sent == 0 { self.head_length() } else { self.head_sent };
+        head + self.bytes_sent
+    }
+
+    /// Bytes of the answer's head as HTTP/1.1 writes it.
+    pub(crate) fn head_length(&self) -> u64 {
         let line = "HTTP/1.1 200 OK\r\n".len() + "\r\n".len();
         let fields: usize =
             self.response.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-        (line + fields) as u64 + self.bytes_sent
+        (line + fields) as u64
     }
 
     /// What the upstream took until `now`, when all is over: its attempts up to the head of the answer, and the body if
