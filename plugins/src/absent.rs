@@ -74,7 +74,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("oas-validator", ""),
     ("ocsp-stapling", ""),
     ("openfunction", ""),
-    ("openid-connect", AUTHENTICATION),
     ("openwhisk", ""),
     ("rocketmq-logger", ACCESS_LOG),
     ("saml-auth", AUTHENTICATION),

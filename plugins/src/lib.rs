@@ -61,6 +61,7 @@ plugins! {
     multi_auth::MultiAuth,
     node_status::NodeStatus,
     opa::Opa,
+    openid_connect::OpenidConnect,
     opentelemetry::OpenTelemetry,
     prometheus::Prometheus,
     proxy_buffering::ProxyBuffering,

@@ -16,6 +16,7 @@ pub mod golden;
 pub mod load;
 pub mod nginx;
 pub mod node;
+pub mod oidc;
 pub mod origin;
 pub mod ports;
 mod process;

@@ -140,6 +140,11 @@ impl Key {
         Ok(Self { algorithm, material: Material::Public(key) })
     }
 
+    /// What it is for.
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
     /// Whether a verification takes long enough, around 100 µs and more, to hold up other requests of a worker.
     pub fn is_slow(&self) -> bool {
         match (&self.material, self.algorithm) {
@@ -164,6 +169,7 @@ fn der(pem: &str) -> Option<Vec<u8>> {
 #[derive(Deserialize)]
 struct Header {
     alg: String,
+    kid: Option<String>,
     crit: Option<Value>,
     b64: Option<Value>,
 }
@@ -171,6 +177,7 @@ struct Header {
 /// A token that was taken apart. Nothing in it is to be believed before it [is signed](Self::is_signed_by).
 pub struct Token<'a> {
     algorithm: String,
+    key: Option<String>,
     signed: &'a str,
     signature: Vec<u8>,
     claims: Map<String, Value>,
@@ -189,6 +196,7 @@ impl<'a> Token<'a> {
         }
         Some(Self {
             algorithm: header.alg,
+            key: header.kid,
             signed,
             signature: decode(signature)?,
             claims: serde_json::from_slice(&decode(payload)?).ok()?,
@@ -205,6 +213,11 @@ impl<'a> Token<'a> {
             Material::Shared(key) => hmac::verify(key, signed, &self.signature).is_ok(),
             Material::Public(key) => key.verify_sig(signed, &self.signature).is_ok(),
         }
+    }
+
+    /// Which key of a set the token names (`kid`).
+    pub fn key_id(&self) -> Option<&str> {
+        self.key.as_deref()
     }
 
     /// What the token says.

@@ -1,6 +1,5 @@
 //! What several plugins need: texts with captures, header rules, credentials, the consumer's marks on a request, URIs,
-//! calls of services, tokens, Redis, content codings, log entries.
-//! calls of services, limits, Redis, log entries, content codings.
+//! calls of services, tokens, limits, Redis, content codings, log entries.
 
 pub mod answers;
 pub mod batch;
@@ -14,6 +13,7 @@ pub mod headers;
 pub mod http_call;
 pub mod identity;
 pub mod json_path;
+pub mod jwk;
 pub mod jwt;
 pub mod kafka;
 pub mod limiting;
@@ -31,6 +31,7 @@ pub mod redis;
 pub mod reply;
 pub mod request_body;
 pub mod rfc5424;
+pub mod seal;
 pub mod signing;
 pub mod trace;
 pub mod uri;
