@@ -65,6 +65,12 @@ impl Bench {
         self.build::<LimitCount>(&config)
     }
 
+    /// Without fields of the answer, which are the only thing that the plugin allocates.
+    fn limit_count_silent(&self) -> Arc<Instance> {
+        let config = json!({"count": 1_000_000_000, "time_window": 3600, "show_limit_quota_header": false});
+        self.build::<LimitCount>(&config)
+    }
+
     fn proxy_rewrite(&self) -> Arc<Instance> {
         let config = json!({
             "regex_uri": ["^/(.*)$", "/v1/$1"],
@@ -158,6 +164,11 @@ fn key_auth(bencher: Bencher<'_, '_>) {
 #[divan::bench(sample_size = 16, sample_count = 1000)]
 fn limit_count(bencher: Bencher<'_, '_>) {
     run(bencher, vec![Bench::new().limit_count()]);
+}
+
+#[divan::bench(sample_size = 16, sample_count = 1000)]
+fn limit_count_silent(bencher: Bencher<'_, '_>) {
+    run(bencher, vec![Bench::new().limit_count_silent()]);
 }
 
 #[divan::bench(sample_size = 16, sample_count = 1000)]
