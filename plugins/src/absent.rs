@@ -44,7 +44,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("authz-keycloak", AUTHENTICATION),
     ("aws-lambda", ""),
     ("azure-functions", ""),
-    ("body-transformer", "`response-rewrite` with `filters` changes bodies of answers"),
     ("cas-auth", AUTHENTICATION),
     ("chaitin-waf", ""),
     ("datadog", METRICS),

@@ -28,6 +28,7 @@ plugins! {
     attach_consumer_label::AttachConsumerLabel,
     basic_auth::BasicAuth,
     batch_requests::BatchRequests,
+    body_transformer::BodyTransformer,
     brotli::Brotli,
     clickhouse_logger::ClickhouseLogger,
     client_control::ClientControl,
