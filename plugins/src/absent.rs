@@ -7,6 +7,9 @@
 pub const HARMLESS: &[(&str, &str)] =
     &[("ai", "it caches route matches inside APISIX; looking up a route here needs no cache")];
 
+/// Plugins that APISIX does not have.
+pub const OURS: &[&str] = &["jwt-issue"];
+
 /// Names that are no plugin of APISIX either, and what is meant.
 const MISNOMERS: &[(&str, &str)] = &[
     ("uri-rewrite", "use `proxy-rewrite`"),
@@ -20,13 +23,49 @@ const MISNOMERS: &[(&str, &str)] = &[
     ("oauth", "use `openid-connect`"),
 ];
 
-const AUTHENTICATION: &str = "`key-auth`, `basic-auth`, `jwt-auth` and `hmac-auth` authenticate";
-const ACCESS_LOG: &str = "the access log tells of every request (`nginx_config.http.access_log_format`)";
-const METRICS: &str = "`prometheus` is the way to metrics that is";
-const AI: &str = "route to the provider as to any upstream; server-sent events pass untouched";
+/// Plugins of APISIX whose work something else does, and what.
+pub const REPLACED: &[(&str, &str)] = &[
+    ("ai-rate-limiting", "`limit-count` limits requests"),
+    ("authz-casbin", "`opa` asks a policy engine, `consumer-restriction` and `acl` decide by lists"),
+    ("authz-casdoor", "`openid-connect` and `opa`"),
+    ("authz-keycloak", "`openid-connect` for who calls, `opa` or `forward-auth` for what they may"),
+    ("aws-lambda", "a route to the function's URL, and a WASM plugin where requests are signed"),
+    ("azure-functions", "a route to the function's URL, with the key set by `proxy-rewrite`"),
+    ("cas-auth", "`forward-auth` in front of the CAS server, or `openid-connect`"),
+    ("chaitin-waf", "`forward-auth` in front of the firewall, or a WASM plugin that asks it"),
+    ("datadog", "`prometheus`, which Datadog's agent reads, or `opentelemetry`"),
+    ("degraphql", "`proxy-rewrite` with a body made by `body-transformer`"),
+    ("dingtalk-auth", "`openid-connect` or `forward-auth`"),
+    ("exit-transformer", "`response-rewrite` with `vars` on `status`, or `error-page`"),
+    ("ext-plugin-post-req", "a WASM plugin (`wasm.plugins` of config.yaml)"),
+    ("ext-plugin-post-resp", "a WASM plugin (`wasm.plugins` of config.yaml)"),
+    ("ext-plugin-pre-req", "a WASM plugin (`wasm.plugins` of config.yaml)"),
+    ("feishu-auth", "`openid-connect` or `forward-auth`"),
+    ("google-cloud-logging", "`http-logger`, or `opentelemetry` with a collector"),
+    ("graphql-limit-count", "`limit-count` limits requests"),
+    ("graphql-proxy-cache", "`proxy-cache` with `cache_key`"),
+    ("inspect", "`postern explain` tells what happens to a request"),
+    ("lago", "`http-logger` with a `log_format`"),
+    ("ldap-auth", "`forward-auth` in front of the directory, or `openid-connect`"),
+    ("ldap-auth-advanced", "`forward-auth` in front of the directory, or `openid-connect`"),
+    ("log-rotate", "the system's logrotate: SIGUSR1 opens log files again"),
+    ("oas-validator", "`request-validation` with the JSON schemas of the operation"),
+    ("ocsp-stapling", "certificates that live shortly"),
+    ("openfunction", "a route to the function's URL, with the key set by `proxy-rewrite`"),
+    ("openwhisk", "a route to the function's URL, with the key set by `proxy-rewrite`"),
+    ("rocketmq-logger", "`kafka-logger` or `http-logger`"),
+    ("saml-auth", "`openid-connect`, which a SAML identity provider can be put behind"),
+    ("serverless-post-function", "Lua does not run here: a WASM plugin (`wasm.plugins` of config.yaml)"),
+    ("serverless-pre-function", "Lua does not run here: a WASM plugin (`wasm.plugins` of config.yaml)"),
+    ("sls-logger", "`syslog` or `kafka-logger`, which the service reads"),
+    ("tencent-cloud-cls", "`kafka-logger`, which the service reads"),
+    ("wolf-rbac", "`forward-auth` in front of the wolf server, or `opa`"),
+];
 
-/// Plugins of APISIX 3.18 that are not offered yet, with the nearest thing that is, where there is one.
-const NOT_YET: &[(&str, &str)] = &[
+const AI: &str = "route to the provider as to any upstream: server-sent events pass untouched";
+
+/// Plugins of APISIX that will not be offered, and why.
+pub const NOT_PLANNED: &[(&str, &str)] = &[
     ("ai-aliyun-content-moderation", AI),
     ("ai-aws-content-moderation", AI),
     ("ai-cache", AI),
@@ -37,50 +76,15 @@ const NOT_YET: &[(&str, &str)] = &[
     ("ai-proxy", AI),
     ("ai-proxy-multi", AI),
     ("ai-rag", AI),
-    ("ai-rate-limiting", "`limit-count` limits requests"),
     ("ai-request-rewrite", AI),
-    ("authz-casbin", ""),
-    ("authz-casdoor", AUTHENTICATION),
-    ("authz-keycloak", AUTHENTICATION),
-    ("aws-lambda", ""),
-    ("azure-functions", ""),
-    ("cas-auth", AUTHENTICATION),
-    ("chaitin-waf", ""),
-    ("datadog", METRICS),
-    ("degraphql", ""),
-    ("dingtalk-auth", AUTHENTICATION),
-    ("dubbo-proxy", ""),
-    ("example-plugin", ""),
-    ("exit-transformer", "`response-rewrite` with `vars` on `status` changes answers"),
-    ("ext-plugin-post-req", ""),
-    ("ext-plugin-post-resp", ""),
-    ("ext-plugin-pre-req", ""),
-    ("feishu-auth", AUTHENTICATION),
-    ("gm", ""),
-    ("google-cloud-logging", ACCESS_LOG),
-    ("graphql-limit-count", "`limit-count` limits requests"),
-    ("graphql-proxy-cache", ""),
-    ("http-dubbo", ""),
-    ("inspect", "`postern explain` tells what happens to a request"),
-    ("jwe-decrypt", ""),
-    ("kafka-proxy", ""),
-    ("lago", ""),
-    ("ldap-auth", AUTHENTICATION),
-    ("ldap-auth-advanced", AUTHENTICATION),
-    ("log-rotate", ""),
-    ("mcp-bridge", ""),
-    ("mqtt-proxy", ""),
-    ("oas-validator", ""),
-    ("ocsp-stapling", ""),
-    ("openfunction", ""),
-    ("openwhisk", ""),
-    ("rocketmq-logger", ACCESS_LOG),
-    ("saml-auth", AUTHENTICATION),
-    ("serverless-post-function", "Lua does not run here"),
-    ("serverless-pre-function", "Lua does not run here"),
-    ("sls-logger", ACCESS_LOG),
-    ("tencent-cloud-cls", ACCESS_LOG),
-    ("wolf-rbac", AUTHENTICATION),
+    ("dubbo-proxy", "few speak Dubbo through a gateway, and it needs an engine of its own"),
+    ("example-plugin", "it is a sample; CONTRIBUTING.md has one"),
+    ("gm", "Chinese cipher suites need another TLS library"),
+    ("http-dubbo", "few speak Dubbo through a gateway, and it needs an engine of its own"),
+    ("jwe-decrypt", "encrypted tokens are rare; `jwt-auth` verifies signed ones"),
+    ("kafka-proxy", "a broker is better reached directly"),
+    ("mcp-bridge", "it starts programs on the gateway's machine"),
+    ("mqtt-proxy", "it balances TCP connections, which are not proxied"),
 ];
 
 /// What to do about a name, if it is known.
@@ -88,12 +92,12 @@ pub fn advice(name: &str) -> Option<String> {
     let of = |list: &'static [(&str, &'static str)]| {
         list.iter().find(|(known, _)| *known == name).map(|(_, advice)| *advice)
     };
-    of(MISNOMERS).map(str::to_owned).or_else(|| {
-        of(NOT_YET).map(|instead| match instead {
-            "" => "it exists in APISIX and is not offered yet; take it out".to_owned(),
-            instead => format!("it exists in APISIX and is not offered yet; {instead}"),
-        })
-    })
+    let misnomer = || of(MISNOMERS).map(str::to_owned);
+    let replaced = || of(REPLACED).map(|by| format!("it exists in APISIX and is replaced here; use {by}"));
+    let not_planned = || {
+        of(NOT_PLANNED).map(|why| format!("it exists in APISIX and is not planned here ({why}); take it out"))
+    };
+    misnomer().or_else(replaced).or_else(not_planned)
 }
 
 /// Whether leaving the plugin out changes nothing that anybody can see.
@@ -108,7 +112,7 @@ pub fn why_harmless(name: &str) -> Option<&'static str> {
 
 /// Every name that APISIX has and this gateway has not.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    NOT_YET.iter().chain(HARMLESS).map(|(name, _)| *name)
+    [REPLACED, NOT_PLANNED, HARMLESS].into_iter().flatten().map(|(name, _)| *name)
 }
 
 #[cfg(test)]

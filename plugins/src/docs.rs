@@ -11,7 +11,7 @@ use layers::plugin::Registration;
 use layers::telemetry::names;
 use serde_json::{Map, Value};
 
-use crate::{absent, registrations};
+use crate::{absent, pages, registrations};
 
 const BEGIN: &str = "<!-- made by `postern docs`: begin -->";
 const END: &str = "<!-- made by `postern docs`: end -->";
@@ -85,21 +85,30 @@ fn purpose(text: &str) -> String {
     lines.take_while(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
+/// Every plugin of APISIX, and those that only this gateway has: what becomes of it here.
 fn index(purposes: &[(&Registration, String)]) -> String {
-    let mut out = String::from("| plugin | priority | what it does |\n|---|---|---|\n");
-    for (Registration { name, priority, .. }, purpose) in purposes {
-        let _ = writeln!(out, "| [{name}]({name}.md) | {priority} | {purpose} |");
+    let mut out = String::from("| plugin | priority | state | what it does |\n|---|---|---|---|\n");
+    for (plugin, purpose) in purposes {
+        let Registration { name, priority, .. } = plugin;
+        let state = match pages::differences(plugin).len() {
+            _ if absent::OURS.contains(name) => "ours".to_owned(),
+            0 => "served".to_owned(),
+            count => format!("served, [differs](%PAGE%#differences-from-apisix) ({count})"),
+        };
+        let state = state.replace("%PAGE%", &format!("{name}.md"));
+        let _ = writeln!(out, "| [{name}]({name}.md) | {priority} | {state} | {purpose} |");
     }
     out.push_str(
-        "\nTaken from an APISIX configuration and left out, because nothing changes without them:\n\n",
+        "\nPlugins of APISIX that are not here:\n\n| plugin | state | instead, or why not |\n|---|---|---|\n",
     );
-    for (name, why) in absent::HARMLESS {
-        let _ = writeln!(out, "- `{name}`: {why}.");
+    let mut rows: Vec<(&str, &str, &str)> = Vec::new();
+    rows.extend(absent::HARMLESS.iter().map(|(name, why)| (*name, "taken and left out", *why)));
+    rows.extend(absent::REPLACED.iter().map(|(name, by)| (*name, "replaced", *by)));
+    rows.extend(absent::NOT_PLANNED.iter().map(|(name, why)| (*name, "not planned", *why)));
+    rows.sort_unstable();
+    for (name, state, why) in rows {
+        let _ = writeln!(out, "| {name} | {state} | {why} |");
     }
-    out.push_str("\nNot offered yet; an object that has one of them is refused:\n");
-    let mut names: Vec<_> = absent::names().filter(|name| !absent::is_harmless(name)).collect();
-    names.sort_unstable();
-    let _ = write!(out, "`{}`.", names.join("`, `"));
     out
 }
 
