@@ -29,6 +29,12 @@ if [ ! -d .cache/npm/node_modules/oidc-provider ]; then
     npm install --prefix .cache/npm --no-audit --no-fund --loglevel=error oidc-provider@8.8.1
 fi
 
+# The sample WASM plugin is built by the tests.
+if [ ! -d "$(rustc --print sysroot)/lib/rustlib/wasm32-wasip1" ]; then
+    echo "installing Rust's target wasm32-wasip1"
+    rustup target add wasm32-wasip1
+fi
+
 mkdir -p .cache/bin
 if [ ! -x .cache/bin/h2spec ]; then
     # h2spec names no versions for what it depends on, so it takes a Go that its newest dependencies accept.

@@ -10,6 +10,7 @@ mod nginx;
 mod own;
 mod section;
 mod units;
+mod wasm;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -21,6 +22,7 @@ use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 use self::section::Reader;
+pub use self::wasm::{WasmPhase, WasmPlugin};
 use crate::document::{Document, LocatedError};
 use crate::env::{self, Env, Typing};
 use crate::error::ConfigError;
@@ -93,6 +95,8 @@ pub struct Process {
     pub stream_plugins: Option<Vec<String>>,
     /// `plugin_attr`: settings of plugins that need a restart, by plugin.
     pub plugin_attr: Map<String, Value>,
+    /// Modules that are plugins. APISIX `wasm.plugins`.
+    pub wasm: Vec<WasmPlugin>,
     /// `discovery`: settings by kind of registry, as written.
     pub discovery: Map<String, Value>,
     /// Largest GraphQL body that is looked into, in bytes.
@@ -566,6 +570,7 @@ impl Process {
             config_dir: dir.to_owned(),
             plugins: root.texts("plugins"),
             stream_plugins: root.texts("stream_plugins"),
+            wasm: wasm::read(root.section("wasm"), dir),
             plugin_attr: object("plugin_attr"),
             discovery: object("discovery"),
             graphql_max_size,
@@ -575,7 +580,6 @@ impl Process {
         root.not_applicable("graphql", "GraphQL bodies are not looked into");
         root.not_applicable("stream_plugins", "TCP and UDP are not proxied yet");
         root.not_applicable("ext-plugin", "plugin runners over a unix socket do not exist here");
-        root.not_applicable("wasm", "WASM plugins do not exist here yet");
         root.not_applicable("xrpc", "xRPC protocols do not exist here");
         root.moved("etcd", "deployment.etcd");
         root.moved("config_center", "deployment.role_data_plane.config_provider");
@@ -920,7 +924,6 @@ wasm: {plugins: []}
                 (9, "/nginx_config/max_pending_timers"),
                 (13, "/nginx_config/http/lua_shared_dict"),
                 (14, "/nginx_config/http/proxy_buffer_size"),
-                (15, "/wasm"),
             ]
         );
     }

@@ -70,7 +70,11 @@ impl Env {
         control: tokio::runtime::Handle,
     ) -> Result<Self, String> {
         Ok(Self {
-            plugins: plugins::registrations().iter().map(|plugin| (plugin.name, plugin)).collect(),
+            plugins: plugins::registrations()
+                .iter()
+                .chain(plugins::wasm::registrations(&process.wasm))
+                .map(|plugin| (plugin.name, plugin))
+                .collect(),
             attrs: settings::plugin_attrs(process),
             mode: settings::mode(process),
             catalog,

@@ -74,6 +74,12 @@ pub fn plugin_attrs(process: &Process) -> HashMap<String, Value> {
     }
     // Its zones stand in a section of their own.
     attrs.insert(ProxyCache::NAME.to_owned(), plugins::proxy_cache::attr(&process.cache));
+    // What a module is: found under its plugin's name.
+    let wasm = process
+        .wasm
+        .iter()
+        .filter_map(|plugin| Some((plugin.name.clone(), serde_json::to_value(plugin).ok()?)));
+    attrs.extend(wasm);
     attrs
 }
 

@@ -5,14 +5,17 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use config::error::ConfigError;
 use config::plugin_catalog::{PluginCatalog, PluginSchema};
+use config::process::WasmPlugin;
 use layers::plugin::Registration;
 use serde_json::Value;
 
-use crate::{absent, registrations};
+use crate::{absent, registrations, wasm};
 
 /// The plugins that may be used.
 pub struct Catalog {
     enabled: RwLock<Enabled>,
+    /// Plugins of `wasm.plugins`, which need not be in the list.
+    wasm: Vec<&'static Registration>,
 }
 
 type Enabled = HashMap<&'static str, &'static Registration>;
@@ -26,7 +29,14 @@ impl Default for Catalog {
 impl Catalog {
     /// All plugins, or those that `plugins` of `config.yaml` names.
     pub fn new(list: Option<&[String]>) -> Self {
-        Self { enabled: RwLock::new(enabled(list)) }
+        Self { enabled: RwLock::new(enabled(list)), wasm: Vec::new() }
+    }
+
+    /// With the plugins of `wasm.plugins`.
+    #[must_use]
+    pub fn with_wasm(mut self, plugins: &[WasmPlugin]) -> Self {
+        self.wasm = wasm::registrations(plugins);
+        self
     }
 
     /// Another list takes the place of the one before: `plugins` of `apisix.yaml`. Objects are judged by it the next
@@ -40,7 +50,8 @@ impl Catalog {
     }
 
     fn registration(&self, name: &str) -> Option<&'static Registration> {
-        self.enabled().get(name).copied()
+        let wasm = self.wasm.iter().find(|registration| registration.name == name).copied();
+        wasm.or_else(|| self.enabled().get(name).copied())
     }
 
     /// The names of a `plugins` list that no plugin here has, for a notice at the start.
@@ -90,8 +101,10 @@ impl PluginCatalog for Catalog {
 
     fn names(&self) -> Vec<&'static str> {
         let enabled = self.enabled();
-        let names = registrations().iter().map(|registration| registration.name);
-        names.filter(|name| enabled.contains_key(name)).collect()
+        let offered = registrations().iter().filter(|registration| enabled.contains_key(registration.name));
+        let mut all: Vec<_> = offered.chain(self.wasm.iter().copied()).collect();
+        all.sort_by_key(|registration| std::cmp::Reverse(registration.priority));
+        all.into_iter().map(|registration| registration.name).collect()
     }
 
     fn is_auth(&self, name: &str) -> bool {
@@ -140,8 +153,8 @@ mod tests {
         let (all, few) = (Catalog::default(), Catalog::new(Some(&some)));
         let cases = [
             (&all, "uri-rewrite", "use `proxy-rewrite`"),
-            (&all, "ldap-auth", "it exists in APISIX and is not offered yet; `key-auth`, `basic-auth`"),
-            (&all, "dubbo-proxy", "it exists in APISIX and is not offered yet; take it out"),
+            (&all, "ldap-auth", "it exists in APISIX and is replaced here; use `forward-auth`"),
+            (&all, "dubbo-proxy", "it exists in APISIX and is not planned here"),
             (&all, "key_auth", "did you mean `key-auth`?"),
             (&all, "nonsense", "take it out"),
             (&few, "request-id", "it is disabled; add it to the list `plugins`"),

@@ -5,6 +5,7 @@ pub mod catalog;
 pub mod docs;
 pub mod pages;
 pub mod support;
+pub mod wasm;
 
 use std::sync::OnceLock;
 
