@@ -192,11 +192,13 @@ impl<E: Entry> Shard<E> {
         }
     }
 
-    /// Removes one of a few: of the same limit if there is one, then the one that counts least.
+    /// Removes one of a few: of the same limit if there is one, then the one that counts least. They are spread over the
+    /// shard, because the entries of one limit may stand side by side.
     fn give_one_up(&mut self, owner: u32) {
         let len = self.kept.len().max(1);
         let start = fastrand::usize(..len);
-        let least = (0..SAMPLE).map(|step| (start + step) % len).min_by_key(|place| {
+        let stride = (len / SAMPLE).max(1);
+        let least = (0..SAMPLE).map(|step| (start + step * stride) % len).min_by_key(|place| {
             self.kept.get(*place).map(|kept| (kept.key.owner != owner, kept.entry.worth()))
         });
         if let Some(place) = least {
