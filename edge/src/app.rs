@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use certs::sni::{Protocol, TableSettings};
 use config::Graph;
-use config::plugin_catalog::PluginCatalog;
 use config::process::{Limits, Listener, Process, Provider, TlsVersion};
 use layers::http::access_log::AccessLog;
 use layers::http::in_flight::InFlightCount;
@@ -304,7 +303,7 @@ fn etcd_settings(process: &Process, etcd: &config::process::Etcd) -> EtcdSetting
 
 fn running(
     process: &Process,
-    catalog: Arc<dyn PluginCatalog>,
+    catalog: Arc<plugins::Catalog>,
     metrics: &Arc<Metrics>,
     instance: &Instance,
 ) -> Result<Running, StartError> {

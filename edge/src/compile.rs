@@ -65,16 +65,12 @@ impl Env {
     /// The trusted certificates for upstreams cannot be read.
     pub fn new(
         process: &Process,
-        catalog: Arc<dyn PluginCatalog>,
+        catalog: Arc<plugins::Catalog>,
         metrics: Arc<Metrics>,
         control: tokio::runtime::Handle,
     ) -> Result<Self, String> {
         Ok(Self {
-            plugins: plugins::registrations()
-                .iter()
-                .chain(plugins::wasm::registrations(&process.wasm))
-                .map(|plugin| (plugin.name, plugin))
-                .collect(),
+            plugins: catalog.all().map(|plugin| (plugin.name, plugin)).collect(),
             attrs: settings::plugin_attrs(process),
             mode: settings::mode(process),
             catalog,

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use config::Graph;
 use config::env::ProcessEnv;
 use config::process::Process;
-use config::{Graph, PluginCatalog};
 use layers::telemetry::metrics::Metrics;
 
 use crate::compile::{Compiler, Env};
@@ -30,8 +30,7 @@ pub fn explain(dir: &Path, question: &Question) -> Result<Explanation, String> {
         .build()
         .map_err(|error| format!("no runtime: {error}"))?;
     let _context = runtime.enter();
-    let catalog: Arc<dyn PluginCatalog> =
-        Arc::new(plugins::Catalog::new(process.plugins.as_deref()).with_wasm(&process.wasm));
+    let catalog = Arc::new(plugins::Catalog::new(process.plugins.as_deref()).with_wasm(&process.wasm));
     let mut graph = Graph::new();
     let changed = graph.replace_all(changes, &*catalog);
     let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone())?;

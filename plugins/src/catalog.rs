@@ -45,6 +45,11 @@ impl Catalog {
         *self.enabled.write().unwrap_or_else(PoisonError::into_inner) = enabled(list);
     }
 
+    /// Every plugin, whether or not the list has it.
+    pub fn all(&self) -> impl Iterator<Item = &'static Registration> {
+        registrations().iter().chain(self.wasm.iter().copied())
+    }
+
     fn enabled(&self) -> RwLockReadGuard<'_, Enabled> {
         self.enabled.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -13,7 +13,7 @@ use config::var::{Var, Vars};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use layers::exchange::{Exchange, State};
 use layers::plugin::{BuildEnv, Definition, Extras, Flow, Hooks, OnLog, Rewrite};
-use layers::vars::OwnVars;
+use layers::vars::{OwnVars, hostname};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_client::TraceServiceClient;
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Any;
@@ -278,7 +278,7 @@ impl Metadata {
 
     /// What all spans belong to.
     fn resource(&self) -> Resource {
-        let mut attributes = vec![text("hostname", trace::hostname())];
+        let mut attributes = vec![text("hostname", hostname().to_owned())];
         if !self.resource.contains_key("service.name") {
             attributes.push(text("service.name", "APISIX".to_owned()));
         }

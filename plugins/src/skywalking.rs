@@ -12,6 +12,7 @@ use config::error::ConfigError;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use layers::exchange::{Exchange, State};
 use layers::plugin::{BuildEnv, Definition, Flow, Hooks, OnLog, Rewrite};
+use layers::vars::hostname;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -119,7 +120,7 @@ impl Definition for SkyWalking {
         let plugin = Arc::new(Self {
             ratio: config.sample_ratio,
             service: attr.service_name,
-            instance: attr.service_instance_name.replace("$hostname", &crate::support::trace::hostname()),
+            instance: attr.service_instance_name.replace("$hostname", hostname()),
             segments,
         });
         hooks.rewrite(&plugin);

@@ -256,12 +256,6 @@ pub fn attempts<'a>(x: &'a State, clock: &'a Clock) -> impl Iterator<Item = Atte
     })
 }
 
-/// The name of this machine.
-pub fn hostname() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .map_or_else(|_| "unknown".into(), |name| name.trim().into())
-}
-
 /// Whether a share of the requests has this one in it.
 pub fn chance(ratio: f64) -> bool {
     ratio >= 1.0 || fastrand::f64() < ratio

@@ -370,6 +370,11 @@ fn code(result: Result<(), i32>) -> i32 {
     result.err().unwrap_or(OK)
 }
 
+/// As [`code`], of what is done in steps.
+fn outcome(steps: impl FnOnce() -> Result<(), i32>) -> i32 {
+    code(steps())
+}
+
 fn tell(host: &Host, level: i32, line: &str) {
     let line: String = line.chars().take(LONGEST_LINE).collect();
     let plugin = &*host.plugin;
@@ -431,7 +436,7 @@ fn link_maps(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 }
                 pairs.iter().try_for_each(|(name, value)| host.change(map, name, Some(value), true))
             };
-            code(set_once(set))
+            outcome(set)
         },
     )?;
     linker.func_wrap(
@@ -444,7 +449,7 @@ fn link_maps(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 let value = c.data().value(map, &name).ok_or(NOT_FOUND)?;
                 give(&mut c, &value, data, size)
             };
-            code(set_once(get))
+            outcome(get)
         },
     )?;
     for (function, add) in [("proxy_add_header_map_value", true), ("proxy_replace_header_map_value", false)] {
@@ -458,7 +463,7 @@ fn link_maps(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                         (read(&mut c, name, name_length)?, read(&mut c, value, value_length)?);
                     c.data_mut().change(map, &name, Some(&value), add)
                 };
-                code(set_once(set))
+                outcome(set)
             },
         )?;
     }
@@ -471,15 +476,10 @@ fn link_maps(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 let name = read(&mut c, name, length)?;
                 c.data_mut().change(map, &name, None, false)
             };
-            code(set_once(remove))
+            outcome(remove)
         },
     )?;
     Ok(())
-}
-
-/// Runs a closure that borrows; only there so that `?` can be used.
-fn set_once(run: impl FnOnce() -> Result<(), i32>) -> Result<(), i32> {
-    run()
 }
 
 fn link_bodies(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
@@ -496,7 +496,7 @@ fn link_bodies(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 }
                 give(&mut c, &buffer.slice(start..end), data, size)
             };
-            code(set_once(get))
+            outcome(get)
         },
     )?;
     linker.func_wrap(
@@ -508,7 +508,7 @@ fn link_bodies(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 write_number(&mut c, length, u32::try_from(buffer.len()).unwrap_or(u32::MAX))?;
                 write_number(&mut c, flags, 0)
             };
-            code(set_once(status))
+            outcome(status)
         },
     )?;
     linker.func_wrap(
@@ -527,7 +527,7 @@ fn link_bodies(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 c.data_mut().body = [before, new, after].concat().into();
                 Ok(())
             };
-            code(set_once(set))
+            outcome(set)
         },
     )?;
     Ok(())
@@ -553,7 +553,7 @@ fn link_requests(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 c.data_mut().reply = Some(Reply { status: status.ok_or(BAD_ARGUMENT)?, headers, body });
                 Ok(())
             };
-            code(set_once(send))
+            outcome(send)
         },
     )?;
     linker.func_wrap(
@@ -585,7 +585,7 @@ fn link_requests(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 host.calls.push_back(Call { token, upstream, headers, body, timeout });
                 write_number(&mut c, token_at, token)
             };
-            code(set_once(call))
+            outcome(call)
         },
     )?;
     linker.func_wrap("env", "proxy_continue_stream", |mut c: Asking<'_>, _stream: i32| {
@@ -625,7 +625,7 @@ fn link_rest(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 let value = c.data().property(&path).ok_or(NOT_FOUND)?;
                 give(&mut c, &value, data, size)
             };
-            code(set_once(get))
+            outcome(get)
         },
     )?;
     linker.func_wrap(
@@ -642,7 +642,7 @@ fn link_rest(linker: &mut Linker<Host>) -> wasmtime::Result<()> {
                 }
                 Ok(())
             };
-            code(set_once(set))
+            outcome(set)
         },
     )?;
     linker.func_wrap("env", "proxy_get_current_time_nanoseconds", |mut c: Asking<'_>, at: i32| {
