@@ -21,6 +21,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::source::Health;
 use crate::{Backoff, Endpoint, Endpoints, Failure, Node, Watch, fixed};
 
 /// Addresses kept of one answer. More than any real service has, less than would hurt a picker.
@@ -409,6 +410,8 @@ fn merge(parts: &mut [Part]) -> Endpoints {
                     weight: node.weight,
                     siblings,
                     priority: node.priority,
+                    health: Health::Healthy,
+                    details: None,
                 }));
             }
         }

@@ -6,6 +6,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::source::{Details, Health};
+
 /// One configured node of an upstream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -29,6 +31,10 @@ pub struct Endpoint {
     /// How many addresses share `weight`; at least 1.
     pub siblings: u32,
     pub priority: i32,
+    /// What its registries think of it. A configured node is healthy.
+    pub health: Health,
+    /// What its registries know of it besides the address.
+    pub details: Option<Arc<Details>>,
 }
 
 /// A name that could not be resolved at its last attempt.

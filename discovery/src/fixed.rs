@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::source::Health;
 use crate::{Endpoint, Endpoints, Node, Watch, literal};
 
 /// The endpoint of a node whose host is an address.
@@ -16,6 +17,8 @@ pub(crate) fn endpoint(node: &Node) -> Option<Endpoint> {
         weight: node.weight,
         siblings: 1,
         priority: node.priority,
+        health: Health::Healthy,
+        details: None,
     })
 }
 

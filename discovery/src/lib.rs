@@ -9,6 +9,9 @@ pub mod backoff;
 pub mod dns;
 pub mod endpoints;
 pub mod fixed;
+pub mod source;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -20,6 +23,7 @@ use tokio::sync::watch;
 pub use backoff::Backoff;
 pub use dns::{NameView, Settings};
 pub use endpoints::{Endpoint, Endpoints, Failure, Node};
+pub use source::{Again, Details, Health, Instance, Listing, Query, Source, SourceError, Standing, Watcher};
 
 /// The receiving end of one target's endpoints. Dropping it ends the work done for it.
 pub type Watch = watch::Receiver<Arc<Endpoints>>;

@@ -147,6 +147,8 @@ impl State {
             weight: peer.weight,
             siblings: peer.siblings,
             priority: peer.priority,
+            health: discovery::Health::Healthy,
+            details: None,
         };
         Endpoints { list: self.peers.iter().map(endpoint).collect(), ..Endpoints::default() }
     }

@@ -1,0 +1,147 @@
+//! What a registry has to offer to be asked: one trait, implemented in one file each.
+//!
+//! A [`Source`] opens a [`Watcher`] for each service that somebody wants to know; a watcher says, again and again,
+//! which instances the service has now. It says nothing else: pauses after errors, what an error or an empty list may
+//! do to endpoints in use, freshness, history, the snapshot on disk and the merging with other sources are the same
+//! for every registry and live around it. A watcher never sleeps after an error, never caches and never retries by
+//! itself; it returns an error and is asked again.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+use crate::Node;
+
+/// One registry: its addresses, credentials and connections, shared by the services that are followed in it.
+pub trait Source: fmt::Debug + Send + Sync + 'static {
+    /// The word of `discovery_type`, for example `consul`.
+    fn kind(&self) -> &'static str;
+
+    /// Begins to follow a service. Nothing is asked before the first [`Watcher::next`].
+    ///
+    /// # Errors
+    /// The name of the service is not of the form that this registry needs. Says what to write instead.
+    fn open(&self, query: &Query) -> Result<Box<dyn Watcher>, String>;
+}
+
+/// Which instances are wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Query {
+    /// `service_name` as configured.
+    pub service: Arc<str>,
+    /// `discovery_args` as configured, by name.
+    pub args: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// Follows one service.
+pub trait Watcher: Send {
+    /// The whole list: at once when asked for the first time or after [`restart`](Self::restart), later when it may have
+    /// changed. The same list twice is no harm. Has to be safe to drop before it is ready; a call after that goes on.
+    fn next(&mut self) -> BoxFuture<'_, Result<Listing, SourceError>>;
+
+    /// Forgets what was read so far (an index, a version), so that the next call asks at once: somebody wants to
+    /// know now.
+    fn restart(&mut self);
+}
+
+/// The instances of one service, all of them, as the registry has them now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// None is an authoritative empty list: the registry knows of no instance. What a registry cannot tell is a
+    /// [`SourceError`].
+    pub instances: Vec<Instance>,
+    /// What its absence from this list says about an instance.
+    pub standing: Standing,
+    /// When the next question makes sense.
+    pub again: Again,
+}
+
+/// Whether a list is a continuation of the one before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// What is missing has been taken out.
+    #[default]
+    Continued,
+    /// The registry has lost its memory or its place since the last list (its index went backwards, it was restarted or
+    /// restored). What is missing may only not be known again yet.
+    Restarted,
+}
+
+/// When to ask again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// At once: the next question waits for a change by itself, for a bounded time.
+    Now,
+    /// After this long: a registry that can only be polled, or an answer with a time to live.
+    After(Duration),
+}
+
+/// One instance of a service as its registry knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    /// How the registry tells it from the others of its service: an instance id, the name of a pod, `host:port`.
+    pub id: Arc<str>,
+    /// Where it is. The host may be a name, which is then resolved like that of any node.
+    pub node: Node,
+    pub health: Health,
+    /// What else is known of it; shared between lists where it does not change.
+    pub details: Option<Arc<Details>>,
+}
+
+/// What a registry thinks of an instance. Better ones come first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Health {
+    #[default]
+    Healthy,
+    /// Usable, with the weight that the registry gives it in this state.
+    Warning,
+    /// Takes no new request; those under way end in peace.
+    Draining,
+    Unhealthy,
+}
+
+impl Health {
+    /// As it is written in answers of APIs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Healthy => "healthy",
+            Self::Warning => "warning",
+            Self::Draining => "draining",
+            Self::Unhealthy => "unhealthy",
+        }
+    }
+}
+
+/// What is known of an instance besides its address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Details {
+    pub region: Option<Arc<str>>,
+    pub zone: Option<Arc<str>>,
+    /// The machine it runs on.
+    pub machine: Option<Arc<str>>,
+    /// Zones whose clients it should serve, where the registry says so (Kubernetes `hints.forZones`).
+    pub for_zones: Vec<Arc<str>>,
+    /// Its SPIFFE id.
+    pub identity: Option<Arc<str>>,
+    /// Tags and metadata. A tag without a value has an empty one.
+    pub meta: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// The registry did not say what is asked. Endpoints in use stay.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct SourceError {
+    /// What happened, with the address that was asked, for operators.
+    pub reason: Arc<str>,
+    /// How long the registry wants to be left alone (`Retry-After`).
+    pub retry_after: Option<Duration>,
+}
+
+impl SourceError {
+    pub fn new(reason: impl Into<Arc<str>>) -> Self {
+        Self { reason: reason.into(), retry_after: None }
+    }
+}
