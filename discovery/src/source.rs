@@ -20,6 +20,18 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
     /// The word of `discovery_type`, for example `consul`.
     fn kind(&self) -> &'static str;
 
+    /// Which registry of its kind it is: an address, the name of a cluster. A configuration may name several registries
+    /// of one kind (`servers` of Consul are clusters of their own, in APISIX too). Each is a source: it has drivers, a
+    /// back-off and a freshness of its own, and what they list for a service is merged.
+    fn name(&self) -> &str {
+        ""
+    }
+
+    /// Whether the service is looked for here. A name that names another registry of the same kind is not.
+    fn serves(&self, _query: &Query) -> bool {
+        true
+    }
+
     /// Begins to follow a service. Nothing is asked before the first [`Watcher::next`].
     ///
     /// # Errors
