@@ -8,6 +8,7 @@ pub mod check;
 pub mod consumer;
 pub mod consumer_group;
 pub mod credential;
+pub mod discovery;
 pub mod document;
 pub mod env;
 pub mod error;
