@@ -23,7 +23,9 @@ use tokio::sync::watch;
 pub use backoff::Backoff;
 pub use dns::{NameView, Settings};
 pub use endpoints::{Endpoint, Endpoints, Failure, Node};
-pub use source::{Again, Details, Health, Instance, Listing, Query, Source, SourceError, Standing, Watcher};
+pub use source::{
+    Again, Details, Health, Instance, Listing, Query, Retire, Source, SourceError, Standing, Watcher,
+};
 
 /// The receiving end of one target's endpoints. Dropping it ends the work done for it.
 pub type Watch = watch::Receiver<Arc<Endpoints>>;

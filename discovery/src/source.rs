@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 
 use crate::Node;
 
@@ -37,6 +38,37 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// The name of the service is not of the form that this registry needs. Says what to write instead.
     fn open(&self, query: &Query) -> Result<Box<dyn Watcher>, String>;
+
+    /// Takes an instance out of the registry, or tells it that the instance is about to stop, so that nobody else finds it
+    /// either; `undo` takes that back where it can be. Bounded in time by itself.
+    ///
+    /// # Errors
+    /// The registry did not do it, or this kind of registry takes nobody out on request.
+    fn retire<'a>(
+        &'a self,
+        query: &'a Query,
+        instance: &'a Instance,
+        how: Retire,
+        undo: bool,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        let _ = (query, instance, how, undo);
+        let kind = self.kind();
+        let why = format!("{kind} takes no instance out on request: whoever registered it has to");
+        Box::pin(async move { Err(SourceError::new(why)) })
+    }
+}
+
+/// What a registry is told about an instance that is about to stop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Retire {
+    /// It is taken out. The application registers itself again when it starts.
+    #[default]
+    Deregister,
+    /// It stays registered and is not to be used, until somebody says otherwise.
+    Maintenance,
+    /// Nothing: somebody else does, or nobody needs to.
+    Keep,
 }
 
 /// Which instances are wanted.
