@@ -28,6 +28,7 @@ use crate::error::{Error, Reason};
 use crate::route::Params;
 use crate::stack::Requests;
 use crate::target::{Destination, Target};
+use crate::upgrade::Upgrade;
 use crate::upstream::cluster::Cluster;
 
 /// What is known of the client's connection. Shared by its requests.
@@ -179,6 +180,8 @@ pub struct State {
     pub request: request::Parts,
     /// The request's body. Taken by whoever forwards it.
     pub request_body: Body,
+    /// Present if the client asks for a switch of protocols. Taken by whoever grants it.
+    pub upgrade: Option<Upgrade>,
     /// The target as the client wrote it (`request_uri`), where it differs from the normal form.
     pub original_uri: Option<Uri>,
     /// The percent-decoded path (`uri`), where it differs from the path of `request.uri`.
@@ -250,6 +253,7 @@ impl Exchange {
         Self(Box::new(State {
             request,
             request_body,
+            upgrade: None,
             original_uri: None,
             decoded_path: None,
             host: Box::default(),

@@ -24,6 +24,7 @@ pub mod telemetry;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
+pub mod upgrade;
 pub mod upstream;
 pub mod vars;
 pub mod worker;

@@ -13,8 +13,6 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{HeaderName, Response, StatusCode};
 use hyper::body::Incoming;
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
 use tower::Service;
 
 use super::breaker::Leave;
@@ -38,6 +36,7 @@ use crate::exchange::{Answered, Attempt, Exchange};
 use crate::local::LocalBox;
 use crate::target::{Destination, Timeouts};
 use crate::telemetry::metrics::Metrics;
+use crate::upgrade::Upgrade;
 
 const UPSTREAM_STATUS: HeaderName = HeaderName::from_static("x-apisix-upstream-status");
 
@@ -90,7 +89,7 @@ struct Job {
     outgoing: Outgoing,
     idempotent: bool,
     upgrade: Option<HeaderValue>,
-    on_upgrade: Option<OnUpgrade>,
+    on_upgrade: Option<Upgrade>,
 }
 
 /// One endpoint with the host that it is sent.
@@ -149,7 +148,7 @@ impl UpstreamService {
             outgoing: Outgoing::new(std::mem::take(&mut x.request_body)),
             idempotent: state.settings.retry.non_idempotent
                 || send::is_idempotent(x.forward.method.as_ref().unwrap_or(&x.request.method)),
-            on_upgrade: upgrade.as_ref().and_then(|_| x.request.extensions.remove::<OnUpgrade>()),
+            on_upgrade: upgrade.as_ref().and_then(|_| x.upgrade.take()),
             upgrade,
             cluster: cluster.clone(),
         };
@@ -512,13 +511,13 @@ impl UpstreamService {
 }
 
 /// Carries a tunnel from the moment both sides have switched. The endpoint counts as active for as long.
-async fn carry(client: OnUpgrade, upstream: Http1, picked: Picked, idle: Duration) {
-    let (Ok(client), Some(upstream)) = tokio::join!(client, upstream.upgraded()) else {
+async fn carry(client: Upgrade, upstream: Http1, picked: Picked, idle: Duration) {
+    let (Some(client), Some(upstream)) = tokio::join!(client, upstream.upgraded()) else {
         tracing::debug!(endpoint = %picked.endpoint(), "a protocol switch came to nothing");
         return;
     };
     let early: Bytes = upstream.early;
-    let ended = tunnel::run(TokioIo::new(client), upstream.io, early, idle).await;
+    let ended = tunnel::run(client, upstream.io, early, idle).await;
     tracing::debug!(endpoint = %picked.endpoint(), ?ended, "tunnel ended");
 }
 

@@ -32,6 +32,7 @@ use crate::local::LocalBox;
 use crate::rescue;
 use crate::stack::{HttpService, Requests};
 use crate::transport::framing::{Guard, HeadLimits, Position};
+use crate::upgrade::Upgrade;
 use crate::worker::context::{OpenConnection, WorkerContext};
 use crate::worker::deadlines::{Ended, Phase, Watch, Watched};
 use crate::worker::io::{Command, Io, Link, Stream};
@@ -593,9 +594,10 @@ impl<S: HttpService> hyper::service::Service<Request<Incoming>> for Bridge<S> {
             stream = Some(state);
         }
         // Present only if a switch of protocols is asked for, so a plain request pays nothing.
-        let switches = request.extensions().get::<OnUpgrade>().is_some();
+        let mut upgrade = request.extensions_mut().remove::<OnUpgrade>();
+        let switches = upgrade.is_some();
         if switches && asks_for_http2(&request) {
-            request.extensions_mut().remove::<OnUpgrade>();
+            upgrade = None;
             request.headers_mut().remove(header::UPGRADE);
             request.headers_mut().remove(HTTP2_SETTINGS);
         }
@@ -606,6 +608,7 @@ impl<S: HttpService> hyper::service::Service<Request<Incoming>> for Bridge<S> {
             _ => Body::from(body),
         });
         let mut x = Exchange::new(request, shared.conn.clone());
+        x.upgrade = upgrade.map(Upgrade::new);
         if let Some(refusal) = shared.link.refusal()
             && refusal.request == calls
         {

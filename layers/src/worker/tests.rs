@@ -16,7 +16,6 @@ use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::client::conn::http2;
-use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -32,6 +31,7 @@ use crate::exchange::{Answered, Exchange};
 use crate::local::LocalBox;
 use crate::transport::listen::Listen;
 use crate::transport::tls_server::{TlsListen, check_client_certificate};
+use crate::upgrade::Upgrade;
 use crate::worker::deadlines::{Ended, TICK};
 use crate::worker::{
     ListenOptions, Listening, ProxyProtocol, Report, Timeouts, WorkerFailure, WorkerSettings, Workers,
@@ -87,7 +87,7 @@ impl Service<Exchange> for Paths {
                     Response::new(Body::from(info))
                 }
                 "/switch" => {
-                    let upgrade = x.request.extensions.remove::<OnUpgrade>();
+                    let upgrade = x.upgrade.take();
                     match upgrade {
                         Some(upgrade) => {
                             tokio::task::spawn_local(echo_tunnel(upgrade));
@@ -115,9 +115,9 @@ fn status(status: u16) -> Response<Body> {
     response
 }
 
-async fn echo_tunnel(upgrade: OnUpgrade) {
-    let Ok(upgraded) = upgrade.await else { return };
-    let (mut reader, mut writer) = tokio::io::split(TokioIo::new(upgraded));
+async fn echo_tunnel(upgrade: Upgrade) {
+    let Some(upgraded) = upgrade.await else { return };
+    let (mut reader, mut writer) = tokio::io::split(upgraded);
     let _ = tokio::io::copy(&mut reader, &mut writer).await;
     let _ = writer.shutdown().await;
 }
