@@ -87,15 +87,15 @@ pub struct NameView {
 
 /// The latest state of one name.
 #[derive(Clone, Debug, Default)]
-struct Answer {
-    addrs: Arc<[IpAddr]>,
-    answered: Option<Instant>,
-    failure: Option<(Arc<str>, Instant)>,
+pub(crate) struct Answer {
+    pub(crate) addrs: Arc<[IpAddr]>,
+    pub(crate) answered: Option<Instant>,
+    pub(crate) failure: Option<(Arc<str>, Instant)>,
     next: Option<Instant>,
 }
 
 impl Answer {
-    fn pending(&self) -> bool {
+    pub(crate) fn pending(&self) -> bool {
         self.answered.is_none() && self.failure.is_none()
     }
 }
@@ -167,7 +167,7 @@ impl Names {
     }
 
     /// The answers of `name`; the first subscriber starts its task, the last one to leave ends it.
-    fn subscribe(&self, name: &str, min_ttl: Option<Duration>) -> watch::Receiver<Answer> {
+    pub(crate) fn subscribe(&self, name: &str, min_ttl: Option<Duration>) -> watch::Receiver<Answer> {
         let min_ttl = min_ttl.unwrap_or(self.0.settings.min_ttl);
         let key = NameKey { name: name.to_ascii_lowercase().into(), min_ttl };
         let mut names = lock(&self.0.names);

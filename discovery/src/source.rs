@@ -136,7 +136,8 @@ pub struct Instance {
 }
 
 /// What a registry thinks of an instance. Better ones come first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Health {
     #[default]
     Healthy,

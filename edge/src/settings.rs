@@ -143,14 +143,15 @@ fn session_key(process: &Process) -> OwnKey {
 /// The trusted certificates cannot be read.
 pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, String> {
     let dns = &process.dns;
-    let discovery = discovery::Settings {
+    let dns = discovery::dns::Settings {
         servers: dns.servers.clone(),
         valid: dns.valid,
         timeout: dns.timeout,
         ipv6: dns.ipv6,
         search: dns.search,
-        ..discovery::Settings::default()
+        ..discovery::dns::Settings::default()
     };
+    let discovery = discovery::Settings { dns, ..discovery::Settings::default() };
     let roots = match &process.tls.trusted_certificate {
         Some(path) => certs::files::trusted_roots(path),
         None => certs::files::system_roots(),

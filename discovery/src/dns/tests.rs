@@ -105,7 +105,7 @@ fn discovery(server: &Server, change: impl FnOnce(&mut Settings)) -> Discovery {
         ..Settings::default()
     };
     change(&mut settings);
-    Discovery::new(Handle::current(), settings)
+    Discovery::new(Handle::current(), crate::Settings { dns: settings, ..crate::Settings::default() })
 }
 
 fn node(host: &str, weight: u32) -> Node {
@@ -129,7 +129,7 @@ async fn eventually(watch: &mut Watch, wanted: impl Fn(&Endpoints) -> bool) -> A
 async fn names_and_addresses_make_one_list_and_addresses_of_a_name_share_its_weight() {
     let server = Server::start(answer(&[2, 1], 60)).await;
     let discovery = discovery(&server, |_| {});
-    let mut watch = discovery.watch(&[node("api.test", 4), node("192.0.2.9", 2)], None);
+    let mut watch = discovery.watch_nodes(&[node("api.test", 4), node("192.0.2.9", 2)], None);
     assert_eq!(watch.borrow().pending, 1, "the name was not asked yet");
     assert_eq!(addrs(&watch.borrow()), ["192.0.2.9:8080"]);
 
@@ -143,7 +143,7 @@ async fn names_and_addresses_make_one_list_and_addresses_of_a_name_share_its_wei
 async fn a_changed_answer_is_followed_and_a_rotated_one_is_no_change() {
     let server = Server::start(answer(&[1, 2], 0)).await;
     let discovery = discovery(&server, |_| {});
-    let mut watch = discovery.watch(&[node("api.test", 1)], None);
+    let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, Endpoints::settled).await;
 
     watch.mark_unchanged();
@@ -174,7 +174,7 @@ async fn last_good_addresses_survive_every_failure_and_the_name_recovers_by_itse
     for (case, behaviour) in cases {
         let server = Server::start(answer(&[1], 0)).await;
         let discovery = discovery(&server, |_| {});
-        let mut watch = discovery.watch(&[node("api.test", 1)], None);
+        let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
         eventually(&mut watch, |e| addrs(e) == ["10.0.0.1:8080"]).await;
 
         server.behave(behaviour);
@@ -198,7 +198,7 @@ fn answer_of(addr: Ipv4Addr) -> Behaviour {
 async fn a_name_that_never_existed_settles_empty_and_appears_later() {
     let server = Server::start(Behaviour::Code(ResponseCode::NXDomain)).await;
     let discovery = discovery(&server, |_| {});
-    let mut watch = discovery.watch(&[node("new.test", 1)], None);
+    let mut watch = discovery.watch_nodes(&[node("new.test", 1)], None);
     let endpoints = eventually(&mut watch, Endpoints::settled).await;
     assert!(endpoints.list.is_empty());
     assert!(!endpoints.failures[0].stale);
@@ -210,9 +210,10 @@ async fn a_name_that_never_existed_settles_empty_and_appears_later() {
 async fn a_time_to_live_of_zero_is_no_storm() {
     let server = Server::start(answer(&[1], 0)).await;
     let discovery = discovery(&server, |settings| settings.min_ttl = Duration::from_secs(60));
-    let mut first = discovery.watch(&[node("api.test", 1)], None);
+    let mut first = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut first, Endpoints::settled).await;
-    let mut others: Vec<Watch> = (0..50).map(|_| discovery.watch(&[node("API.test", 1)], None)).collect();
+    let mut others: Vec<Watch> =
+        (0..50).map(|_| discovery.watch_nodes(&[node("API.test", 1)], None)).collect();
     for watch in &mut others {
         eventually(watch, Endpoints::settled).await;
     }
@@ -234,8 +235,8 @@ async fn a_time_to_live_of_zero_is_no_storm() {
 async fn an_upstream_may_have_a_floor_of_its_own() {
     let server = Server::start(answer(&[1], 0)).await;
     let discovery = discovery(&server, |_| {});
-    let mut quick = discovery.watch(&[node("api.test", 1)], None);
-    let mut slow = discovery.watch(&[node("api.test", 1)], Some(Duration::from_secs(60)));
+    let mut quick = discovery.watch_nodes(&[node("api.test", 1)], None);
+    let mut slow = discovery.watch_nodes(&[node("api.test", 1)], Some(Duration::from_secs(60)));
     eventually(&mut quick, Endpoints::settled).await;
     eventually(&mut slow, Endpoints::settled).await;
     server.behave(answer(&[2], 0));
@@ -247,7 +248,7 @@ async fn an_upstream_may_have_a_floor_of_its_own() {
 async fn a_configured_validity_replaces_the_time_to_live() {
     let server = Server::start(answer(&[1], 3600)).await;
     let discovery = discovery(&server, |settings| settings.valid = Some(Duration::from_millis(20)));
-    let mut watch = discovery.watch(&[node("api.test", 1)], None);
+    let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, Endpoints::settled).await;
     server.behave(answer(&[2], 3600));
     eventually(&mut watch, |e| addrs(e) == ["10.0.0.2:8080"]).await;
@@ -257,7 +258,7 @@ async fn a_configured_validity_replaces_the_time_to_live() {
 async fn stale_addresses_are_dropped_when_a_limit_is_set() {
     let server = Server::start(answer(&[1], 0)).await;
     let discovery = discovery(&server, |settings| settings.stale_limit = Some(Duration::from_millis(300)));
-    let mut watch = discovery.watch(&[node("api.test", 1)], None);
+    let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, |e| !e.list.is_empty()).await;
     server.behave(Behaviour::Code(ResponseCode::ServFail));
     let endpoints = eventually(&mut watch, |e| e.list.is_empty()).await;
@@ -270,7 +271,7 @@ async fn a_huge_answer_is_bounded_and_does_no_lasting_harm() {
         let many = (0..count).map(|n: u32| Ipv4Addr::from_bits(0x0a01_0000 + n)).collect();
         let server = Server::start(Behaviour::Answer { addrs: many, ttl: 0 }).await;
         let discovery = discovery(&server, |_| {});
-        let mut watch = discovery.watch(&[node("huge.test", 1)], None);
+        let mut watch = discovery.watch_nodes(&[node("huge.test", 1)], None);
         let endpoints = eventually(&mut watch, Endpoints::settled).await;
         assert!(endpoints.list.len() <= MAX_ADDRESSES, "{count} addresses");
         server.behave(answer(&[1], 0));
@@ -282,8 +283,8 @@ async fn a_huge_answer_is_bounded_and_does_no_lasting_harm() {
 async fn the_work_ends_with_the_last_receiver() {
     let server = Server::start(answer(&[1], 0)).await;
     let discovery = discovery(&server, |_| {});
-    let mut watch = discovery.watch(&[node("api.test", 1)], None);
-    let second = discovery.watch(&[node("api.test", 1)], None);
+    let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
+    let second = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, Endpoints::settled).await;
     drop(watch);
     assert_eq!(discovery.names().len(), 1, "somebody still listens");

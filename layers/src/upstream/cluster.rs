@@ -400,7 +400,7 @@ impl Cluster {
                 let same = |names: &&Names| names.nodes == nodes && names.min_ttl == min_ttl;
                 let mut watch = match former.as_deref().filter(same) {
                     Some(names) => names.watch.clone(),
-                    None => env.discovery.watch(&nodes, min_ttl),
+                    None => env.discovery.watch_nodes(&nodes, min_ttl),
                 };
                 let endpoints = Endpoints::clone(&watch.borrow_and_update());
                 control.names = Some(Box::new(Names { nodes, min_ttl, watch }));

@@ -315,7 +315,7 @@ impl Names {
             watched.clear();
         }
         let watch =
-            self.discovery.watch(&[Node { host: name.into(), port: 0, weight: 1, priority: 0 }], None);
+            self.discovery.watch_nodes(&[Node { host: name.into(), port: 0, weight: 1, priority: 0 }], None);
         watched.insert(name.into(), watch.clone());
         watch
     }

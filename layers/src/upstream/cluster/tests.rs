@@ -12,12 +12,13 @@ use super::*;
 
 fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
     let control = Handle::current();
-    let names = discovery::Settings {
+    let dns = discovery::dns::Settings {
         servers,
         min_ttl: Duration::from_millis(20),
         search: false,
-        ..discovery::Settings::default()
+        ..discovery::dns::Settings::default()
     };
+    let names = discovery::Settings { dns, ..discovery::Settings::default() };
     ClusterEnv {
         discovery: Discovery::new(control.clone(), names),
         tls: Arc::new(TlsClients::new(Arc::new(RootCertStore::empty()))),
