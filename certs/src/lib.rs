@@ -5,6 +5,7 @@
 mod error;
 pub mod files;
 pub mod sni;
+pub mod unverified;
 pub mod verify;
 
 pub use error::{CertError, Problem};

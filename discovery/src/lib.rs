@@ -10,6 +10,7 @@ pub mod dns;
 pub mod endpoints;
 pub mod fixed;
 pub mod follow;
+pub mod http;
 pub mod source;
 pub mod target;
 #[cfg(any(test, feature = "testing"))]
