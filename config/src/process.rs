@@ -23,6 +23,7 @@ use serde_json::{Map, Value};
 
 use self::section::Reader;
 pub use self::wasm::{WasmPhase, WasmPlugin};
+use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
 use crate::env::{self, Env, Typing};
 use crate::error::ConfigError;
@@ -97,8 +98,12 @@ pub struct Process {
     pub plugin_attr: Map<String, Value>,
     /// Modules that are plugins. APISIX `wasm.plugins`.
     pub wasm: Vec<WasmPlugin>,
-    /// `discovery`: settings by kind of registry, as written.
-    pub discovery: Map<String, Value>,
+    /// `discovery`: the registries in which upstreams find their nodes.
+    pub discovery: Discovery,
+    /// `discovery` as written, for those who ask.
+    pub discovery_written: Map<String, Value>,
+    /// `postern.locality`: where this process runs.
+    pub place: Place,
     /// Largest GraphQL body that is looked into, in bytes.
     pub graphql_max_size: u64,
     /// Settings that are known and change nothing here. Tell the operator once.
@@ -423,6 +428,14 @@ pub struct CacheDisk {
     pub size: u64,
 }
 
+/// Where a process runs, as far as it is known. Upstreams that prefer near nodes compare theirs with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    pub region: Option<String>,
+    pub zone: Option<String>,
+    pub machine: Option<String>,
+}
+
 /// Data path threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workers {
@@ -535,6 +548,9 @@ impl Process {
             Some(members) => members.clone(),
             None => Map::new(),
         };
+        let discovery_written = object("discovery");
+        let (discovery, wrong) = Discovery::read(&discovery_written);
+        wrong.into_iter().for_each(|error| reader.error(error));
         let graphql = root.section("graphql");
         let graphql_max_size = graphql.size("max_size").unwrap_or(1 << 20);
         graphql.finish();
@@ -572,11 +588,12 @@ impl Process {
             stream_plugins: root.texts("stream_plugins"),
             wasm: wasm::read(root.section("wasm"), dir),
             plugin_attr: object("plugin_attr"),
-            discovery: object("discovery"),
+            discovery,
+            discovery_written,
+            place: own.place,
             graphql_max_size,
             not_applicable: Vec::new(),
         };
-        root.not_applicable("discovery", "nodes are named in upstreams; registries are not asked yet");
         root.not_applicable("graphql", "GraphQL bodies are not looked into");
         root.not_applicable("stream_plugins", "TCP and UDP are not proxied yet");
         root.not_applicable("ext-plugin", "plugin runners over a unix socket do not exist here");
@@ -929,6 +946,17 @@ wasm: {plugins: []}
     }
 
     #[test]
+    fn a_registry_that_does_not_exist_and_a_place() {
+        let errors =
+            try_read("discovery:\n  zookeeper: {}\n  consul:\npostern: {locality: {zon: a}}\n").unwrap_err();
+        let told: Vec<_> = errors.iter().map(|error| (error.line, error.error.pointer.as_str())).collect();
+        assert_eq!(told, [(2, "/discovery/zookeeper"), (4, "/postern/locality/zon")]);
+        let process = read("postern: {locality: {region: east, zone: 7}}\n");
+        let place = Place { region: Some("east".to_owned()), zone: Some("7".to_owned()), machine: None };
+        assert_eq!(process.place, place);
+    }
+
+    #[test]
     fn what_is_asked_for_and_not_done_is_listed() {
         let process = read(
             "apisix:
@@ -940,7 +968,6 @@ wasm: {plugins: []}
 nginx_config:
   enable_cpu_affinity: true
   http: {access_log_buffer: 1}
-discovery: {dns: {servers: ['127.0.0.1:8600']}}
 graphql: {max_size: 1}
 stream_plugins: [mqtt-proxy]
 deployment:
@@ -956,7 +983,6 @@ deployment:
                 "/apisix/proxy_mode",
                 "/nginx_config/enable_cpu_affinity",
                 "/nginx_config/http/access_log_buffer",
-                "/discovery",
                 "/graphql",
                 "/stream_plugins",
                 "/deployment/etcd/watch_timeout",
@@ -1135,7 +1161,6 @@ nginx_config:
     charset: utf-8
     variables_hash_max_size: 2048
     lua_shared_dict: {internal-status: 10m}
-discovery: {dns: {servers: ['127.0.0.1:8600']}}
 graphql: {max_size: 1048576}
 ext-plugin: {cmd: [ls, -l]}
 plugins: [real-ip, key-auth]
@@ -1172,7 +1197,6 @@ deployment:
         assert_eq!(process.plugins.as_deref(), Some(&["real-ip".to_owned(), "key-auth".to_owned()][..]));
         assert_eq!(process.dns.servers[0].to_string(), "1.1.1.1:53");
         assert_eq!(process.plugin_attr["prometheus"]["export_addr"]["port"], 9091);
-        assert!(process.discovery.contains_key("dns"));
         assert_eq!(process.cache.zones.len(), 2);
         assert_eq!(process.tls.ciphers.len(), 2);
         assert_eq!(process.tls.trusted_certificate, None);

@@ -24,8 +24,10 @@ use crate::rules::{self, Rule, Rules};
 use crate::secret_ref::Literals;
 use crate::sensitive::PrivateKey;
 
+pub mod discovery;
 pub mod extensions;
 
+use discovery::{DiscoveryArgs, DiscoveryOptions, Failover, Locality};
 use extensions::{Breaker, Retry, Sticky};
 
 /// Nodes with the same service behind them.
@@ -59,7 +61,8 @@ pub struct Upstream {
     /// The name under which service discovery knows the nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service_name: Option<Text<1, 256>>,
-    /// Which service discovery is asked: `dns`, `consul`, `kubernetes`.
+    /// Which service discovery is asked: a kind that `discovery` of `config.yaml` configures, such as `consul` or
+    /// `kubernetes`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discovery_type: Option<Text<1, 256>>,
     /// Details for service discovery.
@@ -126,6 +129,19 @@ pub struct Upstream {
     /// Extension: what happens when health checks have found every node unhealthy.
     #[serde(default, skip_serializing_if = "AllUnhealthy::is_default")]
     pub all_unhealthy: AllUnhealthy,
+    /// Extension: while a smaller percentage of the nodes is healthy, unhealthy ones are used as well; 0 for only when
+    /// none is healthy, as in APISIX. Of several priorities, one that falls below is passed over while another stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub panic_threshold: Option<Int<0, 100>>,
+    /// Extension: prefers nodes that are near.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub locality: Option<Box<Locality>>,
+    /// Extension: when traffic returns to nodes of a better priority that were out of use. At once if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<Box<Failover>>,
+    /// Extension: several sources of nodes together, and how carefully nodes are let go of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discovery: Option<Box<DiscoveryOptions>>,
     /// Extension: how node names are resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns: Option<Box<DnsOptions>>,
@@ -187,7 +203,18 @@ impl Upstream {
     pub(crate) fn check(&self, at: &str, errors: &mut Vec<ConfigError>) {
         let mut error = |pointer: &str, kind| errors.push(ConfigError::new(format!("{at}{pointer}"), kind));
         if let Some(nodes) = &self.nodes {
-            self.check_nodes(nodes, &mut error);
+            self.check_nodes(nodes, "/nodes", &mut error);
+        }
+        if let Some(discovery) = &self.discovery {
+            discovery.check(self.nodes.is_some() || self.service_name.is_some(), &mut error);
+            for (index, source) in discovery.sources.iter().flatten().enumerate() {
+                if let Some(nodes) = &source.nodes {
+                    self.check_nodes(nodes, &format!("/discovery/sources/{index}/nodes"), &mut error);
+                }
+            }
+        }
+        if let Some(failover) = &self.failover {
+            failover.check(&mut error);
         }
         if self.algorithm == Algorithm::Chash {
             self.check_key(&mut error);
@@ -200,11 +227,11 @@ impl Upstream {
         }
     }
 
-    fn check_nodes(&self, nodes: &Nodes, error: &mut impl FnMut(&str, ErrorKind)) {
+    fn check_nodes(&self, nodes: &Nodes, at: &str, error: &mut impl FnMut(&str, ErrorKind)) {
         for (index, node) in nodes.iter().enumerate() {
             let place = || match nodes.form {
-                NodesForm::List => format!("/nodes/{index}"),
-                NodesForm::Map => format!("/nodes/{}", crate::error::escape(&node.address())),
+                NodesForm::List => format!("{at}/{index}"),
+                NodesForm::Map => format!("{at}/{}", crate::error::escape(&node.address())),
             };
             if node.port.is_none() && !self.scheme.is_http() {
                 let found = node.address();
@@ -241,7 +268,7 @@ impl Upstream {
 }
 
 const RULES: &[Rule] = &[
-    Rule::AnyOf(&["nodes", "service_name"]),
+    Rule::AnyOf(&["nodes", "service_name", "discovery"]),
     Rule::AtMostOne("nodes", "service_name"),
     Rule::Needs { field: "service_name", needs: "discovery_type" },
     Rule::When { field: "pass_host", is: "rewrite", needs: "upstream_host", unless: None },
@@ -485,18 +512,6 @@ impl JsonSchema for Nodes {
             ],
         })
     }
-}
-
-/// Details for service discovery.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DiscoveryArgs {
-    /// The namespace, for Nacos.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub namespace_id: Option<Box<str>>,
-    /// The group, for Nacos.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub group_name: Option<Box<str>>,
 }
 
 /// How a node is chosen.

@@ -33,6 +33,14 @@ macro_rules! registries {
             /// The kinds there are, in the order of their names.
             pub const KINDS: &'static [&'static str] = &[$(<$settings as Registry>::KIND),*];
 
+            /// The kinds that are configured.
+            #[must_use]
+            pub fn configured(&self) -> Vec<&'static str> {
+                let kinds: &[Option<&'static str>] =
+                    &[$(self.$key.as_ref().map(|_| <$settings as Registry>::KIND)),*];
+                kinds.iter().copied().flatten().collect()
+            }
+
             /// Reads the object at `discovery`. What does not fit is told with its pointer into the file, and left out.
             #[allow(unused_mut, unused_variables, clippy::match_single_binding, reason = "until the first kind is listed")]
             pub fn read(written: &Map<String, Value>) -> (Self, Vec<ConfigError>) {

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use super::nginx::Nginx;
 use super::section::Section;
-use super::{Env, Limits, Workers};
+use super::{Env, Limits, Place, Workers};
 
 pub(super) struct Own {
     pub(super) data_dir: PathBuf,
     pub(super) workers: Workers,
     pub(super) limits: Limits,
+    pub(super) place: Place,
 }
 
 pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
@@ -25,9 +26,19 @@ pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
         data_dir: from_env.or(written).unwrap_or_else(|| "./postern-data".into()),
         workers: workers.or(nginx.workers).unwrap_or(Workers::Auto),
         limits: limits(&own, nginx),
+        place: place(&own),
     };
     own.finish();
     result
+}
+
+fn place(own: &Section<'_>) -> Place {
+    let section = own.section("locality");
+    // A zone named by a number is a number to YAML.
+    let name = |key| section.loose_text(key).filter(|name| !name.is_empty());
+    let place = Place { region: name("region"), zone: name("zone"), machine: name("machine") };
+    section.finish();
+    place
 }
 
 fn limits(own: &Section<'_>, nginx: &Nginx) -> Limits {

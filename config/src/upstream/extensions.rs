@@ -167,7 +167,7 @@ pub enum SameSite {
 }
 
 /// Names from elsewhere, and where what they mean is written here.
-const ELSEWHERE: [(&[&str], &str); 5] = [
+const ELSEWHERE: [(&[&str], &str); 7] = [
     (
         &[
             "max_failures",
@@ -210,6 +210,24 @@ const ELSEWHERE: [(&[&str], &str); 5] = [
     (
         &["slow_start_seconds", "slow_start_window", "slowstart", "warm_up", "warmup"],
         "write the seconds in which a new node gets its full share as `\"slow_start\": 30`",
+    ),
+    (
+        &["sources", "merge", "max_stale", "drop_stale", "empty_confirm", "drop_limit"],
+        "write it as `\"discovery\": {\"merge\": \"prefer\", \"sources\": [{\"type\": \"consul\", \"service\": \"NAME\"}], \
+         \"max_stale\": 3600, \"empty_confirm\": 3, \"drop_limit\": 50}`",
+    ),
+    (
+        &[
+            "prefer_zone",
+            "zone_aware",
+            "zone_awareness",
+            "locality_lb",
+            "locality_weighted",
+            "topology",
+            "min_local",
+        ],
+        "write nearness as `\"locality\": {\"prefer\": \"zone\", \"min_local\": 50}`, and where this gateway is as \
+         `postern: {locality: {zone: NAME}}` in config.yaml",
     ),
 ];
 
