@@ -207,6 +207,11 @@ impl std::error::Error for ConfigError {
     }
 }
 
+/// All errors in one line.
+pub fn joined(errors: &[ConfigError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
 /// One step of an RFC 6901 pointer: `~` and `/` escaped.
 #[must_use]
 pub fn escape(token: &str) -> String {

@@ -177,7 +177,7 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         StartError::setting("plugin_attr.prometheus", told.join("; "))
     })?;
     let metrics = Arc::new(Metrics::new(export.settings.clone()));
-    let catalog = Arc::new(plugins::Catalog::new(process.plugins.as_deref()).with_wasm(&process.wasm));
+    let catalog = Arc::new(settings::catalog(process));
     let unknown: Vec<_> = process.plugins.iter().flat_map(|list| plugins::Catalog::unknown(list)).collect();
     if !unknown.is_empty() {
         tracing::info!(?unknown, "`plugins` names plugins that are not offered");

@@ -30,7 +30,7 @@ pub fn explain(dir: &Path, question: &Question) -> Result<Explanation, String> {
         .build()
         .map_err(|error| format!("no runtime: {error}"))?;
     let _context = runtime.enter();
-    let catalog = Arc::new(plugins::Catalog::new(process.plugins.as_deref()).with_wasm(&process.wasm));
+    let catalog = Arc::new(settings::catalog(&process));
     let mut graph = Graph::new();
     let changed = graph.replace_all(changes, &*catalog);
     let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone())?;

@@ -63,6 +63,13 @@ pub fn rules(process: &Process) -> Rules {
     }
 }
 
+/// The plugins that are offered, and what is checked of their settings.
+pub fn catalog(process: &Process) -> plugins::Catalog {
+    plugins::Catalog::new(process.plugins.as_deref())
+        .with_wasm(&process.wasm)
+        .with_attrs(plugin_attrs(process))
+}
+
 /// What plugins are told of `config.yaml`.
 pub fn plugin_attrs(process: &Process) -> HashMap<String, Value> {
     let mut attrs: HashMap<String, Value> =

@@ -183,7 +183,14 @@ pub trait Definition: Sized + 'static {
         Vec::new()
     }
 
-    /// Compiles the settings and registers for phases.
+    /// Checks what depends on the plugin's `plugin_attr` of `config.yaml`. Like [`check`](Self::check), it runs before
+    /// the object is stored, and starts nothing.
+    fn check_attr(_config: &Self::Config, _attr: Option<&Value>) -> Vec<ConfigError> {
+        Vec::new()
+    }
+
+    /// Compiles the settings and registers for phases. What can be told from the settings alone, [`check`](Self::check)
+    /// has told before: by now the object is stored, and can only be set aside.
     ///
     /// # Errors
     /// The setting that cannot work, by its JSON pointer; the object that holds the plugin is refused.
@@ -235,8 +242,11 @@ pub(crate) struct Recognition {
 #[derive(Default)]
 pub struct Extras {
     pub(crate) consumer: Option<Recognition>,
-    pub(crate) metadata: Option<(Check, MakeSchema)>,
+    pub(crate) metadata: Option<(CheckMetadata, MakeSchema)>,
 }
+
+/// A typed check of metadata.
+type CheckMetadata = Box<dyn Fn(&Value) -> Result<Value, Vec<ConfigError>> + Send + Sync>;
 
 impl Extras {
     /// The plugin authenticates: consumers and credentials carry settings of type `C`, found by `key`.
@@ -257,7 +267,24 @@ impl Extras {
 
     /// The plugin has settings for the whole gateway (`plugin_metadata`).
     pub fn metadata<M: DeserializeOwned + Serialize + JsonSchema + 'static>(&mut self) {
-        self.metadata = Some((check_type::<M>, schema_of::<M>));
+        self.checked_metadata::<M>(|_| Vec::new());
+    }
+
+    /// As [`metadata`](Self::metadata); `check` tells what the types cannot say, with pointers into the metadata.
+    pub fn checked_metadata<M: DeserializeOwned + Serialize + JsonSchema + 'static>(
+        &mut self,
+        check: fn(&M) -> Vec<ConfigError>,
+    ) {
+        let checked = move |value: &Value| {
+            let metadata = config::typed::parse::<M>(value)?;
+            let errors = check(&metadata);
+            if errors.is_empty() {
+                config::typed::to_value(&metadata).map_err(|error| vec![error])
+            } else {
+                Err(errors)
+            }
+        };
+        self.metadata = Some((Box::new(checked), schema_of::<M>));
     }
 }
 
@@ -329,6 +356,8 @@ pub struct Registration {
     pub priority: i32,
     /// Checks settings and fills in defaults.
     pub check: Check,
+    /// Checks settings against the plugin's `plugin_attr`.
+    pub check_attr: fn(&Value, Option<&Value>) -> Vec<ConfigError>,
     /// The JSON Schema of the settings.
     pub schema: fn() -> Value,
     /// Makes the phases of one object.
@@ -346,6 +375,7 @@ impl Registration {
             name: D::NAME,
             priority: D::PRIORITY,
             check: check_plugin::<D>,
+            check_attr: check_plugin_attr::<D>,
             schema: schema_of::<D::Config>,
             build: build_plugin::<D>,
             offer: D::offer,
@@ -366,6 +396,11 @@ fn parse_plugin<D: Definition>(value: &Value) -> Result<D::Config, Vec<ConfigErr
 
 fn check_plugin<D: Definition>(value: &Value) -> Result<Value, Vec<ConfigError>> {
     config::typed::to_value(&parse_plugin::<D>(value)?).map_err(|error| vec![error])
+}
+
+fn check_plugin_attr<D: Definition>(value: &Value, attr: Option<&Value>) -> Vec<ConfigError> {
+    config::typed::parse::<D::Config>(value)
+        .map_or_else(|errors| errors, |config| D::check_attr(&config, attr))
 }
 
 fn build_plugin<D: Definition>(

@@ -81,13 +81,12 @@ impl Definition for BodyTransformer {
 
     fn check(config: &Config) -> Vec<ConfigError> {
         let neither = config.request.is_none() && config.response.is_none();
-        neither.then(|| ConfigError::invalid("", "write `request` or `response`, or both")).into_iter().collect()
+        let neither = neither.then(|| ConfigError::invalid("", "write `request` or `response`, or both"));
+        let templates = [compiled(&config.request, "request").err(), compiled(&config.response, "response").err()];
+        neither.into_iter().chain(templates.into_iter().flatten()).collect()
     }
 
     fn build(config: Config, _: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let compiled = |transform: &Option<Transform>, name: &str| {
-            transform.as_ref().map(|transform| compile(transform, &format!("/{name}/template"))).transpose()
-        };
         let longest = |size: u32| usize::try_from(size).unwrap_or(usize::MAX);
         let plugin = Arc::new(Self {
             request: compiled(&config.request, "request")?,
@@ -101,6 +100,10 @@ impl Definition for BodyTransformer {
         }
         Ok(())
     }
+}
+
+fn compiled(transform: &Option<Transform>, name: &str) -> Result<Option<Compiled>, ConfigError> {
+    transform.as_ref().map(|transform| compile(transform, &format!("/{name}/template"))).transpose()
 }
 
 fn compile(transform: &Transform, pointer: &str) -> Result<Compiled, ConfigError> {

@@ -16,7 +16,12 @@ pub struct Catalog {
     enabled: RwLock<Enabled>,
     /// Plugins of `wasm.plugins`, which need not be in the list.
     wasm: Vec<&'static Registration>,
+    /// `plugin_attr`, by plugin; none where no `config.yaml` was read, and nothing is known of it.
+    attrs: Option<Attrs>,
 }
+
+/// What plugins are told of `config.yaml`, by their names.
+type Attrs = hashbrown::HashMap<String, Value>;
 
 type Enabled = HashMap<&'static str, &'static Registration>;
 
@@ -29,13 +34,20 @@ impl Default for Catalog {
 impl Catalog {
     /// All plugins, or those that `plugins` of `config.yaml` names.
     pub fn new(list: Option<&[String]>) -> Self {
-        Self { enabled: RwLock::new(enabled(list)), wasm: Vec::new() }
+        Self { enabled: RwLock::new(enabled(list)), wasm: Vec::new(), attrs: None }
     }
 
     /// With the plugins of `wasm.plugins`.
     #[must_use]
     pub fn with_wasm(mut self, plugins: &[WasmPlugin]) -> Self {
         self.wasm = wasm::registrations(plugins);
+        self
+    }
+
+    /// With what plugins are told of `config.yaml`: settings that do not fit it are refused.
+    #[must_use]
+    pub fn with_attrs(mut self, attrs: Attrs) -> Self {
+        self.attrs = Some(attrs);
         self
     }
 
@@ -52,6 +64,13 @@ impl Catalog {
 
     fn enabled(&self) -> RwLockReadGuard<'_, Enabled> {
         self.enabled.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_config(&self, registration: &Registration, value: &Value) -> Result<Value, Vec<ConfigError>> {
+        let checked = (registration.check)(value)?;
+        let Some(attrs) = &self.attrs else { return Ok(checked) };
+        let errors = (registration.check_attr)(value, attrs.get(registration.name));
+        if errors.is_empty() { Ok(checked) } else { Err(errors) }
     }
 
     fn registration(&self, name: &str) -> Option<&'static Registration> {
@@ -81,7 +100,7 @@ impl PluginCatalog for Catalog {
         let Some(registration) = self.registration(name) else { return Ok(value.clone()) };
         let extras = || (registration.extras)();
         let checked = match which {
-            PluginSchema::Config => Some((registration.check)(value)),
+            PluginSchema::Config => Some(self.check_config(registration, value)),
             PluginSchema::Consumer => extras().check_consumer(value),
             PluginSchema::Metadata => extras().check_metadata(value),
         };

@@ -13,7 +13,7 @@ use layers::plugin::{BuildEnv, Definition, Extras, Hooks};
 
 use crate::support::batch::{self, Failure, Sink};
 use crate::support::log_entry::{Fields, Logger, Metadata, Plain, Recorder, line};
-use crate::support::log_http::{Call, Post, listed, servers};
+use crate::support::log_http::{Call, Post, credential, listed, servers};
 use crate::support::log_settings::logger_settings;
 
 logger_settings! {
@@ -62,6 +62,7 @@ impl Definition for ClickhouseLogger {
         let mut errors = config.entry_settings().check();
         errors.extend(addresses(config).and_then(|list| servers(list, "")).err());
         errors.extend(check_table(&config.logtable, "/logtable").err());
+        errors.extend(Table::check_access(access(config)).err());
         errors
     }
 
@@ -72,13 +73,17 @@ impl Definition for ClickhouseLogger {
         let table = Table::new(
             Post::new(servers(addresses(&config)?, "")?, call, env)?,
             &config.logtable,
-            [(&config.user, "/user"), (config.password.reveal(), "/password"), (&config.database, "/database")],
+            access(&config),
         )?;
         let settings = config.batch_settings(metadata.max_pending_entries, call.attempt());
         let queue = batch::shared(env, Self::NAME, &config, settings, Entries(table))?;
         Logger::register(recorder, Plain, queue, hooks);
         Ok(())
     }
+}
+
+fn access(config: &Config) -> [(&str, &str); 3] {
+    [(&config.user, "/user"), (config.password.reveal(), "/password"), (&config.database, "/database")]
 }
 
 fn addresses(config: &Config) -> Result<Vec<(String, &str)>, ConfigError> {
@@ -117,6 +122,11 @@ impl Table {
             post = post.credential(HeaderName::from_static(name), value, pointer)?;
         }
         Ok(Self { post, insert: format!("INSERT INTO {table} FORMAT JSONEachRow ") })
+    }
+
+    /// Refuses a user, a password or a database that cannot be sent.
+    pub(crate) fn check_access(access: [(&str, &str); 3]) -> Result<(), ConfigError> {
+        access.into_iter().try_for_each(|(value, pointer)| credential(value, pointer).map(drop))
     }
 
     /// Inserts rows that are JSON.

@@ -149,7 +149,12 @@ impl Definition for Cors {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| {
+            let wrong = |(name, list): (&String, &String)| {
+                Origins::parse(list, &format!("/allow_origins/{}", config::error::escape(name))).err()
+            };
+            metadata.allow_origins.iter().filter_map(wrong).collect()
+        });
     }
 
     fn check(config: &Config) -> Vec<ConfigError> {

@@ -13,7 +13,7 @@ use base64::prelude::BASE64_STANDARD;
 use config::error::{ConfigError, escape};
 use config::sensitive::Sensitive;
 use config::template::Template;
-use http::{HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use layers::plugin::{BuildEnv, Definition, Extras, Hooks};
 use layers::telemetry::time;
 use schemars::JsonSchema;
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::support::batch::{self, Failure, Sink};
 use crate::support::log_entry::{Fields, Logger, Make, Metadata, Recorder, View, line, weight};
-use crate::support::log_http::{Call, Post, is_passing, listed, refused, servers};
+use crate::support::log_http::{Call, Post, credential, is_passing, listed, refused, servers};
 use crate::support::log_settings::logger_settings;
 
 logger_settings! {
@@ -96,6 +96,7 @@ impl Definition for ElasticsearchLogger {
         if config.auth.as_ref().is_some_and(|auth| auth.username.is_empty()) {
             errors.push(ConfigError::invalid("/auth/username", "write a name"));
         }
+        errors.extend(fields(config).err());
         errors
     }
 
@@ -105,13 +106,7 @@ impl Definition for ElasticsearchLogger {
         let index = Index::new(&config.field.index)?;
         let call = Call::within(config.ssl_verify, Duration::from_secs(config.timeout.get().into()));
         let post = |path: &str| {
-            let mut post = Post::new(servers(addresses(&config)?, path)?, call, env)?;
-            for (name, value) in &config.headers {
-                let pointer = format!("/headers/{}", escape(name));
-                let name = HeaderName::try_from(name.as_str())
-                    .map_err(|_| ConfigError::invalid(&*pointer, "it is no header field"))?;
-                post = post.credential(name, value, &pointer)?;
-            }
+            let post = Post::new(servers(addresses(&config)?, path)?, call, env)?.fields(fields(&config)?);
             match &config.auth {
                 None => Ok(post),
                 Some(Auth { username, password }) => {
@@ -128,6 +123,17 @@ impl Definition for ElasticsearchLogger {
         Logger::register(recorder, index, queue, hooks);
         Ok(())
     }
+}
+
+/// The fields of every call.
+fn fields(config: &Config) -> Result<HeaderMap, ConfigError> {
+    let field = |(name, value): (&String, &String)| {
+        let pointer = format!("/headers/{}", escape(name));
+        let name = HeaderName::try_from(name.as_str())
+            .map_err(|_| ConfigError::invalid(&*pointer, "it is no header field"))?;
+        Ok((name, credential(value, &pointer)?))
+    };
+    config.headers.iter().map(field).collect()
 }
 
 /// The servers, with pointers to where they stand.

@@ -153,6 +153,16 @@ pub struct Clickhouse {
     logtable: String,
 }
 
+impl Clickhouse {
+    fn access(&self) -> [(&str, &str); 3] {
+        [
+            (self.user.as_str(), "/clickhouse/user"),
+            (self.password.as_ref().map_or("", Sensitive::reveal), "/clickhouse/password"),
+            (&self.database, "/clickhouse/database"),
+        ]
+    }
+}
+
 fn clickhouse_address() -> String {
     "http://127.0.0.1:8213".to_owned()
 }
@@ -226,7 +236,7 @@ impl Definition for ErrorLogLogger {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| metadata.check().err().into_iter().collect());
     }
 
     fn build(_: Config, _: &BuildEnv<'_>, _: &mut Hooks) -> Result<(), ConfigError> {
@@ -248,6 +258,27 @@ impl Definition for ErrorLogLogger {
 }
 
 impl Metadata {
+    /// What the types do not say.
+    fn check(&self) -> Result<(), ConfigError> {
+        let Self { tcp, skywalking, clickhouse, kafka, .. } = self;
+        match (tcp, skywalking, clickhouse, kafka) {
+            (Some(tcp), None, None, None) => is_host(&tcp.host, "/tcp/host"),
+            (None, Some(skywalking), None, None) => {
+                url(&skywalking.endpoint_addr, "/skywalking/endpoint_addr").map(drop)
+            }
+            (None, None, Some(clickhouse), None) => {
+                check_table(&clickhouse.logtable, "/clickhouse/logtable")?;
+                url(&clickhouse.endpoint_addr, "/clickhouse/endpoint_addr")?;
+                Table::check_access(clickhouse.access())
+            }
+            (None, None, None, Some(kafka)) => {
+                let wrong = kafka::check(&kafka.brokers).into_iter().next();
+                wrong.map_or(Ok(()), |error| Err(error.under("/kafka/brokers")))
+            }
+            _ => Err(ConfigError::invalid("", "write one of `tcp`, `skywalking`, `clickhouse` and `kafka`")),
+        }
+    }
+
     fn batch_settings(&self) -> BatchSettings {
         let seconds = |n: u32| Duration::from_secs(n.into());
         BatchSettings {
@@ -295,6 +326,7 @@ enum Destination {
 
 impl Destination {
     fn new(metadata: &Metadata, env: &BuildEnv<'_>) -> Result<Self, ConfigError> {
+        metadata.check()?;
         let Metadata { tcp, skywalking, clickhouse, kafka, timeout, keepalive, .. } = metadata;
         let call = Call {
             idle: (Duration::from_secs(keepalive.get().into()), 1),
@@ -306,7 +338,6 @@ impl Destination {
         };
         match (tcp, skywalking, clickhouse, kafka) {
             (Some(tcp), None, None, None) => {
-                is_host(&tcp.host, "/tcp/host")?;
                 let tls = Tls { verify: true, name: tcp.tls_server_name.as_deref(), pointer: "/tcp/tls" };
                 let remote = Remote::new(&tcp.host, tcp.port);
                 Ok(Self::Tcp(Dialer::new(remote, tcp.tls.then_some(tls), env)?))
@@ -317,20 +348,10 @@ impl Destination {
                 instance: instance(&skywalking.service_instance_name),
             }),
             (None, None, Some(clickhouse), None) => {
-                let Clickhouse { endpoint_addr, user, password, database, logtable } = clickhouse;
-                check_table(logtable, "/clickhouse/logtable")?;
-                let access = [
-                    (user.as_str(), "/clickhouse/user"),
-                    (password.as_ref().map_or("", Sensitive::reveal), "/clickhouse/password"),
-                    (database, "/clickhouse/database"),
-                ];
-                let post = post(endpoint_addr, "/clickhouse/endpoint_addr")?;
-                Ok(Self::Clickhouse(Table::new(post, logtable, access)?))
+                let post = post(&clickhouse.endpoint_addr, "/clickhouse/endpoint_addr")?;
+                Ok(Self::Clickhouse(Table::new(post, &clickhouse.logtable, clickhouse.access())?))
             }
             (None, None, None, Some(kafka)) => {
-                if let Some(error) = kafka::check(&kafka.brokers).into_iter().next() {
-                    return Err(error.under("/kafka/brokers"));
-                }
                 Ok(Self::Kafka(Producer::new(&kafka.brokers, &kafka.kafka_topic, kafka.key.as_deref())))
             }
             _ => Err(ConfigError::invalid("", "write one of `tcp`, `skywalking`, `clickhouse` and `kafka`")),
@@ -437,7 +458,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metadata_is_checked() {
+    async fn metadata_is_checked_before_it_is_stored() {
+        let mut extras = Extras::default();
+        ErrorLogLogger::extend(&mut extras);
         let tcp = json!({"host": "a", "port": 1});
         let cases = [
             (json!({}), ""),
@@ -445,17 +468,12 @@ mod tests {
             (json!({"tcp": {"host": "", "port": 1}}), "/tcp/host"),
             (json!({"skywalking": {"endpoint_addr": "a"}}), "/skywalking/endpoint_addr"),
             (json!({"clickhouse": {"logtable": "a b"}}), "/clickhouse/logtable"),
+            (json!({"clickhouse": {"logtable": "a", "user": "a\nb"}}), "/clickhouse/user"),
             (json!({"kafka": {"brokers": [], "kafka_topic": "t"}}), "/kafka/brokers"),
         ];
         for (metadata, pointer) in cases {
-            let env = TestEnv { metadata: Some(metadata.clone()), ..TestEnv::default() };
-            let error = env
-                .with(|env| {
-                    let metadata = Metadata::deserialize(env.metadata.unwrap()).unwrap();
-                    Destination::new(&metadata, env).map(drop)
-                })
-                .unwrap_err();
-            assert_eq!(error.pointer, pointer, "{metadata}: {error:?}");
+            let errors = extras.check_metadata(&metadata).unwrap().unwrap_err();
+            assert_eq!(errors[0].pointer, pointer, "{metadata}: {errors:?}");
         }
     }
 }

@@ -74,19 +74,13 @@ impl Definition for ErrorPage {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| pages(metadata).filter_map(Result::err).collect());
     }
 
     fn build(_: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
         let metadata = env.metadata.and_then(|value| Metadata::deserialize(value).ok()).unwrap_or_default();
         if metadata.enable {
-            let pages = [
-                metadata.error_404.map(|page| compile(404, page.body, &page.content_type)),
-                metadata.error_500.map(|page| compile(500, page.body, &page.content_type)),
-                metadata.error_502.map(|page| compile(502, page.body, &page.content_type)),
-                metadata.error_503.map(|page| compile(503, page.body, &page.content_type)),
-            ];
-            let pages = pages.into_iter().flatten().collect::<Result<Vec<_>, _>>()?;
+            let pages = pages(&metadata).collect::<Result<Vec<_>, _>>()?;
             let pages = pages.into_iter().filter(|(_, _, body)| !body.is_empty()).collect();
             hooks.response(&Arc::new(Self { pages }));
         }
@@ -94,12 +88,28 @@ impl Definition for ErrorPage {
     }
 }
 
-fn compile(status: u16, body: String, kind: &str) -> Result<(u16, HeaderValue, Bytes), ConfigError> {
-    let kind = HeaderValue::from_str(kind).map_err(|_| {
-        let problem = "`content_type` in the metadata of this plugin: a header field has no control characters";
-        ConfigError::invalid("", format!("error_{status}: {problem}"))
-    })?;
-    Ok((status, kind, body.into()))
+type Compiled = (u16, HeaderValue, Bytes);
+
+/// The pages that are set, with pointers into the metadata.
+fn pages(metadata: &Metadata) -> impl Iterator<Item = Result<Compiled, ConfigError>> {
+    let Metadata { error_404, error_500, error_502, error_503, .. } = metadata;
+    let pages = [
+        error_404.as_ref().map(Page::compile),
+        error_500.as_ref().map(Page::compile),
+        error_502.as_ref().map(Page::compile),
+        error_503.as_ref().map(Page::compile),
+    ];
+    pages.into_iter().flatten()
+}
+
+impl<const STATUS: u16> Page<STATUS> {
+    fn compile(&self) -> Result<Compiled, ConfigError> {
+        let kind = HeaderValue::from_str(&self.content_type).map_err(|_| {
+            let pointer = format!("/error_{STATUS}/content_type");
+            ConfigError::invalid(pointer, "a header field has no control characters")
+        })?;
+        Ok((STATUS, kind, self.body.clone().into()))
+    }
 }
 
 impl OnResponse for ErrorPage {
@@ -175,6 +185,7 @@ mod tests {
             (json!({"error_404": {"body": 1}}), "/error_404/body"),
             (json!({"error_418": {}}), "/error_418"),
             (json!({"error_404": {"status": 1}}), "/error_404/status"),
+            (json!({"error_502": {"content_type": "a\nb"}}), "/error_502/content_type"),
         ] {
             assert_eq!(check(value.clone()).unwrap_err()[0].pointer, pointer, "{value}");
         }

@@ -120,6 +120,15 @@ impl Definition for ForwardAuth {
         if empty {
             errors.push(ConfigError::invalid("/extra_headers", "at least one field is needed"));
         }
+        for (list, pointer) in [
+            (&config.request_headers, "/request_headers"),
+            (&config.upstream_headers, "/upstream_headers"),
+            (&config.client_headers, "/client_headers"),
+        ] {
+            errors.extend(names(list, pointer).err());
+        }
+        errors.extend(config.extra_headers.iter().filter_map(|fields| headers::compile(fields, "/extra_headers").err()));
+        errors.extend(consumer_header(config).err());
         errors
     }
 
@@ -140,11 +149,8 @@ impl Definition for ForwardAuth {
             request_headers: names(&config.request_headers, "/request_headers")?,
             upstream_headers: names(&config.upstream_headers, "/upstream_headers")?,
             client_headers: names(&config.client_headers, "/client_headers")?,
-            extra: headers::compile(&config.extra_headers.unwrap_or_default(), "/extra_headers")?.into(),
-            consumer: config
-                .consumer_header
-                .map(|name| headers::name(&name, "/consumer_header"))
-                .transpose()?,
+            extra: headers::compile(&config.extra_headers.clone().unwrap_or_default(), "/extra_headers")?.into(),
+            consumer: consumer_header(&config)?,
             consumers: env.consumers.clone(),
             failed: Canned::status(reply::status(config.status_on_error.get())),
             nobody: Canned::text(StatusCode::FORBIDDEN, "consumer header missing in auth response"),
@@ -168,6 +174,11 @@ pub(crate) fn is_own(name: &HeaderName) -> bool {
     .contains(name)
         || name == "keep-alive"
         || name == "proxy-connection"
+}
+
+fn consumer_header(config: &Config) -> Result<Option<HeaderName>, ConfigError> {
+    let name = config.consumer_header.as_ref().map(|name| headers::name(name, ""));
+    name.transpose().map_err(|error| ConfigError::new("/consumer_header", error.kind))
 }
 
 fn names(list: &[String], pointer: &str) -> Result<Box<[HeaderName]>, ConfigError> {

@@ -60,11 +60,13 @@ impl Definition for GrpcWeb {
     const PRIORITY: i32 = 505;
     type Config = Config;
 
+    fn check(config: &Config) -> Vec<ConfigError> {
+        fields(config).err().into_iter().collect()
+    }
+
     fn build(config: Config, _: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let allow_headers = HeaderValue::from_str(&config.cors_allow_headers)
-            .map_err(|_| ConfigError::invalid("/cors_allow_headers", "write names of header fields"))?;
         let plugin = Arc::new(Self {
-            allow_headers,
+            allow_headers: fields(&config)?,
             preflight: Canned::status(StatusCode::NO_CONTENT),
             wrong_method: Canned::status(StatusCode::METHOD_NOT_ALLOWED),
             wrong_request: Canned::status(StatusCode::BAD_REQUEST),
@@ -74,6 +76,11 @@ impl Definition for GrpcWeb {
         hooks.response(&plugin);
         Ok(())
     }
+}
+
+fn fields(config: &Config) -> Result<HeaderValue, ConfigError> {
+    HeaderValue::from_str(&config.cors_allow_headers)
+        .map_err(|_| ConfigError::invalid("/cors_allow_headers", "write names of header fields"))
 }
 
 /// Whether the media type is one of gRPC-Web, and of its form in text.

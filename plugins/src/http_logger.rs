@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::support::batch::{self, Failure, Sink};
 use crate::support::http_call::url;
 use crate::support::log_entry::{Fields, Logger, Metadata, Plain, Recorder, json_batch, line};
-use crate::support::log_http::{Call, Post};
+use crate::support::log_http::{Call, Post, credential};
 use crate::support::log_settings::logger_settings;
 
 logger_settings! {
@@ -67,6 +67,7 @@ impl Definition for HttpLogger {
     fn check(config: &Config) -> Vec<ConfigError> {
         let mut errors = config.entry_settings().check();
         errors.extend(url(&config.uri, "/uri").err());
+        errors.extend(config.auth_header.iter().filter_map(|auth| credential(auth.reveal(), "/auth_header").err()));
         errors
     }
 

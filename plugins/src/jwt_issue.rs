@@ -167,7 +167,9 @@ impl Definition for JwtIssue {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| {
+            metadata.keys.as_ref().and_then(|keys| parse(keys).err()).into_iter().collect()
+        });
     }
 
     fn check(config: &Config) -> Vec<ConfigError> {
@@ -177,9 +179,10 @@ impl Definition for JwtIssue {
             http_call::url(&table.uri, "/permissions/uri").err()
         });
         let keys = config.keys.as_ref().and_then(|keys| parse(keys).err());
+        let asked = config.auth_service.as_ref().and_then(|service| service.parsed().err());
         let header = headers::name(&config.header, "").err();
         let header = header.map(|error| ConfigError::new("/header", error.kind));
-        [path, service, keys, header].into_iter().flatten().collect()
+        [path, service, keys, asked, header].into_iter().flatten().collect()
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {

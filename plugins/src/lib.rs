@@ -4,6 +4,8 @@ pub mod absent;
 pub mod catalog;
 pub mod docs;
 pub mod pages;
+#[cfg(test)]
+mod refusals;
 pub mod support;
 pub mod wasm;
 

@@ -198,7 +198,9 @@ impl Definition for LimitCount {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| {
+            header_names(metadata, None).err().into_iter().collect()
+        });
     }
 
     fn check(config: &Config) -> Vec<ConfigError> {
@@ -400,14 +402,18 @@ impl AccessWaits for LimitCount {
 }
 
 fn header_names(metadata: &Metadata, prefix: Option<&str>) -> Result<[HeaderName; 3], ConfigError> {
-    let name = |base: &str| {
+    let name = |base: &str, pointer: &str| {
         let name = match prefix {
             Some(prefix) => base.replacen("RateLimit-", &format!("{prefix}-RateLimit-"), 1),
             None => base.to_owned(),
         };
-        headers::name(&name, "").map_err(|error| ConfigError::new("", error.kind))
+        headers::name(&name, "").map_err(|error| ConfigError::new(pointer, error.kind))
     };
-    Ok([name(&metadata.limit_header)?, name(&metadata.remaining_header)?, name(&metadata.reset_header)?])
+    Ok([
+        name(&metadata.limit_header, "/limit_header")?,
+        name(&metadata.remaining_header, "/remaining_header")?,
+        name(&metadata.reset_header, "/reset_header")?,
+    ])
 }
 
 /// Tells the client where it stands.

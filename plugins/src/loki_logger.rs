@@ -14,7 +14,8 @@ use serde_json::json;
 
 use crate::support::batch::{self, Failure, Sink};
 use crate::support::log_entry::{Fields, Logger, Make, Metadata, Recorder, View, line, weight};
-use crate::support::log_http::{Call, Post, listed, servers};
+use crate::support::http_call::url;
+use crate::support::log_http::{Call, Post, credential, listed, servers};
 use crate::support::log_settings::logger_settings;
 
 logger_settings! {
@@ -98,7 +99,11 @@ impl Definition for LokiLogger {
         errors.extend(servers(listed("/endpoint_addrs", &config.endpoint_addrs), "").err());
         if !config.endpoint_uri.starts_with('/') {
             errors.push(ConfigError::invalid("/endpoint_uri", "a path begins with `/`"));
+        } else if url(&format!("http://a{}", config.endpoint_uri), "").is_err() {
+            errors.push(ConfigError::invalid("/endpoint_uri", "this is no path of a URL"));
         }
+        errors.extend(fields(&config.headers).err());
+        errors.extend(credential(&config.tenant_id, "/tenant_id").err());
         if !(1..=60_000).contains(&config.timeout) {
             errors.push(ConfigError::invalid("/timeout", "write a number from 1 to 60000"));
         }

@@ -99,6 +99,7 @@ impl Definition for Opa {
         if errors.is_empty() {
             errors.extend(endpoint(config).err());
         }
+        errors.extend(upstream_fields(config).filter_map(Result::err));
         errors
     }
 
@@ -108,10 +109,6 @@ impl Definition for Opa {
             config.timeout.get(),
             config.keepalive.then(|| (config.keepalive_pool.get(), config.keepalive_timeout.get())),
         );
-        let upstream = config.send_headers_upstream.iter().flatten().enumerate().map(|(index, name)| {
-            let pointer = format!("/send_headers_upstream/{index}");
-            headers::name(name, "").map_err(|error| ConfigError::new(pointer, error.kind))
-        });
         hooks.access_waits(&Arc::new(Self {
             client: HttpClient::new(&settings, env)?,
             uri: endpoint(&config)?,
@@ -120,12 +117,19 @@ impl Definition for Opa {
             service: config.with_service,
             consumer: config.with_consumer,
             body: config.with_body,
-            upstream: upstream.collect::<Result<_, _>>()?,
+            upstream: upstream_fields(&config).collect::<Result<_, _>>()?,
             no_answer: Canned::status(StatusCode::FORBIDDEN),
             no_verdict: Canned::status(StatusCode::SERVICE_UNAVAILABLE),
         }));
         Ok(())
     }
+}
+
+fn upstream_fields(config: &Config) -> impl Iterator<Item = Result<HeaderName, ConfigError>> {
+    config.send_headers_upstream.iter().flatten().enumerate().map(|(index, name)| {
+        let pointer = format!("/send_headers_upstream/{index}");
+        headers::name(name, "").map_err(|error| ConfigError::new(pointer, error.kind))
+    })
 }
 
 fn endpoint(config: &Config) -> Result<Uri, ConfigError> {

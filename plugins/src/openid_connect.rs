@@ -136,6 +136,14 @@ fn algorithm(config: &Config) -> Result<Option<Algorithm>, ConfigError> {
     jwk::asymmetric(name).map(Some).ok_or_else(|| ConfigError::invalid(pointer, words))
 }
 
+fn claim_schema(config: &Config) -> Result<Option<jsonschema::Validator>, ConfigError> {
+    let compiled = config.claim_schema.as_ref().map(|schema| {
+        jsonschema::validator_for(&Value::Object(schema.clone()))
+            .map_err(|error| ConfigError::invalid("/claim_schema", error.to_string()))
+    });
+    compiled.transpose()
+}
+
 fn public_key(config: &Config) -> Result<Option<KeySet>, ConfigError> {
     let Some(pem) = &config.public_key else { return Ok(None) };
     let kinds = match algorithm(config)? {
@@ -225,6 +233,7 @@ impl Definition for OpenidConnect {
         errors.extend(introspection.and_then(|uri| http_call::url(uri, "/introspection_endpoint").err()));
         errors.extend(algorithm(config).err());
         errors.extend(public_key(config).err());
+        errors.extend(claim_schema(config).err());
         errors
     }
 
@@ -244,10 +253,7 @@ impl Definition for OpenidConnect {
         };
         let sessions = config.session.as_ref().filter(|_| !config.bearer_only);
         let sessions = sessions.map(|session| open_sessions(&config, session, env)).transpose()?;
-        let schema = config.claim_schema.as_ref().map(|schema| {
-            jsonschema::validator_for(&Value::Object(schema.clone()))
-                .map_err(|error| ConfigError::invalid("/claim_schema", error.to_string()))
-        });
+        let schema = claim_schema(&config)?;
         let parameter = |(name, value): (&String, &Value)| {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             (name.clone(), text)
@@ -272,7 +278,7 @@ impl Definition for OpenidConnect {
             lasts: config.access_token_expires_in.map(|seconds| seconds.get().into()),
             renewals: Answers::new(INTROSPECTIONS, env.control),
             scopes: config.required_scopes.unwrap_or_default().into(),
-            schema: schema.transpose()?,
+            schema,
             tell: Tell {
                 access: config.set_access_token_header,
                 authorization: config.access_token_in_authorization_header,

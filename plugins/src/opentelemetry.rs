@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use config::error::ConfigError;
+use config::error::{ConfigError, joined};
 use config::var::{Var, Vars};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use layers::exchange::{Exchange, State};
@@ -249,8 +249,7 @@ impl Metadata {
     fn of(env: &BuildEnv<'_>) -> Result<Self, ConfigError> {
         let Some(written) = env.metadata.or(env.attr) else { return Ok(Self::default()) };
         config::typed::parse::<Self>(written).map_err(|errors| {
-            let told: Vec<_> = errors.iter().map(ToString::to_string).collect();
-            ConfigError::invalid("", format!("plugin_metadata/opentelemetry: {}", told.join("; ")))
+            ConfigError::invalid("", format!("plugin_metadata/opentelemetry: {}", joined(&errors)))
         })
     }
 
@@ -328,7 +327,10 @@ impl Definition for OpenTelemetry {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| {
+            let address = collector_url(&metadata.collector.address, "").err();
+            address.into_iter().chain(request_headers(&metadata.collector).err()).collect()
+        });
     }
 
     fn check(config: &Config) -> Vec<ConfigError> {
@@ -337,13 +339,13 @@ impl Definition for OpenTelemetry {
             ("/sampler/options/root/options/fraction", config.sampler.options.root.options.fraction),
         ];
         let wrong = fractions.into_iter().filter(|(_, fraction)| !(0.0..=1.0).contains(fraction));
-        wrong.map(|(pointer, _)| ConfigError::invalid(pointer, "write a number from 0 to 1")).collect()
+        let wrong = wrong.map(|(pointer, _)| ConfigError::invalid(pointer, "write a number from 0 to 1"));
+        wrong.chain(header_patterns(config).filter_map(Result::err)).collect()
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
         let metadata = Metadata::of(env)?;
-        let patterns = config.additional_header_prefix_attributes.iter().flatten().enumerate();
-        let headers = patterns.map(|(index, pattern)| header_pattern(pattern, index)).collect::<Result<_, _>>()?;
+        let headers = header_patterns(&config).collect::<Result<_, _>>()?;
         let spans = match metadata.collector.protocol {
             Protocol::Http => {
                 let sink = HttpCollector::new(&metadata, env)?;
@@ -371,6 +373,11 @@ impl Definition for OpenTelemetry {
         hooks.log(&plugin);
         Ok(())
     }
+}
+
+fn header_patterns(config: &Config) -> impl Iterator<Item = Result<HeaderPattern, ConfigError>> {
+    let patterns = config.additional_header_prefix_attributes.iter().flatten().enumerate();
+    patterns.map(|(index, pattern)| header_pattern(pattern, index))
 }
 
 fn header_pattern(pattern: &str, index: usize) -> Result<HeaderPattern, ConfigError> {

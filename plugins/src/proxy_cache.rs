@@ -258,26 +258,13 @@ impl Definition for ProxyCache {
         errors
     }
 
+    fn check_attr(config: &Config, attr: Option<&serde_json::Value>) -> Vec<ConfigError> {
+        zone_of(config, &settings(attr)).err().into_iter().collect()
+    }
+
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
         let settings = settings(env.attr);
-        let Some(zone) = settings.zones.iter().find(|zone| zone.name == config.cache_zone) else {
-            let names: Vec<_> = settings.zones.iter().map(|zone| format!("`{}`", zone.name)).collect();
-            let problem = format!(
-                "cache_zone {} not found: `apisix.proxy_cache.zones` in config.yaml has {}",
-                config.cache_zone,
-                names.join(", ")
-            );
-            return Err(ConfigError::invalid("/cache_zone", problem));
-        };
-        let fits = match config.cache_strategy {
-            Strategy::Disk => zone.disk.is_some(),
-            Strategy::Memory => zone.disk.is_none(),
-        };
-        if !fits {
-            let place = if zone.disk.is_some() { "on disk" } else { "in memory" };
-            let problem = format!("zone `{}` is {place}: choose a zone that fits `cache_strategy`", zone.name);
-            return Err(ConfigError::invalid("/cache_zone", problem));
-        }
+        let zone = zone_of(&config, &settings)?;
         let user = zone::open(zone, env.carry, env.control)?;
         let identified = config.cache_key.iter().any(|word| IDENTITIES.contains(&word.as_str()));
         let longest = usize::try_from(config.max_resp_body_size.get()).unwrap_or(usize::MAX);
@@ -309,6 +296,29 @@ impl Definition for ProxyCache {
         }));
         Ok(())
     }
+}
+
+/// The zone that the settings name.
+fn zone_of<'a>(config: &Config, settings: &'a Settings) -> Result<&'a ZoneSettings, ConfigError> {
+    let Some(zone) = settings.zones.iter().find(|zone| zone.name == config.cache_zone) else {
+        let names: Vec<_> = settings.zones.iter().map(|zone| format!("`{}`", zone.name)).collect();
+        let problem = format!(
+            "cache_zone {} not found: `apisix.proxy_cache.zones` in config.yaml has {}",
+            config.cache_zone,
+            names.join(", ")
+        );
+        return Err(ConfigError::invalid("/cache_zone", problem));
+    };
+    let fits = match config.cache_strategy {
+        Strategy::Disk => zone.disk.is_some(),
+        Strategy::Memory => zone.disk.is_none(),
+    };
+    if !fits {
+        let place = if zone.disk.is_some() { "on disk" } else { "in memory" };
+        let problem = format!("zone `{}` is {place}: choose a zone that fits `cache_strategy`", zone.name);
+        return Err(ConfigError::invalid("/cache_zone", problem));
+    }
+    Ok(zone)
 }
 
 /// What the plugin gets of `apisix.proxy_cache`.

@@ -139,6 +139,10 @@ impl Definition for ProxyMirror {
         errors
     }
 
+    fn check_attr(_: &Config, attr: Option<&Value>) -> Vec<ConfigError> {
+        limits(attr).err().into_iter().collect()
+    }
+
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
         let limits = limits(env.attr)?;
         let grpc = config.host.starts_with("grpc");

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use config::error::ConfigError;
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use config::error::{ConfigError, joined};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use layers::exchange::{Exchange, State};
 use layers::plugin::{BuildEnv, Definition, Flow, Hooks, OnLog, Rewrite};
 use layers::vars::hostname;
@@ -59,6 +59,21 @@ pub struct Attr {
     report_interval: u32,
 }
 
+impl Attr {
+    fn of(attr: Option<&Value>) -> Result<Self, ConfigError> {
+        config::typed::parse(attr.unwrap_or(&json!({}))).map_err(|errors| {
+            ConfigError::invalid("", format!("plugin_attr.skywalking: {}", joined(&errors)))
+        })
+    }
+
+    fn server(&self, path: &str) -> Result<Uri, ConfigError> {
+        let server = format!("{}{path}", self.endpoint_addr.trim_end_matches('/'));
+        url(&server, "").map_err(|error| {
+            ConfigError::invalid("", format!("plugin_attr.skywalking: /endpoint_addr: {}", error.kind))
+        })
+    }
+}
+
 fn service_name() -> String {
     "APISIX".into()
 }
@@ -96,14 +111,13 @@ impl Definition for SkyWalking {
         wrong.into_iter().collect()
     }
 
+    fn check_attr(_: &Config, attr: Option<&Value>) -> Vec<ConfigError> {
+        Attr::of(attr).and_then(|attr| attr.server("")).err().into_iter().collect()
+    }
+
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let attr = env.attr.cloned().unwrap_or_else(|| json!({}));
-        let attr: Attr = config::typed::parse(&attr).map_err(|errors| {
-            let told: Vec<_> = errors.iter().map(ToString::to_string).collect();
-            ConfigError::invalid("", format!("plugin_attr.skywalking: {}", told.join("; ")))
-        })?;
-        let server = format!("{}/v3/segments", attr.endpoint_addr.trim_end_matches('/'));
-        let post = Post::new(vec![url(&server, "")?], Call::within(true, TIMEOUT), env)?
+        let attr = Attr::of(env.attr)?;
+        let post = Post::new(vec![attr.server("/v3/segments")?], Call::within(true, TIMEOUT), env)?
             .field(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let settings = BatchSettings {
             name: "skywalking".to_owned(),

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::support::batch::{self, Failure, Sink};
 use crate::support::http_call::url;
 use crate::support::log_entry::{Fields, Logger, Make, Metadata, Recorder, View, line, weight};
-use crate::support::log_http::{Call, Post, refused};
+use crate::support::log_http::{Call, Post, credential, refused};
 use crate::support::log_settings::logger_settings;
 
 logger_settings! {
@@ -77,6 +77,8 @@ impl Definition for SplunkHecLogging {
         if config.endpoint.keepalive_timeout < 1000 {
             errors.push(ConfigError::invalid("/endpoint/keepalive_timeout", "write a number from 1000"));
         }
+        errors.extend(credential(config.endpoint.token.reveal(), "/endpoint/token").err());
+        errors.extend(config.endpoint.channel.iter().filter_map(|channel| credential(channel, "/endpoint/channel").err()));
         errors
     }
 

@@ -109,12 +109,25 @@ async fn refusals_name_the_field_and_the_reason() {
         ("ssls/1", json!({"sni": "a.test", "cert": "x", "key": "y"})),
         ("global_rules/1", json!({})),
         ("routes/1", json!("text")),
+        // What depends on config.yaml, and what stands in metadata.
+        (
+            "routes/1",
+            json!({"uri": "/a", "plugins": {"proxy-cache": {"cache_zone": "nowhere"}}, "upstream": upstream()}),
+        ),
+        ("plugin_metadata/error-log-logger", json!({"skywalking": {"endpoint_addr": "nowhere"}})),
+        ("plugin_metadata/error-page", json!({"enable": true, "error_404": {"content_type": "a\nb"}})),
+        (
+            "services/1",
+            json!({"plugins": {"body-transformer": {"request": {"template": "{% if a then %}"}}}}),
+        ),
     ];
     for (path, body) in refused {
         let answer = api.call("PUT", path, body).await.expect_status(400);
         assert!(answer.json()["error_msg"].is_string(), "{}", answer.text());
     }
-    assert_eq!(api.edge.call_admin("GET", "routes", None).await.json()["total"], 0);
+    for kind in ["routes", "services", "plugin_metadata"] {
+        assert_eq!(api.edge.call_admin("GET", kind, None).await.json()["total"], 0, "{kind}");
+    }
     api.assert_golden("refusals");
 }
 

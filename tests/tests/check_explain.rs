@@ -87,6 +87,57 @@ routes:
 }
 
 #[test]
+fn what_plugins_find_wrong_is_told_before_it_runs() {
+    let folder = folder(
+        "\
+routes:
+  - id: one
+    uri: /one
+    plugins:
+      proxy-cache: {cache_strategy: memory, cache_zone: own}
+    upstream: {type: roundrobin, nodes: {\"127.0.0.1:1980\": 1}}
+  - id: two
+    uri: /two
+    plugins:
+      proxy-cache: {cache_strategy: memory, cache_zone: nowhere}
+      skywalking: {}
+      forward-auth: {uri: \"http://127.0.0.1:1\", request_headers: [\"a b\"]}
+    upstream: {type: roundrobin, nodes: {\"127.0.0.1:1980\": 1}}
+plugin_metadata:
+  - id: error-page
+    enable: true
+    error_502: {content_type: \"a\\nb\"}
+  - id: error-log-logger
+    level: INFO
+#END
+",
+    );
+    let config = "\
+apisix:
+  proxy_cache:
+    zones: [{name: own, memory_size: 1m}]
+plugin_attr:
+  skywalking: {endpoint_addr: nowhere}
+deployment: {role: data_plane, role_data_plane: {config_provider: yaml}}
+";
+    std::fs::write(folder.path().join("config.yaml"), config).expect("a file");
+    let (code, out, err) = run(&["check", text(folder.path())]);
+    let told = out + &err;
+    assert_eq!(code, 1, "{told}");
+    for (pointer, what) in [
+        ("/routes/1/plugins/proxy-cache/cache_zone", "has `own`"),
+        ("/routes/1/plugins/skywalking", "plugin_attr.skywalking: /endpoint_addr"),
+        ("/routes/1/plugins/forward-auth/request_headers/0", "a b"),
+        ("/plugin_metadata/0/error_502/content_type", "control characters"),
+        ("/plugin_metadata/1", "write one of `tcp`"),
+    ] {
+        let found = told.lines().any(|line| line.contains(&format!("{pointer}:")) && line.contains(what));
+        assert!(found, "{pointer} {what} in:\n{told}");
+    }
+    assert!(!told.contains("/routes/0"), "{told}");
+}
+
+#[test]
 fn a_dangling_reference_alone_is_an_error() {
     let folder = folder("routes:\n  - id: one\n    uri: /one\n    upstream_id: missing\n#END\n");
     let (code, out, err) = run(&["check", text(folder.path())]);

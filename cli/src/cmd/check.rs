@@ -37,9 +37,7 @@ impl Check {
         );
         // With a config.yaml that cannot be read every plugin counts as offered; its own errors are told anyway.
         let process = Process::load(&self.dir, &ProcessEnv).ok();
-        let offered = process.as_ref().and_then(|process| process.plugins.as_deref());
-        let wasm = process.as_ref().map_or(&[][..], |process| &process.wasm);
-        let catalog = plugins::Catalog::new(offered).with_wasm(wasm);
+        let catalog = process.as_ref().map_or_else(plugins::Catalog::default, edge::settings::catalog);
         let env: Arc<dyn Env + Send + Sync> = Arc::new(ProcessEnv);
         let report = config::check_directory(&self.dir, &catalog, &env);
         match self.output {

@@ -82,9 +82,7 @@ impl ImportReport {
             self.dir.display()
         );
         let process = Process::load(&self.dir, &ProcessEnv).ok();
-        let offered = process.as_ref().and_then(|process| process.plugins.as_deref());
-        let wasm = process.as_ref().map_or(&[][..], |process| &process.wasm);
-        let catalog = plugins::Catalog::new(offered).with_wasm(wasm);
+        let catalog = process.as_ref().map_or_else(plugins::Catalog::default, edge::settings::catalog);
         let env: Arc<dyn Env + Send + Sync> = Arc::new(ProcessEnv);
         let report = config::check_directory(&self.dir, &catalog, &env);
         let classed = classify(&report, &catalog);

@@ -61,6 +61,26 @@ pub struct Config {
     cache_size: Int<1, 1_000_000, 10_000>,
 }
 
+impl Config {
+    /// The URL, and the fields of code, secret, token and of all together.
+    ///
+    /// # Errors
+    /// The first that is none.
+    pub fn parsed(&self) -> Result<(Uri, [HeaderName; 4]), ConfigError> {
+        let name = |name: &str, field: &str| {
+            headers::name(name, "")
+                .map_err(|error| ConfigError::new(format!("/auth_service/{field}"), error.kind))
+        };
+        let names = [
+            name(&self.app_code_header, "app_code_header")?,
+            name(&self.app_secret_header, "app_secret_header")?,
+            name(&self.user_token_header, "user_token_header")?,
+            name(&self.credentials_header, "credentials_header")?,
+        ];
+        Ok((http_call::url(&self.uri, "/auth_service/uri")?, names))
+    }
+}
+
 fn yes() -> bool {
     true
 }
@@ -122,17 +142,14 @@ impl AuthService {
     pub fn new(config: &Config, env: &BuildEnv<'_>) -> Result<Self, ConfigError> {
         let settings =
             http_call::Settings::of(config.ssl_verify, config.timeout.get(), Some((32, 60_000)));
-        let name = |name: &str, field: &str| {
-            headers::name(name, "")
-                .map_err(|error| ConfigError::new(format!("/auth_service/{field}"), error.kind))
-        };
+        let (uri, [code, secret, token, all]) = config.parsed()?;
         Ok(Self {
             client: HttpClient::new(&settings, env)?,
-            uri: http_call::url(&config.uri, "/auth_service/uri")?,
-            code: name(&config.app_code_header, "app_code_header")?,
-            secret: name(&config.app_secret_header, "app_secret_header")?,
-            token: name(&config.user_token_header, "user_token_header")?,
-            all: name(&config.credentials_header, "credentials_header")?,
+            uri,
+            code,
+            secret,
+            token,
+            all,
             hide: config.hide_credentials,
             ttl: Duration::from_secs(config.ttl.get().into()),
             negative: Duration::from_secs(config.negative_ttl.get().into()),

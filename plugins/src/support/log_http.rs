@@ -40,6 +40,17 @@ impl Call {
     }
 }
 
+/// The value of a header field, from a setting at `pointer` that may hold a credential.
+///
+/// # Errors
+/// It cannot stand in a header field.
+pub fn credential(value: &str, pointer: &str) -> Result<HeaderValue, ConfigError> {
+    let mut value = HeaderValue::from_str(value)
+        .map_err(|_| ConfigError::invalid(pointer, "it cannot stand in a header field"))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 /// Posts batches.
 #[derive(Debug)]
 pub struct Post {
@@ -84,10 +95,7 @@ impl Post {
     /// # Errors
     /// The value cannot stand in a header field.
     pub fn credential(self, name: HeaderName, value: &str, pointer: &str) -> Result<Self, ConfigError> {
-        let mut value = HeaderValue::from_str(value)
-            .map_err(|_| ConfigError::invalid(pointer, "it cannot stand in a header field"))?;
-        value.set_sensitive(true);
-        Ok(self.field(name, value))
+        Ok(self.field(name, credential(value, pointer)?))
     }
 
     /// Fields that every call has.

@@ -72,6 +72,7 @@ pub fn registrations(plugins: &[WasmPlugin]) -> Vec<&'static Registration> {
         .iter()
         .map(|plugin| {
             let registration = Registration {
+                check_attr: |_, _| Vec::new(),
                 name: Box::leak(plugin.name.clone().into_boxed_str()),
                 priority: plugin.priority,
                 check: |value| {
