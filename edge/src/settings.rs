@@ -13,6 +13,7 @@ use layers::plugin::Definition;
 use layers::route::Mode;
 use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
+use layers::upstream::drains::Drains;
 use layers::upstream::sticky::{OwnKey, own_key};
 use layers::upstream::tls_client::TlsClients;
 use plugins::proxy_cache::ProxyCache;
@@ -169,6 +170,7 @@ pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, Strin
         checks: process.upstream_health_checks,
         keepalive: keepalive(process),
         session_key: session_key(process),
+        drains: Drains::default(),
         control: control.clone(),
     })
 }

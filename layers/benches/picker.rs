@@ -144,6 +144,7 @@ fn edit(bencher: Bencher<'_, '_>, endpoints: usize) {
         checks: true,
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
         session_key: layers::upstream::sticky::own_key(Vec::new),
+        drains: layers::upstream::drains::Drains::default(),
         control,
     };
     let nodes: serde_json::Map<_, _> = (0..endpoints)

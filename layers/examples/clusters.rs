@@ -33,6 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         checks: true,
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
         session_key: layers::upstream::sticky::own_key(Vec::new),
+        drains: layers::upstream::drains::Drains::default(),
         control,
     };
     let upstream = |n: usize| -> Result<Upstream, serde_json::Error> {

@@ -505,6 +505,7 @@ mod tests {
             checks: true,
             keepalive: Keepalive { size: 320, idle: None, requests: 1000 },
             session_key: own_key(Vec::new),
+            drains: crate::upstream::drains::Drains::default(),
             control,
         }
     }

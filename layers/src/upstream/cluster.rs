@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use config::error::ConfigError;
 use config::upstream::Upstream;
-use discovery::{Discovery, Endpoint, Endpoints, Node, Watch};
+use discovery::{Discovery, Endpoint, Endpoints, Health, Node, Watch};
 use hashbrown::{HashMap, HashSet};
 use http::HeaderValue;
 use serde::Serialize;
@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 
 use super::breaker::{Leave, Phase};
 use super::budget::Budget;
+use super::drains::{Drains, Mark};
 use super::endpoint::{EndpointKey, EndpointState};
 use super::health::{Report, Source};
 use super::picker::{Peer, PickKey, Picker, Tried};
@@ -54,6 +55,8 @@ pub struct ClusterEnv {
     pub keepalive: Keepalive,
     /// The key of the cookies of sessions, where an upstream has none of its own.
     pub session_key: OwnKey,
+    /// Nodes that operators are about to stop.
+    pub drains: Drains,
     /// Where probes and followers run.
     pub control: Handle,
 }
@@ -65,6 +68,8 @@ pub struct State {
     pub settings: Arc<Settings>,
     picker: Picker,
     peers: Vec<Peer>,
+    /// Endpoints that take no new request. They are known still, for what is under way on them.
+    draining: Box<[Peer]>,
     /// No address is known because names do not resolve.
     unresolved: bool,
     /// Endpoints that were left out, where it matters that they come back.
@@ -90,6 +95,7 @@ impl State {
             settings,
             picker: Picker::default(),
             peers: Vec::new(),
+            draining: Box::default(),
             unresolved: false,
             left_out: Box::default(),
             cold: false,
@@ -97,14 +103,30 @@ impl State {
         }
     }
 
-    /// The state of `endpoints`; those that were there before keep what is known of them.
-    fn of(settings: Arc<Settings>, endpoints: &Endpoints, before: &Self, cursor: &CursorCell) -> Self {
+    /// The state of `endpoints`; those that were there before keep what is known of them. The ones that `marks` cover take
+    /// no new request.
+    fn of(
+        settings: Arc<Settings>,
+        endpoints: &Endpoints,
+        marks: &[Mark],
+        before: &Self,
+        cursor: &CursorCell,
+    ) -> Self {
+        let mut draining = Vec::new();
         let mut peers = if endpoints.list.is_empty() && endpoints.pending > 0 {
             // New names are still asked for: until they answer, the former addresses serve.
+            draining.extend(before.draining.iter().cloned());
             before.peers.clone()
         } else {
-            peers(&endpoints.list, &before.peers)
+            peers(&endpoints.list, before)
         };
+        let leaves = |endpoint: &Endpoint| {
+            endpoint.health == Health::Draining || marks.iter().any(|mark| mark.covers(endpoint))
+        };
+        if endpoints.list.iter().any(leaves) {
+            let mut list = endpoints.list.iter();
+            draining.extend(peers.extract_if(.., |_| list.next().is_some_and(leaves)));
+        }
         let mut left_out = Box::default();
         if settings.slow_start.is_some() {
             before.chill(&peers);
@@ -120,7 +142,7 @@ impl State {
         let unresolved = endpoints.pending > 0 || !endpoints.failures.is_empty();
         let sessions = settings.sticky.as_ref().map(|rule| Box::new(Sessions::new(rule, &peers)));
         let cold = peers.iter().any(|peer| peer.warmth < 100);
-        Self { picker, peers, unresolved, left_out, cold, sessions, settings }
+        Self { picker, peers, draining: draining.into(), unresolved, left_out, cold, sessions, settings }
     }
 
     /// Those of the next peers that are not among these, or were left out and are not any more, start cold. The first
@@ -150,7 +172,8 @@ impl State {
             health: discovery::Health::Healthy,
             details: None,
         };
-        Endpoints { list: self.peers.iter().map(endpoint).collect(), ..Endpoints::default() }
+        let list = self.peers.iter().chain(&self.draining).map(endpoint).collect();
+        Endpoints { list, ..Endpoints::default() }
     }
 
     /// The endpoint for the first attempt: that of the request's session, or one that the algorithm chooses.
@@ -223,6 +246,7 @@ impl State {
     /// Why nothing could be picked by a request that has tried nothing yet.
     pub(crate) fn nothing(&self) -> Reason {
         match (self.peers.is_empty(), self.unresolved) {
+            (true, _) if !self.draining.is_empty() => Reason::NoHealthyNode,
             (true, true) => Reason::DnsFailed,
             (true, false) => Reason::NoNodes,
             (false, _) => Reason::NoHealthyNode,
@@ -274,6 +298,7 @@ pub struct Cluster {
     state: ArcSwap<State>,
     pub(crate) budget: Budget,
     cursor: CursorCell,
+    drains: Drains,
     /// None where nothing can change by itself: among a hundred thousand small upstreams most are so.
     control: Mutex<Option<Box<Control>>>,
 }
@@ -297,6 +322,9 @@ pub struct EndpointView {
     pub priority: i32,
     /// `healthy`, `mostly_healthy`, `mostly_unhealthy` or `unhealthy`.
     pub status: &'static str,
+    /// It takes no new request.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
     /// Why, if anything happened to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub because: Option<String>,
@@ -336,6 +364,7 @@ impl Cluster {
             state: ArcSwap::from_pointee(State::new(settings.clone())),
             budget: Budget::new(),
             cursor: CursorCell::default(),
+            drains: env.drains.clone(),
             control: Mutex::default(),
         });
         cluster.settle(settings, nodes, min_ttl(upstream), env);
@@ -432,7 +461,8 @@ impl Cluster {
         runtime: &Handle,
     ) {
         let before = self.state.load_full();
-        let next = State::of(settings, endpoints, &before, &self.cursor);
+        let marks = self.drains.of(&self.key, std::iter::empty());
+        let next = State::of(settings, endpoints, &marks, &before, &self.cursor);
         match (before.picker.degraded(), next.picker.degraded()) {
             (false, true) if next.settings.fail_open => {
                 tracing::error!(upstream = %self.key, "every node is unhealthy; all of them are used");
@@ -454,16 +484,30 @@ impl Cluster {
         self.state.store(Arc::new(next));
     }
 
-    /// Builds the picker again: an address or a verdict has changed.
-    fn refresh(&self, runtime: &Handle) {
+    /// Builds the picker again: an address, a verdict or a mark has changed.
+    pub fn refresh(&self, runtime: &Handle) {
         let mut guard = self.control();
-        let Some(control) = guard.as_deref_mut() else { return };
         let state = self.state.load_full();
-        let endpoints = match &control.names {
+        let endpoints = match guard.as_ref().and_then(|control| control.names.as_ref()) {
             Some(names) => Endpoints::clone(&names.watch.borrow()),
             None => state.endpoints(),
         };
-        self.publish(Some(control), state.settings.clone(), &endpoints, runtime);
+        self.publish(guard.as_deref_mut(), state.settings.clone(), &endpoints, runtime);
+    }
+
+    /// Whether a mark is for this upstream.
+    pub fn is_meant(&self, mark: &Mark) -> bool {
+        mark.is_for(&self.key, std::iter::empty())
+    }
+
+    /// The endpoints that a mark covers.
+    pub fn covered(&self, mark: &Mark) -> Vec<Arc<EndpointState>> {
+        let state = self.state.load();
+        let is_covered = |state: &Arc<EndpointState>| {
+            mark.node.as_ref().is_none_or(|node| node.is(state.addr(), state.host()))
+        };
+        let all = state.peers.iter().chain(&state.draining).map(|peer| &peer.state);
+        all.filter(|state| is_covered(state)).cloned().collect()
     }
 
     /// The key of the object that holds the upstream.
@@ -500,27 +544,26 @@ impl Cluster {
     /// Its endpoints as they are now.
     pub fn endpoints(&self) -> Vec<EndpointView> {
         let state = self.state.load();
-        state
-            .peers
-            .iter()
-            .map(|peer| {
-                let breaker = peer.state.breaker();
-                EndpointView {
-                    address: peer.state.addr(),
-                    host: peer.state.host().clone(),
-                    weight: peer.weight,
-                    priority: peer.priority,
-                    status: peer.state.health.state().as_str(),
-                    because: peer.state.health.reason().map(|reason| reason.to_string()),
-                    breaker: breaker.as_ref().map(|breaker| breaker.phase().as_str()),
-                    breaker_opened: breaker.map_or(0, |breaker| breaker.opened()),
-                    active: peer.state.active(),
-                    requests: peer.state.requests(),
-                    failures: peer.state.failures(),
-                    counts: peer.state.health.counts(),
-                }
-            })
-            .collect()
+        let view = |peer: &Peer, draining: bool| {
+            let breaker = peer.state.breaker();
+            EndpointView {
+                address: peer.state.addr(),
+                host: peer.state.host().clone(),
+                weight: peer.weight,
+                priority: peer.priority,
+                status: peer.state.health.state().as_str(),
+                draining,
+                because: peer.state.health.reason().map(|reason| reason.to_string()),
+                breaker: breaker.as_ref().map(|breaker| breaker.phase().as_str()),
+                breaker_opened: breaker.map_or(0, |breaker| breaker.opened()),
+                active: peer.state.active(),
+                requests: peer.state.requests(),
+                failures: peer.state.failures(),
+                counts: peer.state.health.counts(),
+            }
+        };
+        let used = state.peers.iter().map(|peer| view(peer, false));
+        used.chain(state.draining.iter().map(|peer| view(peer, true))).collect()
     }
 
     /// The names among its nodes that do not resolve now, with the resolver's words.
@@ -685,15 +728,16 @@ fn min_ttl(upstream: &Upstream) -> Option<Duration> {
 }
 
 /// Endpoints as peers; one that was there before is the same still, and two of one key are one.
-fn peers(endpoints: &[Endpoint], before: &[Peer]) -> Vec<Peer> {
+fn peers(endpoints: &[Endpoint], before: &State) -> Vec<Peer> {
     let mut known: HashMap<EndpointKey, Arc<EndpointState>> = HashMap::new();
     // One endpoint is the rule among many small upstreams and needs no map.
-    if endpoints.len() > 1 || before.len() > 1 {
-        known.extend(before.iter().map(|peer| (peer.state.key().clone(), peer.state.clone())));
+    if endpoints.len() > 1 || before.peers.len() > 1 || !before.draining.is_empty() {
+        let before = before.peers.iter().chain(&before.draining);
+        known.extend(before.map(|peer| (peer.state.key().clone(), peer.state.clone())));
     }
     let mut state = |endpoint: &Endpoint| {
         let key = EndpointKey { addr: endpoint.addr, host: endpoint.host.clone() };
-        match before {
+        match &*before.peers {
             [only] if *only.state.key() == key => return only.state.clone(),
             _ if endpoints.len() == 1 && known.is_empty() => return Arc::new(EndpointState::new(key)),
             _ => {}

@@ -6,6 +6,7 @@ pub mod budget;
 pub mod chash;
 pub mod cluster;
 pub(crate) mod connect;
+pub mod drains;
 pub mod endpoint;
 pub mod ewma;
 pub mod fields;

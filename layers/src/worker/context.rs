@@ -37,6 +37,8 @@ impl Count {
 /// What a worker has done, for metrics. Totals since it started, except where said.
 #[derive(Debug, Default)]
 pub struct Stats {
+    /// Turns of its clock, each a moment at which nothing of the worker is in the middle of anything.
+    pub turns: Count,
     /// Connections accepted.
     pub accepted: Count,
     /// Connections closed at once because the worker has its fill.
@@ -171,6 +173,7 @@ impl WorkerContext {
     }
 
     pub(crate) fn tick(&self) {
+        self.stats.turns.add(1);
         self.deadlines.tick();
         let calls = self.ticks.borrow().clone();
         calls.iter().for_each(|call| call());

@@ -12,6 +12,7 @@ pub mod drain;
 pub mod io;
 pub mod runtime;
 pub mod serve;
+pub mod turns;
 pub mod view;
 
 #[cfg(test)]

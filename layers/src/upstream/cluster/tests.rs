@@ -25,6 +25,7 @@ fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
         checks: true,
         keepalive: Keepalive { size: 320, idle: None, requests: 1000 },
         session_key: super::super::sticky::own_key(Vec::new),
+        drains: crate::upstream::drains::Drains::default(),
         control,
     }
 }
@@ -274,4 +275,37 @@ async fn an_endpoint_that_is_new_or_healthy_again_starts_with_a_small_share() {
     until("it is back", || picked(&cluster).len() == 3).await;
     assert!(warmth(&cluster)[1] < 100, "{:?}", warmth(&cluster));
     until("its share has grown again", || warmth(&cluster) == [100, 100, 100]).await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_drained_is_not_chosen_and_not_forgotten() {
+    let env = env(Vec::new());
+    let nodes = json!({"10.0.0.1:80": 1, "10.0.0.2:80": 1});
+    let cluster = build(nodes.clone(), json!({}), &env);
+    let first = cluster.state().peers[0].state.clone();
+    let mark = Mark { id: "d".into(), service: "1".into(), node: Some("10.0.0.1:80".parse().unwrap()) };
+    env.drains.set(vec![mark.clone()]);
+    assert_eq!(picked(&cluster).len(), 2, "marks are looked at when the endpoints are published");
+    cluster.refresh(&env.control);
+    assert_eq!(picked(&cluster), ["10.0.0.2:80"]);
+    let under_way = cluster.covered(&mark);
+    assert!(under_way.len() == 1 && Arc::ptr_eq(&under_way[0], &first));
+    assert_eq!(cluster.endpoints().iter().filter(|endpoint| endpoint.draining).count(), 1);
+    assert_eq!(cluster.state().retries(), 0, "there is no other node to try");
+
+    cluster.update(&upstream(nodes.clone(), json!({"retries": 1})), None, &env).unwrap();
+    assert_eq!(picked(&cluster), ["10.0.0.2:80"], "an edit does not bring it back");
+    let later = build(nodes, json!({}), &env);
+    assert_eq!(picked(&later), ["10.0.0.2:80"], "an upstream that comes later goes by the mark");
+
+    env.drains.set(vec![Mark { node: None, ..mark }]);
+    cluster.refresh(&env.control);
+    assert_eq!((picked(&cluster), cluster.state().nothing()), (Vec::new(), Reason::NoHealthyNode));
+    env.drains.set(Vec::new());
+    cluster.refresh(&env.control);
+    assert_eq!(picked(&cluster).len(), 2);
+    assert!(
+        cluster.state().peers.iter().any(|peer| Arc::ptr_eq(&peer.state, &first)),
+        "it is the same still"
+    );
 }
