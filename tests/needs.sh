@@ -13,6 +13,7 @@ need redis-server redis-server
 need redis-cli redis-tools
 need ip iproute2
 need openssl openssl
+need kcat kcat
 need protoc protobuf-compiler
 need cmake cmake
 need cc build-essential

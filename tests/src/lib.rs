@@ -13,6 +13,7 @@ pub mod etcd;
 pub mod eventually;
 pub mod frames;
 pub mod golden;
+pub mod kafka;
 pub mod load;
 pub mod nginx;
 pub mod node;

@@ -1,9 +1,14 @@
-//! A broker of Kafka as far as producers need one: a topic `logs` with two partitions, and SASL PLAIN.
+//! A broker of Kafka as far as producers need one: a topic `logs` with two partitions, and SASL by PLAIN and SCRAM.
 //!
-//! It knows one version of each call and keeps the values of records, each with its partition.
+//! It knows one version of each call and keeps the values of records, each with its partition. Its side of SCRAM is
+//! written after RFC 5802.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use aws_lc_rs::{digest, hmac, pbkdf2};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -22,7 +27,8 @@ pub async fn start(arrived: Arrived, asks: bool) -> Origin {
         let (arrived, known) = (arrived.clone(), known.clone());
         async move {
             let port = *known.get_or_init(|| stream.local_addr().expect("an address").port());
-            let mut broker = Broker { stream, arrived, port, signed_in: !asks };
+            let sign_in = if asks { SignIn::Asked } else { SignIn::Done };
+            let mut broker = Broker { stream, arrived, port, sign_in };
             while broker.call().await.is_some() {
                 seen.request();
             }
@@ -37,7 +43,96 @@ struct Broker {
     stream: TcpStream,
     arrived: Arrived,
     port: u16,
-    signed_in: bool,
+    sign_in: SignIn,
+}
+
+/// How far a client has come.
+enum SignIn {
+    /// It has to name a mechanism first.
+    Asked,
+    /// It has named one.
+    Begun(Mechanism),
+    /// It has to prove that it knows the password.
+    Challenged(Challenge),
+    /// It may produce.
+    Done,
+}
+
+#[derive(Clone, Copy)]
+enum Mechanism {
+    Plain,
+    Scram(Hash),
+}
+
+/// What a mechanism of SCRAM is made of.
+#[derive(Clone, Copy)]
+struct Hash {
+    hmac: hmac::Algorithm,
+    pbkdf2: pbkdf2::Algorithm,
+    digest: &'static digest::Algorithm,
+}
+
+const MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
+
+impl Mechanism {
+    fn named(name: &str) -> Option<Self> {
+        let scram = |hmac, pbkdf2, digest| Some(Self::Scram(Hash { hmac, pbkdf2, digest }));
+        match name {
+            "PLAIN" => Some(Self::Plain),
+            "SCRAM-SHA-256" => scram(hmac::HMAC_SHA256, pbkdf2::PBKDF2_HMAC_SHA256, &digest::SHA256),
+            "SCRAM-SHA-512" => scram(hmac::HMAC_SHA512, pbkdf2::PBKDF2_HMAC_SHA512, &digest::SHA512),
+            _ => None,
+        }
+    }
+}
+
+/// What was said in SCRAM so far.
+struct Challenge {
+    hash: Hash,
+    nonce: String,
+    /// `client-first-message-bare` and `server-first-message`, with a comma between them.
+    said: String,
+}
+
+const SALT: &[u8] = b"salt of the test";
+const ITERATIONS: u32 = 4096;
+
+impl Challenge {
+    /// The answer to `client-first-message`; nothing if it is of somebody unknown.
+    fn of(hash: Hash, first: &str) -> Option<(Self, String)> {
+        let bare = first.strip_prefix("n,,")?;
+        let (user, nonce) = bare.strip_prefix("n=")?.split_once(",r=")?;
+        if user != USER.0 || nonce.is_empty() {
+            return None;
+        }
+        let nonce = format!("{nonce}{:016x}", fastrand::u64(..));
+        let answer = format!("r={nonce},s={},i={ITERATIONS}", STANDARD.encode(SALT));
+        Some((Self { hash, said: format!("{bare},{answer}"), nonce }, answer))
+    }
+
+    /// The answer to `client-final-message`; nothing if its proof is of another password.
+    fn prove(&self, last: &str) -> Option<String> {
+        let (unproven, proof) = last.rsplit_once(",p=")?;
+        // `biws` is `n,,`: no channel binding.
+        if unproven != format!("c=biws,r={}", self.nonce) {
+            return None;
+        }
+        let Hash { hmac: algorithm, pbkdf2, digest } = self.hash;
+        let sign = |key: &[u8], text: &[u8]| hmac::sign(&hmac::Key::new(algorithm, key), text);
+        let mut salted = vec![0; digest.output_len()];
+        let iterations = NonZeroU32::new(ITERATIONS).expect("a number above 0");
+        pbkdf2::derive(pbkdf2, iterations, SALT, USER.1.as_bytes(), &mut salted);
+        let said = format!("{},{unproven}", self.said);
+        let stored = digest::digest(digest, sign(&salted, b"Client Key").as_ref());
+        let signature = sign(stored.as_ref(), said.as_bytes());
+        let proof = STANDARD.decode(proof).ok().filter(|proof| proof.len() == salted.len())?;
+        let shown: Vec<u8> = proof.iter().zip(signature.as_ref()).map(|(a, b)| a ^ b).collect();
+        if digest::digest(digest, &shown).as_ref() != stored.as_ref() {
+            return None;
+        }
+        let own = sign(sign(&salted, b"Server Key").as_ref(), said.as_bytes());
+        Some(format!("v={}", STANDARD.encode(own)))
+    }
 }
 
 /// Reads what the protocol is made of.
@@ -108,7 +203,7 @@ impl Broker {
         match key {
             0 => self.produce(&mut reader, &mut body)?,
             3 => self.metadata(&mut body),
-            17 => sasl_handshake(&mut body),
+            17 => self.handshake(&reader.text()?, &mut body),
             18 => versions(version, &mut body),
             36 => self.authenticate(&mut reader, &mut body)?,
             other => panic!("the broker of the test does not know call {other}"),
@@ -152,8 +247,9 @@ impl Broker {
         reader.i32()?;
         let partition = reader.i32()?;
         let records = reader.bytes()?;
-        let error: i16 = if self.signed_in { 0 } else { 29 };
-        if self.signed_in {
+        let signed_in = matches!(self.sign_in, SignIn::Done);
+        let error: i16 = if signed_in { 0 } else { 29 };
+        if signed_in {
             for value in values(records)? {
                 self.arrived.add(&format!("{topic}/{partition} {value}"));
             }
@@ -169,15 +265,40 @@ impl Broker {
         Some(())
     }
 
-    /// SaslAuthenticate, version 0, with PLAIN.
+    /// SaslHandshake, version 1.
+    fn handshake(&mut self, name: &str, out: &mut Vec<u8>) {
+        let mechanism = Mechanism::named(name);
+        let error: i16 = if mechanism.is_some() { 0 } else { 33 };
+        if let Some(mechanism) = mechanism {
+            self.sign_in = SignIn::Begun(mechanism);
+        }
+        out.extend(error.to_be_bytes());
+        out.extend((MECHANISMS.len() as i32).to_be_bytes());
+        for name in MECHANISMS {
+            text(out, name);
+        }
+    }
+
+    /// SaslAuthenticate, version 0.
     fn authenticate(&mut self, reader: &mut Reader<'_>, out: &mut Vec<u8>) -> Option<()> {
         let words = String::from_utf8_lossy(reader.bytes()?).into_owned();
         let (user, password) = USER;
-        self.signed_in = words == format!("\0{user}\0{password}");
-        let error: i16 = if self.signed_in { 0 } else { 58 };
+        let next = match &self.sign_in {
+            SignIn::Begun(Mechanism::Plain) => {
+                (words == format!("\0{user}\0{password}")).then(|| (SignIn::Done, String::new()))
+            }
+            SignIn::Begun(Mechanism::Scram(hash)) => Challenge::of(*hash, &words)
+                .map(|(challenge, answer)| (SignIn::Challenged(challenge), answer)),
+            SignIn::Challenged(challenge) => challenge.prove(&words).map(|answer| (SignIn::Done, answer)),
+            SignIn::Asked | SignIn::Done => None,
+        };
+        let error: i16 = if next.is_some() { 0 } else { 58 };
+        let (step, answer) = next.unwrap_or((SignIn::Asked, String::new()));
+        self.sign_in = step;
         out.extend(error.to_be_bytes());
         out.extend((-1_i16).to_be_bytes());
-        out.extend(0_i32.to_be_bytes());
+        out.extend((answer.len() as i32).to_be_bytes());
+        out.extend(answer.as_bytes());
         Some(())
     }
 }
@@ -219,11 +340,4 @@ fn versions(version: i16, out: &mut Vec<u8>) {
             out.extend(number.to_be_bytes());
         }
     }
-}
-
-/// SaslHandshake, version 1.
-fn sasl_handshake(out: &mut Vec<u8>) {
-    out.extend(0_i16.to_be_bytes());
-    out.extend(1_i32.to_be_bytes());
-    text(out, "PLAIN");
 }
