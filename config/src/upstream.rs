@@ -924,12 +924,23 @@ impl AllUnhealthy {
     }
 }
 
-/// How node names are resolved.
+/// How names are resolved, those of nodes and that of a service of `discovery_type: dns`. What is absent is as
+/// `config.yaml` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DnsOptions {
     /// An answer is kept at least so long, in seconds, whatever its own time to live.
-    pub min_ttl: Int<1, 86_400, 5>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_ttl: Option<Int<1, 86_400>>,
+    /// An answer is kept at most so long, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_ttl: Option<Int<1, 86_400>>,
+    /// Seconds between two questions, whatever the answers say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refresh: Option<Int<1, 86_400>>,
+    /// Addresses that an answer leaves out stay for so long, in seconds: for servers that give a part of the set at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accumulate: Option<Int<1, 86_400>>,
 }
 
 #[cfg(test)]

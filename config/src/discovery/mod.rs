@@ -4,6 +4,8 @@
 //! for the rest) and one line in `registries!`. APISIX's keys mean what they mean there; ours stand beside them. A kind
 //! that is not listed is an error that names those that are, and so is a key that a kind does not have.
 
+pub mod dns;
+
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -58,7 +60,10 @@ macro_rules! registries {
 }
 
 // One line a kind, for example `consul: consul::Consul,` with its documentation above it.
-registries! {}
+registries! {
+    /// Services by their name in DNS.
+    dns: dns::Dns,
+}
 
 /// The settings of a registry, unless they are wrong.
 #[allow(dead_code, reason = "until the first kind is listed")]

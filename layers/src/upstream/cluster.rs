@@ -724,7 +724,8 @@ fn nodes(upstream: &Upstream) -> Result<Vec<Node>, ConfigError> {
 }
 
 fn min_ttl(upstream: &Upstream) -> Option<Duration> {
-    upstream.dns.as_ref().map(|dns| Duration::from_secs(dns.min_ttl.get().into()))
+    let seconds = upstream.dns.as_ref()?.min_ttl?;
+    Some(Duration::from_secs(seconds.get().into()))
 }
 
 /// Endpoints as peers; one that was there before is the same still, and two of one key are one.
