@@ -5,72 +5,34 @@
 //! has a floor, so a zero from the server is not a query per request. The system's resolver settings and
 //! hosts file are read again when they change.
 
+#[cfg(any(test, feature = "testing"))]
+pub mod hostile;
+mod lookup;
+mod options;
+mod resolver;
+mod watcher;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::future::{Either, select_all};
-use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{
-    ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts,
-};
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use hickory_resolver::system_conf::read_system_conf;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, Semaphore, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep};
 
-use crate::source::Health;
-use crate::{Backoff, Endpoint, Endpoints, Failure, Node, Watch, fixed};
+pub use lookup::{Order, RecordKind};
+pub use options::{NameOptions, Settings};
+pub use watcher::Dns;
+
+use crate::source::{Again, Health, Listing, SourceError};
+use crate::{Backoff, Endpoint, Endpoints, Failure, Node, Watch, fixed, literal};
 
 /// Addresses kept of one answer. More than any real service has, less than would hurt a picker.
-const MAX_ADDRESSES: usize = 256;
-/// Questions under way at once, so that ten thousand names do not become one burst.
-const MAX_CONCURRENT: usize = 64;
+const MAX_ADDRESSES: usize = 1024;
 /// First and longest pause after a failed question.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
-/// A change of either asks for a new resolver.
-const SYSTEM_FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
-
-/// How names are resolved. The defaults are those of a stock gateway.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Name servers; none means the system's (`/etc/resolv.conf`).
-    pub servers: Vec<SocketAddr>,
-    /// No name is asked again sooner than this, whatever its time to live.
-    pub min_ttl: Duration,
-    /// No name is trusted longer than this without a question.
-    pub max_ttl: Duration,
-    /// Replaces every time to live (`dns_resolver_valid`).
-    pub valid: Option<Duration>,
-    /// One question to one server.
-    pub timeout: Duration,
-    /// Questions to the servers before an attempt counts as failed; at least 1.
-    pub attempts: usize,
-    /// Ask for AAAA when there is no A record.
-    pub ipv6: bool,
-    /// Apply the search list of `/etc/resolv.conf` (`enable_resolv_search_opt`).
-    pub search: bool,
-    /// Drop addresses whose name could not be resolved for this long; none keeps them for ever.
-    pub stale_limit: Option<Duration>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            servers: Vec::new(),
-            min_ttl: Duration::from_secs(1),
-            max_ttl: Duration::from_secs(3600),
-            valid: None,
-            timeout: Duration::from_secs(5),
-            attempts: 2,
-            ipv6: true,
-            search: true,
-            stale_limit: None,
-        }
-    }
-}
 
 /// What is known about one name, for the Control API.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,11 +62,11 @@ impl Answer {
     }
 }
 
-/// A name and the floor of its time to live. Upstreams that want different floors do not share questions.
+/// A name and how it is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct NameKey {
     name: Arc<str>,
-    min_ttl: Duration,
+    options: NameOptions,
 }
 
 #[derive(Debug)]
@@ -116,10 +78,9 @@ struct Entry {
 #[derive(Debug)]
 struct Inner {
     runtime: Handle,
-    settings: Settings,
-    resolver: Mutex<Option<(SystemFiles, TokioResolver)>>,
+    dns: Dns,
+    stale_limit: Option<Duration>,
     names: Mutex<HashMap<NameKey, Arc<Entry>>>,
-    gate: Semaphore,
 }
 
 /// The names under watch.
@@ -128,13 +89,9 @@ pub(crate) struct Names(Arc<Inner>);
 
 impl Names {
     pub(crate) fn new(runtime: Handle, settings: Settings) -> Self {
-        Self(Arc::new(Inner {
-            runtime,
-            settings,
-            resolver: Mutex::new(None),
-            names: Mutex::new(HashMap::new()),
-            gate: Semaphore::new(MAX_CONCURRENT),
-        }))
+        let stale_limit = settings.stale_limit;
+        let dns = Dns::nodes(settings);
+        Self(Arc::new(Inner { runtime, dns, stale_limit, names: Mutex::new(HashMap::new()) }))
     }
 
     pub(crate) fn refresh(&self, name: Option<&str>) -> bool {
@@ -167,9 +124,8 @@ impl Names {
     }
 
     /// The answers of `name`; the first subscriber starts its task, the last one to leave ends it.
-    pub(crate) fn subscribe(&self, name: &str, min_ttl: Option<Duration>) -> watch::Receiver<Answer> {
-        let min_ttl = min_ttl.unwrap_or(self.0.settings.min_ttl);
-        let key = NameKey { name: name.to_ascii_lowercase().into(), min_ttl };
+    pub(crate) fn subscribe(&self, name: &str, options: NameOptions) -> watch::Receiver<Answer> {
+        let key = NameKey { name: name.to_ascii_lowercase().into(), options };
         let mut names = lock(&self.0.names);
         if let Some(entry) = names.get(&key) {
             return entry.answer.subscribe();
@@ -194,6 +150,7 @@ impl Names {
 
     async fn follow(self, key: NameKey, entry: Arc<Entry>) {
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
+        let mut watcher = self.0.dns.watch(Arc::clone(&key.name), None, &key.options);
         loop {
             let outcome = tokio::select! {
                 biased;
@@ -201,13 +158,15 @@ impl Names {
                     if self.release(&key, &entry) { return }
                     continue;
                 }
-                outcome = self.resolve(&key) => outcome,
+                outcome = watcher.ask() => outcome,
             };
             let pause = match &outcome {
-                Ok((_, ttl)) => {
+                Ok(listing) => {
                     backoff.reset();
-                    // Spread names that were first asked together.
-                    *ttl + ttl.mul_f64(fastrand::f64() / 10.0)
+                    match listing.again {
+                        Again::After(pause) => pause,
+                        Again::Now => Duration::ZERO,
+                    }
                 }
                 Err(_) => backoff.pause(),
             };
@@ -221,18 +180,14 @@ impl Names {
         }
     }
 
-    fn publish(
-        &self,
-        name: &str,
-        entry: &Entry,
-        outcome: Result<(Arc<[IpAddr]>, Duration), Arc<str>>,
-        pause: Duration,
-    ) {
+    fn publish(&self, name: &str, entry: &Entry, outcome: Result<Listing, SourceError>, pause: Duration) {
         let now = Instant::now();
         entry.answer.send_if_modified(|answer| {
             answer.next = Some(now + pause);
             match outcome {
-                Ok((addrs, _)) => {
+                Ok(listing) => {
+                    let addrs = listing.instances.iter().filter_map(|instance| literal(&instance.node.host));
+                    let addrs: Arc<[IpAddr]> = addrs.collect();
                     let changed = answer.answered.is_none() || answer.addrs != addrs;
                     let recovered = answer.failure.take();
                     if changed || recovered.is_some() {
@@ -242,7 +197,7 @@ impl Names {
                     answer.addrs = addrs;
                     changed || recovered.is_some()
                 }
-                Err(reason) => {
+                Err(SourceError { reason, .. }) => {
                     let since = answer.failure.as_ref().map_or(now, |(_, since)| *since);
                     let changed = answer.failure.as_ref().is_none_or(|(old, _)| *old != reason);
                     if changed {
@@ -250,7 +205,7 @@ impl Names {
                         tracing::warn!(name, %reason, serving, "name not resolved, last good addresses stay");
                     }
                     answer.failure = Some((reason, since));
-                    let expired = self.0.settings.stale_limit.is_some_and(|limit| {
+                    let expired = self.0.stale_limit.is_some_and(|limit| {
                         answer.answered.is_some_and(|at| now.saturating_duration_since(at) > limit)
                     });
                     let dropped = expired && !answer.addrs.is_empty();
@@ -262,86 +217,6 @@ impl Names {
             }
         });
     }
-
-    /// One attempt: sorted addresses and how long they hold, or the reason there are none.
-    async fn resolve(&self, key: &NameKey) -> Result<(Arc<[IpAddr]>, Duration), Arc<str>> {
-        let settings = &self.0.settings;
-        let _permit = self.0.gate.acquire().await.map_err(|closed| closed.to_string())?;
-        let resolver = self.resolver()?;
-        // The resolver has its own time-outs; this one is for a resolver that forgets them.
-        let attempts = u32::try_from(settings.attempts.max(1)).unwrap_or(1);
-        let limit = settings.timeout.saturating_mul(attempts).saturating_mul(4);
-        let lookup = timeout(limit, resolver.lookup_ip(&*key.name))
-            .await
-            .map_err(|_| "no answer in time")?
-            .map_err(|error| error.to_string())?;
-        let mut addrs: Vec<IpAddr> =
-            lookup.iter().filter(|ip| !ip.is_unspecified() && !ip.is_multicast()).collect();
-        // Servers rotate their answers; sorted, a rotation is no change and truncation is stable.
-        addrs.sort_unstable();
-        addrs.dedup();
-        addrs.truncate(MAX_ADDRESSES);
-        if addrs.is_empty() {
-            return Err("the answer holds no usable address".into());
-        }
-        let ttl = lookup.as_lookup().answers().iter().map(|record| record.ttl).min().unwrap_or(0);
-        let ttl = settings.valid.unwrap_or(Duration::from_secs(ttl.into()));
-        let ttl = ttl.min(settings.max_ttl).max(key.min_ttl);
-        Ok((addrs.into(), ttl))
-    }
-
-    fn resolver(&self) -> Result<TokioResolver, String> {
-        let mut current = lock(&self.0.resolver);
-        let files =
-            if self.0.settings.servers.is_empty() { SystemFiles::now() } else { SystemFiles::default() };
-        if let Some((at, resolver)) = current.as_ref()
-            && *at == files
-        {
-            return Ok(resolver.clone());
-        }
-        let resolver = build(&self.0.settings)?;
-        *current = Some((files, resolver.clone()));
-        Ok(resolver)
-    }
-}
-
-/// When the system's resolver files last changed.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct SystemFiles([Option<SystemTime>; SYSTEM_FILES.len()]);
-
-impl SystemFiles {
-    fn now() -> Self {
-        Self(SYSTEM_FILES.map(|path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok()))
-    }
-}
-
-fn build(settings: &Settings) -> Result<TokioResolver, String> {
-    let (config, mut options) = if settings.servers.is_empty() {
-        let (mut config, options) =
-            read_system_conf().map_err(|error| format!("/etc/resolv.conf: {error}"))?;
-        if !settings.search {
-            config = ResolverConfig::from_parts(None, Vec::new(), config.name_servers().to_vec());
-        }
-        (config, options)
-    } else {
-        let servers = settings.servers.iter().map(|server| {
-            let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
-                connection.port = server.port();
-                connection
-            });
-            NameServerConfig::new(server.ip(), true, connections.into())
-        });
-        (ResolverConfig::from_name_servers(servers.collect()), ResolverOpts::default())
-    };
-    options.timeout = settings.timeout;
-    options.attempts = settings.attempts.max(1);
-    // Freshness is decided here, with the floor and the ceiling above; a second cache would hide changes.
-    options.cache_size = 0;
-    options.ip_strategy =
-        if settings.ipv6 { LookupIpStrategy::Ipv4thenIpv6 } else { LookupIpStrategy::Ipv4Only };
-    let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
-    *builder.options_mut() = options;
-    builder.build().map_err(|error| error.to_string())
 }
 
 /// One node and, when it is a name, the answers for it.
@@ -351,12 +226,12 @@ enum Part {
 }
 
 /// Follow nodes of which at least one is a name.
-pub(crate) fn watch(names: &Names, runtime: &Handle, nodes: &[Node], min_ttl: Option<Duration>) -> Watch {
+pub(crate) fn watch(names: &Names, runtime: &Handle, nodes: &[Node], options: NameOptions) -> Watch {
     let mut parts: Vec<Part> = nodes
         .iter()
         .map(|node| match fixed::endpoint(node) {
             Some(endpoint) => Part::Fixed(endpoint),
-            None => Part::Name { node: node.clone(), answer: names.subscribe(&node.host, min_ttl) },
+            None => Part::Name { node: node.clone(), answer: names.subscribe(&node.host, options) },
         })
         .collect();
     let (sender, receiver) = watch::channel(Arc::new(merge(&mut parts)));
@@ -424,5 +299,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+#[cfg(test)]
+mod services_tests;
 #[cfg(test)]
 mod tests;

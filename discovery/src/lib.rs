@@ -21,13 +21,12 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 pub use backoff::Backoff;
-pub use dns::NameView;
+pub use dns::{Dns, NameOptions, NameView};
 pub use endpoints::{Endpoint, Endpoints, Failure, Node};
 pub use follow::{Followed, Freshness, Held};
 pub use source::{
@@ -118,18 +117,18 @@ impl Discovery {
             }
         }
         if failures.is_empty() {
-            return self.watch_nodes(&nodes, target.min_ttl);
+            return self.watch_nodes(&nodes, target.names);
         }
         fixed::watch(Endpoints { failures, ..Endpoints::default() })
     }
 
-    /// Follow nodes alone, as [`watch`](Self::watch). `min_ttl` is a floor for these names in place of the one in the
-    /// settings.
-    pub fn watch_nodes(&self, nodes: &[Node], min_ttl: Option<Duration>) -> Watch {
+    /// Follow nodes alone, as [`watch`](Self::watch). `options` say how their names are asked for; a time alone is the floor
+    /// of their time to live.
+    pub fn watch_nodes(&self, nodes: &[Node], options: impl Into<NameOptions>) -> Watch {
         if let Some(endpoints) = fixed::endpoints(nodes) {
             return fixed::watch(endpoints);
         }
-        dns::watch(&self.0.names, &self.0.runtime, nodes, min_ttl)
+        dns::watch(&self.0.names, &self.0.runtime, nodes, options.into())
     }
 
     /// Ask for `name` (a target, a service or a host; or everything) now rather than when its time has come.

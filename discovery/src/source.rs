@@ -128,7 +128,8 @@ pub enum Again {
 pub struct Instance {
     /// How the registry tells it from the others of its service: an instance id, the name of a pod, `host:port`.
     pub id: Arc<str>,
-    /// Where it is. The host may be a name, which is then resolved like that of any node.
+    /// Where it is. The host may be a name, which is then resolved like that of any node. Port 0, where the registry knows
+    /// none, stands for that of the upstream's scheme.
     pub node: Node,
     pub health: Health,
     /// What else is known of it; shared between lists where it does not change.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::Node;
 use crate::source::Query;
+use crate::{NameOptions, Node};
 
 /// Everything that decides which endpoints an upstream has. Two targets that are equal have the same ones.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,8 +19,8 @@ pub struct Target {
     pub merge: Merge,
     /// What may be taken away, and when.
     pub guards: Guards,
-    /// The floor of the time to live of names among the nodes, in place of the one in the settings.
-    pub min_ttl: Option<Duration>,
+    /// How names among the nodes are asked for, where it is not as the settings say.
+    pub names: NameOptions,
 }
 
 impl Target {
@@ -36,7 +36,13 @@ impl Target {
 
     /// Several parts, with the defaults for everything else.
     pub fn of(name: impl Into<Arc<str>>, parts: Vec<Part>) -> Self {
-        Self { name: name.into(), parts, merge: Merge::default(), guards: Guards::default(), min_ttl: None }
+        Self {
+            name: name.into(),
+            parts,
+            merge: Merge::default(),
+            guards: Guards::default(),
+            names: NameOptions::default(),
+        }
     }
 }
 

@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::lookup::Order;
+use config::discovery::dns::Record;
+use config::fields::Int;
+use config::upstream::DnsOptions;
+
+use super::lookup::{Order, RecordKind};
 
 /// The longest that "there is no such name" is believed.
 const MAX_NEGATIVE_TTL: Duration = Duration::from_secs(30);
@@ -61,6 +65,35 @@ impl Default for Settings {
     }
 }
 
+/// `discovery.dns` of `config.yaml`.
+impl From<&config::discovery::dns::Dns> for Settings {
+    fn from(written: &config::discovery::dns::Dns) -> Self {
+        let kind = |record: &Record| match record {
+            Record::Srv => Some(RecordKind::Srv),
+            Record::A => Some(RecordKind::A),
+            Record::Aaaa => Some(RecordKind::Aaaa),
+            Record::Last | Record::Cname => None,
+        };
+        let seconds = |count: u32| Duration::from_secs(count.into());
+        Self {
+            servers: written.servers(),
+            resolv_conf: written.resolv_conf.clone(),
+            hosts: false,
+            min_ttl: seconds(written.min_ttl.get()),
+            max_ttl: seconds(written.max_ttl.get()),
+            timeout: written.timeout.duration(),
+            attempts: usize::try_from(written.attempts.get()).unwrap_or(1),
+            search: written.search,
+            order: Order {
+                kinds: written.order.iter().filter_map(kind).collect(),
+                last: written.order.contains(&Record::Last),
+            },
+            accumulate: written.accumulate(),
+            ..Self::default()
+        }
+    }
+}
+
 /// What an upstream wants otherwise than the settings say. Names with different options do not share questions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct NameOptions {
@@ -110,6 +143,19 @@ impl NameOptions {
     }
 }
 
+/// `dns` of an upstream.
+impl From<&DnsOptions> for NameOptions {
+    fn from(written: &DnsOptions) -> Self {
+        let seconds = |count: Int<1, 86_400>| Duration::from_secs(count.get().into());
+        Self {
+            min_ttl: written.min_ttl.map(seconds),
+            max_ttl: written.max_ttl.map(seconds),
+            refresh: written.refresh.map(seconds),
+            accumulate: written.accumulate.map(seconds),
+        }
+    }
+}
+
 /// A floor of the time to live, and nothing else.
 impl From<Option<Duration>> for NameOptions {
     fn from(min_ttl: Option<Duration>) -> Self {
@@ -122,7 +168,9 @@ impl From<Option<Duration>> for NameOptions {
 pub(crate) struct Limits {
     min: Duration,
     max: Duration,
-    fixed: Option<Duration>,
+    /// The answers of this name do not say when it is asked again.
+    refresh: Option<Duration>,
+    valid: Option<Duration>,
     pub accumulate: Option<Duration>,
 }
 
@@ -131,14 +179,16 @@ impl Limits {
         Self {
             min: options.min_ttl.unwrap_or(settings.min_ttl),
             max: options.max_ttl.unwrap_or(settings.max_ttl),
-            fixed: options.refresh.or(settings.valid),
+            refresh: options.refresh,
+            valid: settings.valid,
             accumulate: options.accumulate.or(settings.accumulate),
         }
     }
 
     /// When to ask again after an answer. Names that were first asked for together spread.
     pub fn positive(&self, ttl: Duration) -> Duration {
-        let ttl = self.fixed.unwrap_or(ttl).min(self.max).max(self.min);
+        let bounded = || self.valid.unwrap_or(ttl).min(self.max).max(self.min);
+        let ttl = self.refresh.unwrap_or_else(bounded);
         ttl + ttl.mul_f64(fastrand::f64() / 10.0)
     }
 
@@ -191,6 +241,8 @@ mod tests {
         let own =
             NameOptions { min_ttl: Some(seconds(5)), max_ttl: Some(seconds(20)), ..NameOptions::default() };
         let own = Limits::new(&Settings::default(), &own);
+        let often = NameOptions { refresh: Some(seconds(600)), ..NameOptions::default() };
+        let often = Limits::new(&Settings::default(), &often);
         let fixed = NameOptions { refresh: Some(seconds(7)), ..NameOptions::default() };
         let fixed = Limits::new(&Settings::default(), &fixed);
         for (limits, ttl, positive, negative) in [
@@ -201,6 +253,7 @@ mod tests {
             (own, seconds(40), 20, 20),
             (fixed, seconds(0), 7, 1),
             (fixed, seconds(1000), 7, 30),
+            (often, seconds(1000), 600, 30),
         ] {
             let asked = limits.positive(ttl);
             assert!(

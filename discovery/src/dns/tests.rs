@@ -2,98 +2,27 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use hickory_resolver::proto::op::{Message, ResponseCode};
-use hickory_resolver::proto::rr::rdata::A;
-use hickory_resolver::proto::rr::{RData, Record, RecordType};
-use tokio::net::UdpSocket;
+use hickory_resolver::proto::op::ResponseCode;
+use hickory_resolver::proto::rr::RecordType;
+use tokio::time::timeout;
 
+use super::hostile::{Behaviour, Server};
 use super::*;
 use crate::Discovery;
 
-#[derive(Clone, Debug)]
-enum Behaviour {
-    Answer {
-        addrs: Vec<Ipv4Addr>,
-        ttl: u32,
-    },
-    /// The right answer under another transaction id.
-    WrongId,
-    Code(ResponseCode),
-    Empty,
-    Silence,
-    Garbage,
+const NAMES: [&str; 3] = ["api.test", "new.test", "huge.test"];
+
+/// A name server that knows every name of these tests by these addresses.
+async fn serving(last: &[u8], ttl: u32) -> Server {
+    let server = Server::start().await;
+    serve(&server, last, ttl);
+    server
 }
 
-/// A name server that answers every A question as it is told to.
-#[derive(Clone)]
-struct Server {
-    addr: SocketAddr,
-    behaviour: Arc<Mutex<Behaviour>>,
-    questions: Arc<AtomicUsize>,
-}
-
-impl Server {
-    async fn start(behaviour: Behaviour) -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let server = Self {
-            addr: socket.local_addr().unwrap(),
-            behaviour: Arc::new(Mutex::new(behaviour)),
-            questions: Arc::default(),
-        };
-        tokio::spawn(server.clone().run(socket));
-        server
-    }
-
-    fn behave(&self, behaviour: Behaviour) {
-        *lock(&self.behaviour) = behaviour;
-    }
-
-    fn questions(&self) -> usize {
-        self.questions.load(Ordering::Relaxed)
-    }
-
-    async fn run(self, socket: UdpSocket) {
-        let mut buffer = [0; 4096];
-        loop {
-            let (length, peer) = socket.recv_from(&mut buffer).await.unwrap();
-            let question = Message::from_vec(&buffer[..length]).unwrap();
-            let query = question.queries[0].clone();
-            if query.query_type() == RecordType::A {
-                self.questions.fetch_add(1, Ordering::Relaxed);
-            }
-            let behaviour = lock(&self.behaviour).clone();
-            let mut answer = Message::response(question.metadata.id, question.metadata.op_code);
-            answer.add_query(query.clone());
-            match behaviour {
-                Behaviour::Silence => continue,
-                Behaviour::Garbage => {
-                    socket.send_to(&[0xff; 600], peer).await.unwrap();
-                    continue;
-                }
-                Behaviour::WrongId => {
-                    answer.metadata.id = question.metadata.id.wrapping_add(1);
-                    let data = RData::A(A(Ipv4Addr::new(6, 6, 6, 6)));
-                    answer.add_answer(Record::from_rdata(query.name().clone(), 60, data));
-                }
-                Behaviour::Code(code) => answer.metadata.response_code = code,
-                Behaviour::Empty => {}
-                Behaviour::Answer { addrs, ttl } if query.query_type() == RecordType::A => {
-                    for addr in addrs {
-                        let data = RData::A(A(addr));
-                        answer.add_answer(Record::from_rdata(query.name().clone(), ttl, data));
-                    }
-                }
-                Behaviour::Answer { .. } => {}
-            }
-            let _ = socket.send_to(&answer.to_vec().unwrap(), peer).await;
-        }
-    }
-}
-
-fn answer(last: &[u8], ttl: u32) -> Behaviour {
-    Behaviour::Answer { addrs: last.iter().map(|n| Ipv4Addr::new(10, 0, 0, *n)).collect(), ttl }
+fn serve(server: &Server, last: &[u8], ttl: u32) {
+    server.behave(Behaviour::Well);
+    NAMES.iter().for_each(|name| server.numbered(name, ttl, last));
 }
 
 fn discovery(server: &Server, change: impl FnOnce(&mut Settings)) -> Discovery {
@@ -127,7 +56,7 @@ async fn eventually(watch: &mut Watch, wanted: impl Fn(&Endpoints) -> bool) -> A
 
 #[tokio::test]
 async fn names_and_addresses_make_one_list_and_addresses_of_a_name_share_its_weight() {
-    let server = Server::start(answer(&[2, 1], 60)).await;
+    let server = serving(&[2, 1], 60).await;
     let discovery = discovery(&server, |_| {});
     let mut watch = discovery.watch_nodes(&[node("api.test", 4), node("192.0.2.9", 2)], None);
     assert_eq!(watch.borrow().pending, 1, "the name was not asked yet");
@@ -141,20 +70,20 @@ async fn names_and_addresses_make_one_list_and_addresses_of_a_name_share_its_wei
 
 #[tokio::test]
 async fn a_changed_answer_is_followed_and_a_rotated_one_is_no_change() {
-    let server = Server::start(answer(&[1, 2], 0)).await;
+    let server = serving(&[1, 2], 0).await;
     let discovery = discovery(&server, |_| {});
     let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, Endpoints::settled).await;
 
     watch.mark_unchanged();
-    server.behave(answer(&[2, 1], 0));
-    let asked = server.questions();
-    while server.questions() < asked + 4 {
+    serve(&server, &[2, 1], 0);
+    let asked = server.asked(RecordType::A);
+    while server.asked(RecordType::A) < asked + 4 {
         sleep(Duration::from_millis(5)).await;
     }
     assert!(!watch.has_changed().unwrap(), "the order of an answer means nothing");
 
-    server.behave(answer(&[3], 0));
+    serve(&server, &[3], 0);
     let endpoints = eventually(&mut watch, |e| addrs(e) == ["10.0.0.3:8080"]).await;
     assert!(endpoints.failures.is_empty());
 }
@@ -165,50 +94,53 @@ async fn last_good_addresses_survive_every_failure_and_the_name_recovers_by_itse
         ("NXDOMAIN", Behaviour::Code(ResponseCode::NXDomain)),
         ("SERVFAIL", Behaviour::Code(ResponseCode::ServFail)),
         ("REFUSED", Behaviour::Code(ResponseCode::Refused)),
-        ("no records", Behaviour::Empty),
-        ("an unspecified address", answer_of(Ipv4Addr::UNSPECIFIED)),
+        ("NXDOMAIN of the zone", Behaviour::Gone),
+        ("no records", Behaviour::Bare),
+        ("no records, says the zone", Behaviour::Empty),
+        ("a truncated answer", Behaviour::TruncatedNoTcp),
+        ("half an answer", Behaviour::Half),
+        ("the answer to another question", Behaviour::WrongQuestion),
+        ("an unspecified address", Behaviour::Well),
         ("silence", Behaviour::Silence),
         ("garbage", Behaviour::Garbage),
         ("a wrong id", Behaviour::WrongId),
     ];
     for (case, behaviour) in cases {
-        let server = Server::start(answer(&[1], 0)).await;
+        let server = serving(&[1], 0).await;
         let discovery = discovery(&server, |_| {});
         let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
         eventually(&mut watch, |e| addrs(e) == ["10.0.0.1:8080"]).await;
 
         server.behave(behaviour);
+        server.addresses("api.test", 0, [Ipv4Addr::UNSPECIFIED.into()]);
         let endpoints = eventually(&mut watch, |e| !e.failures.is_empty()).await;
         assert_eq!(addrs(&endpoints), ["10.0.0.1:8080"], "{case}: stale is better than nothing");
         assert!(endpoints.failures[0].stale, "{case}");
         let view = discovery.names().remove(0);
         assert!(view.failure.is_some_and(|(why, _)| !why.is_empty()), "{case}: the reason is shown");
 
-        server.behave(answer(&[2], 0));
+        serve(&server, &[2], 0);
         let endpoints = eventually(&mut watch, |e| addrs(e) == ["10.0.0.2:8080"]).await;
         assert!(endpoints.failures.is_empty(), "{case}: recovered without help");
     }
 }
 
-fn answer_of(addr: Ipv4Addr) -> Behaviour {
-    Behaviour::Answer { addrs: vec![addr], ttl: 0 }
-}
-
 #[tokio::test]
 async fn a_name_that_never_existed_settles_empty_and_appears_later() {
-    let server = Server::start(Behaviour::Code(ResponseCode::NXDomain)).await;
+    let server = Server::start().await;
+    server.behave(Behaviour::Code(ResponseCode::NXDomain));
     let discovery = discovery(&server, |_| {});
     let mut watch = discovery.watch_nodes(&[node("new.test", 1)], None);
     let endpoints = eventually(&mut watch, Endpoints::settled).await;
     assert!(endpoints.list.is_empty());
     assert!(!endpoints.failures[0].stale);
-    server.behave(answer(&[7], 60));
+    serve(&server, &[7], 60);
     eventually(&mut watch, |e| addrs(e) == ["10.0.0.7:8080"]).await;
 }
 
 #[tokio::test]
 async fn a_time_to_live_of_zero_is_no_storm() {
-    let server = Server::start(answer(&[1], 0)).await;
+    let server = serving(&[1], 0).await;
     let discovery = discovery(&server, |settings| settings.min_ttl = Duration::from_secs(60));
     let mut first = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut first, Endpoints::settled).await;
@@ -217,13 +149,13 @@ async fn a_time_to_live_of_zero_is_no_storm() {
     for watch in &mut others {
         eventually(watch, Endpoints::settled).await;
     }
-    assert_eq!(server.questions(), 1, "one task per name, and the floor holds");
+    assert_eq!(server.asked(RecordType::A), 1, "one task per name, and the floor holds");
     assert!(discovery.names()[0].next > Duration::from_secs(50));
 
     assert!(discovery.refresh(Some("API.test")));
     assert!(!discovery.refresh(Some("other.test")));
     timeout(Duration::from_secs(5), async {
-        while server.questions() < 2 {
+        while server.asked(RecordType::A) < 2 {
             sleep(Duration::from_millis(5)).await;
         }
     })
@@ -233,30 +165,30 @@ async fn a_time_to_live_of_zero_is_no_storm() {
 
 #[tokio::test]
 async fn an_upstream_may_have_a_floor_of_its_own() {
-    let server = Server::start(answer(&[1], 0)).await;
+    let server = serving(&[1], 0).await;
     let discovery = discovery(&server, |_| {});
     let mut quick = discovery.watch_nodes(&[node("api.test", 1)], None);
     let mut slow = discovery.watch_nodes(&[node("api.test", 1)], Some(Duration::from_secs(60)));
     eventually(&mut quick, Endpoints::settled).await;
     eventually(&mut slow, Endpoints::settled).await;
-    server.behave(answer(&[2], 0));
+    serve(&server, &[2], 0);
     eventually(&mut quick, |e| addrs(e) == ["10.0.0.2:8080"]).await;
     assert_eq!(addrs(&slow.borrow()), ["10.0.0.1:8080"]);
 }
 
 #[tokio::test]
 async fn a_configured_validity_replaces_the_time_to_live() {
-    let server = Server::start(answer(&[1], 3600)).await;
+    let server = serving(&[1], 3600).await;
     let discovery = discovery(&server, |settings| settings.valid = Some(Duration::from_millis(20)));
     let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, Endpoints::settled).await;
-    server.behave(answer(&[2], 3600));
+    serve(&server, &[2], 3600);
     eventually(&mut watch, |e| addrs(e) == ["10.0.0.2:8080"]).await;
 }
 
 #[tokio::test]
 async fn stale_addresses_are_dropped_when_a_limit_is_set() {
-    let server = Server::start(answer(&[1], 0)).await;
+    let server = serving(&[1], 0).await;
     let discovery = discovery(&server, |settings| settings.stale_limit = Some(Duration::from_millis(300)));
     let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     eventually(&mut watch, |e| !e.list.is_empty()).await;
@@ -267,21 +199,22 @@ async fn stale_addresses_are_dropped_when_a_limit_is_set() {
 
 #[tokio::test]
 async fn a_huge_answer_is_bounded_and_does_no_lasting_harm() {
-    for count in [300, 1000, 4000] {
-        let many = (0..count).map(|n: u32| Ipv4Addr::from_bits(0x0a01_0000 + n)).collect();
-        let server = Server::start(Behaviour::Answer { addrs: many, ttl: 0 }).await;
-        let discovery = discovery(&server, |_| {});
+    for count in [300, 1000, 2000] {
+        let many = (0..count).map(|n: u32| Ipv4Addr::from_bits(0x0a01_0000 + n).into());
+        let server = Server::start().await;
+        server.addresses("huge.test", 0, many);
+        let discovery = discovery(&server, |settings| settings.timeout = Duration::from_secs(5));
         let mut watch = discovery.watch_nodes(&[node("huge.test", 1)], None);
         let endpoints = eventually(&mut watch, Endpoints::settled).await;
-        assert!(endpoints.list.len() <= MAX_ADDRESSES, "{count} addresses");
-        server.behave(answer(&[1], 0));
+        assert_eq!(endpoints.list.len(), MAX_ADDRESSES.min(count as usize), "{:?}", endpoints.failures);
+        serve(&server, &[1], 0);
         eventually(&mut watch, |e| addrs(e) == ["10.0.0.1:8080"]).await;
     }
 }
 
 #[tokio::test]
 async fn the_work_ends_with_the_last_receiver() {
-    let server = Server::start(answer(&[1], 0)).await;
+    let server = serving(&[1], 0).await;
     let discovery = discovery(&server, |_| {});
     let mut watch = discovery.watch_nodes(&[node("api.test", 1)], None);
     let second = discovery.watch_nodes(&[node("api.test", 1)], None);
