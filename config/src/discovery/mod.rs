@@ -5,6 +5,7 @@
 //! that is not listed is an error that names those that are, and so is a key that a kind does not have.
 
 pub mod dns;
+pub mod kubernetes;
 
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
@@ -63,6 +64,8 @@ macro_rules! registries {
 registries! {
     /// Services by their name in DNS.
     dns: dns::Dns,
+    /// The clusters of Kubernetes.
+    kubernetes: kubernetes::Kubernetes,
 }
 
 /// The settings of a registry, unless they are wrong.
