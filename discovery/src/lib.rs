@@ -11,6 +11,7 @@ pub mod endpoints;
 pub mod fixed;
 pub mod follow;
 pub mod http;
+pub mod kubernetes;
 pub mod source;
 pub mod target;
 #[cfg(any(test, feature = "testing"))]
