@@ -14,6 +14,7 @@ pub mod eventually;
 pub mod frames;
 pub mod golden;
 pub mod kafka;
+pub mod kube;
 pub mod load;
 pub mod nginx;
 pub mod node;
