@@ -6,6 +6,9 @@
 
 pub mod dns;
 pub mod kubernetes;
+pub mod consul;
+pub mod consul_kv;
+pub mod tls;
 
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
@@ -21,6 +24,11 @@ pub trait Registry: DeserializeOwned + JsonSchema + 'static {
 
     /// What the type cannot say. Pointers begin at these settings.
     fn check(&self, _errors: &mut Vec<ConfigError>) {}
+
+    /// Keys that are read for APISIX's sake and change nothing here, by their pointers, with the reason.
+    fn not_applicable(&self) -> Vec<(&'static str, &'static str)> {
+        Vec::new()
+    }
 }
 
 /// Lists the kinds: the name of the key, and the type of its settings.
@@ -42,10 +50,19 @@ macro_rules! registries {
                 let kinds: &[Option<&'static str>] =
                     &[$(self.$key.as_ref().map(|_| <$settings as Registry>::KIND)),*];
                 kinds.iter().copied().flatten().collect()
+            /// Keys that change nothing here: the pointer into the file, and the reason.
+            #[must_use]
+            pub fn not_applicable(&self) -> Vec<(String, &'static str)> {
+                let mut keys = Vec::new();
+                $(if let Some(settings) = &self.$key {
+                    let found = settings.not_applicable().into_iter();
+                    let kind = <$settings as Registry>::KIND;
+                    keys.extend(found.map(|(key, why)| (format!("/discovery/{kind}{key}"), why)));
+                })*
+                keys
             }
 
             /// Reads the object at `discovery`. What does not fit is told with its pointer into the file, and left out.
-            #[allow(unused_mut, unused_variables, clippy::match_single_binding, reason = "until the first kind is listed")]
             pub fn read(written: &Map<String, Value>) -> (Self, Vec<ConfigError>) {
                 let (mut discovery, mut errors) = (Self::default(), Vec::new());
                 for (kind, settings) in written.iter().filter(|(_, settings)| !settings.is_null()) {
@@ -66,10 +83,13 @@ registries! {
     dns: dns::Dns,
     /// The clusters of Kubernetes.
     kubernetes: kubernetes::Kubernetes,
+    /// Clusters of Consul.
+    consul: consul::Consul,
+    /// Nodes in Consul's KV store.
+    consul_kv: consul_kv::ConsulKv,
 }
 
 /// The settings of a registry, unless they are wrong.
-#[allow(dead_code, reason = "until the first kind is listed")]
 fn registry<R: Registry>(written: &Value, errors: &mut Vec<ConfigError>) -> Option<Box<R>> {
     let mut written = written.clone();
     drop_nulls(&mut written);
