@@ -182,6 +182,17 @@ impl Server {
         &self.host
     }
 
+    /// The same service on another machine: same scheme, port, path and credentials.
+    ///
+    /// # Errors
+    /// `host` is no host.
+    pub fn beside(&self, host: &str) -> Result<Arc<Server>, String> {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let brackets = if host.contains(':') { ("[", "]") } else { ("", "") };
+        let url = format!("{scheme}://{}{host}{}:{}{}", brackets.0, brackets.1, self.port, self.path);
+        Server::new(&url, self.options.clone())
+    }
+
     /// A connection that is opened by its first question.
     pub fn connection(self: &Arc<Self>) -> Connection {
         Connection { server: Arc::clone(self), kept: None }

@@ -6,6 +6,8 @@
 //! stale. Nothing here runs while a request is served, and nothing here knows what an HTTP request is.
 
 pub mod backoff;
+pub mod consul;
+pub mod consul_kv;
 pub mod dns;
 pub mod endpoints;
 pub mod fixed;
