@@ -551,6 +551,9 @@ impl Process {
         let discovery_written = object("discovery");
         let (discovery, wrong) = Discovery::read(&discovery_written);
         wrong.into_iter().for_each(|error| reader.error(error));
+        for (key, reason) in discovery.not_applicable() {
+            root.notice_at(key, reason);
+        }
         let graphql = root.section("graphql");
         let graphql_max_size = graphql.size("max_size").unwrap_or(1 << 20);
         graphql.finish();

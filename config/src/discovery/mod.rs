@@ -8,6 +8,7 @@ pub mod dns;
 pub mod kubernetes;
 pub mod consul;
 pub mod consul_kv;
+pub mod dns;
 pub mod tls;
 
 use schemars::JsonSchema;
@@ -50,6 +51,8 @@ macro_rules! registries {
                 let kinds: &[Option<&'static str>] =
                     &[$(self.$key.as_ref().map(|_| <$settings as Registry>::KIND)),*];
                 kinds.iter().copied().flatten().collect()
+            }
+
             /// Keys that change nothing here: the pointer into the file, and the reason.
             #[must_use]
             pub fn not_applicable(&self) -> Vec<(String, &'static str)> {
@@ -87,6 +90,8 @@ registries! {
     consul: consul::Consul,
     /// Nodes in Consul's KV store.
     consul_kv: consul_kv::ConsulKv,
+    /// Services by their name in DNS.
+    dns: dns::Dns,
 }
 
 /// The settings of a registry, unless they are wrong.

@@ -377,6 +377,11 @@ impl<'a> Section<'a> {
         self.reader.notice(self.at(key), reason);
     }
 
+    /// As [`Section::notice`], for a place in the file.
+    pub(super) fn notice_at(&self, pointer: String, reason: &'static str) {
+        self.reader.notice(pointer, reason);
+    }
+
     /// A key of older releases.
     pub(super) fn moved(&self, key: &'static str, to: &'static str) {
         if self.get(key).is_some() {
