@@ -4,11 +4,10 @@
 //! for the rest) and one line in `registries!`. APISIX's keys mean what they mean there; ours stand beside them. A kind
 //! that is not listed is an error that names those that are, and so is a key that a kind does not have.
 
-pub mod dns;
-pub mod kubernetes;
 pub mod consul;
 pub mod consul_kv;
 pub mod dns;
+pub mod kubernetes;
 pub mod tls;
 
 use schemars::JsonSchema;
@@ -82,16 +81,14 @@ macro_rules! registries {
 
 // One line a kind, for example `consul: consul::Consul,` with its documentation above it.
 registries! {
-    /// Services by their name in DNS.
-    dns: dns::Dns,
-    /// The clusters of Kubernetes.
-    kubernetes: kubernetes::Kubernetes,
     /// Clusters of Consul.
     consul: consul::Consul,
     /// Nodes in Consul's KV store.
     consul_kv: consul_kv::ConsulKv,
     /// Services by their name in DNS.
     dns: dns::Dns,
+    /// The clusters of Kubernetes.
+    kubernetes: kubernetes::Kubernetes,
 }
 
 /// The settings of a registry, unless they are wrong.
