@@ -54,6 +54,8 @@ pub struct Endpoints {
     /// Names that were neither answered nor refused yet. 0 means the first resolution is over.
     pub pending: usize,
     pub failures: Vec<Failure>,
+    /// Some registry has not been heard for longer than the target allows.
+    pub degraded: bool,
 }
 
 impl Endpoints {

@@ -162,7 +162,8 @@ impl Health {
 }
 
 /// What is known of an instance besides its address.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Details {
     pub region: Option<Arc<str>>,
     pub zone: Option<Arc<str>>,

@@ -26,6 +26,9 @@ pub struct TargetView {
     pub degraded: Vec<Arc<str>>,
     /// The parts, in order of preference; one that several registries answer is there once for each.
     pub parts: Vec<PartView>,
+    /// Parts that no registry answers for, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<Arc<str>>,
     /// Those that are published, and those that are refused.
     pub endpoints: Vec<EndpointView>,
     /// How often more was taken away at once than the target allows.
@@ -74,8 +77,12 @@ pub struct ServiceView {
     pub failure: Option<Arc<str>>,
     /// Questions that failed, since it is followed.
     pub errors: u64,
+    /// How many instances it has.
+    pub count: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub instances: Vec<InstanceView>,
     /// What changed and why, oldest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<Change>,
 }
 
@@ -181,7 +188,7 @@ pub struct Named {
 
 impl Named {
     /// How many are named.
-    const LIMIT: usize = 16;
+    const LIMIT: usize = 8;
 
     pub fn is_empty(&self) -> bool {
         self.count == 0
