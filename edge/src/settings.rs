@@ -171,6 +171,7 @@ pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, Strin
         keepalive: keepalive(process),
         session_key: session_key(process),
         drains: Drains::default(),
+        place: Arc::new(process.place.clone()),
         control: control.clone(),
     })
 }

@@ -17,7 +17,7 @@ use layers::upstream::chash;
 use layers::upstream::cluster::{Cluster, ClusterEnv};
 use layers::upstream::endpoint::{EndpointKey, EndpointState};
 use layers::upstream::health::{Health, Limits, Report, Source};
-use layers::upstream::picker::{Algorithm, Peer, PickKey, Picker, Tried};
+use layers::upstream::picker::{Algorithm, Peer, PickKey, Picker, Selection, Tried};
 use layers::upstream::round_robin::CursorCell;
 use layers::upstream::tls_client::TlsClients;
 use rustls::RootCertStore;
@@ -41,13 +41,15 @@ fn peers(count: usize) -> Vec<Peer> {
             siblings: 1,
             priority: 0,
             warmth: 100,
+            health: discovery::Health::Healthy,
+            details: None,
         }
     };
     (0..count).map(peer).collect()
 }
 
 fn picker(algorithm: Algorithm, count: usize) -> Picker {
-    Picker::new(algorithm, &peers(count), true, &CursorCell::default())
+    Picker::new(algorithm, &peers(count), &Selection::default(), &CursorCell::default())
 }
 
 fn pick(bencher: Bencher<'_, '_>, algorithm: Algorithm, count: usize) {
@@ -95,7 +97,7 @@ fn round_robin_of_workers(bencher: Bencher<'_, '_>, endpoints: usize) {
 #[divan::bench]
 fn retry(bencher: Bencher<'_, '_>) {
     let peers = peers(10);
-    let picker = Picker::new(Algorithm::RoundRobin, &peers, true, &CursorCell::default());
+    let picker = Picker::new(Algorithm::RoundRobin, &peers, &Selection::default(), &CursorCell::default());
     let mut tried = Tried::default();
     peers.iter().take(3).for_each(|peer| tried.add(&peer.state));
     let key = PickKey { hash: 0, now: Instant::now() };
@@ -106,7 +108,7 @@ fn retry(bencher: Bencher<'_, '_>) {
 #[divan::bench(args = SIZES)]
 fn build(bencher: Bencher<'_, '_>, endpoints: usize) {
     let (peers, cursor) = (peers(endpoints), CursorCell::default());
-    bencher.bench_local(|| Picker::new(Algorithm::RoundRobin, &peers, true, &cursor));
+    bencher.bench_local(|| Picker::new(Algorithm::RoundRobin, &peers, &Selection::default(), &cursor));
 }
 
 #[divan::bench]
@@ -145,6 +147,7 @@ fn edit(bencher: Bencher<'_, '_>, endpoints: usize) {
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
         session_key: layers::upstream::sticky::own_key(Vec::new),
         drains: layers::upstream::drains::Drains::default(),
+        place: Arc::default(),
         control,
     };
     let nodes: serde_json::Map<_, _> = (0..endpoints)

@@ -34,6 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
         session_key: layers::upstream::sticky::own_key(Vec::new),
         drains: layers::upstream::drains::Drains::default(),
+        place: Arc::default(),
         control,
     };
     let upstream = |n: usize| -> Result<Upstream, serde_json::Error> {

@@ -113,6 +113,10 @@ reasons! {
     BreakerOpen "breaker_open" 503 Upstream "destination_unavailable",
     /// No node's name could be resolved.
     DnsFailed "dns_failed" 503 Upstream "dns_error",
+    /// The registry of the upstream's service has not answered yet.
+    DiscoveryPending "discovery_pending" 503 Upstream "destination_unavailable",
+    /// The registry of the upstream's service cannot be asked, and nothing is known of the service from before.
+    DiscoveryFailed "discovery_failed" 503 Upstream "destination_unavailable",
     /// The connection was refused or the host is unreachable.
     ConnectFailed "connect_failed" 502 Upstream "connection_refused",
     /// The connection was not established in time.

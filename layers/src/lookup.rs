@@ -506,6 +506,7 @@ mod tests {
             keepalive: Keepalive { size: 320, idle: None, requests: 1000 },
             session_key: own_key(Vec::new),
             drains: crate::upstream::drains::Drains::default(),
+            place: Arc::default(),
             control,
         }
     }

@@ -4,18 +4,20 @@
 //! to other addresses, or when a verdict changes. Endpoints that stay keep their state, so that an edit forgets neither
 //! health nor latency. Routes hold the cluster and are not touched by any of this.
 
+mod origin;
+mod state;
+mod view;
+
 use std::fmt;
-use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use config::error::ConfigError;
+use config::process::Place;
 use config::upstream::Upstream;
-use discovery::{Discovery, Endpoint, Endpoints, Health, Node, Watch};
-use hashbrown::{HashMap, HashSet};
-use http::HeaderValue;
-use serde::Serialize;
+use discovery::{Discovery, Endpoints, Target, Watch};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -23,24 +25,37 @@ use tokio::task::JoinHandle;
 use super::breaker::{Leave, Phase};
 use super::budget::Budget;
 use super::drains::{Drains, Mark};
-use super::endpoint::{EndpointKey, EndpointState};
+use super::endpoint::EndpointState;
+use super::failover::Tiers;
 use super::health::{Report, Source};
-use super::picker::{Peer, PickKey, Picker, Tried};
 use super::pool::Keepalive;
 use super::probe::Probes;
 use super::round_robin::CursorCell;
 use super::settings::Settings;
-use super::sticky::{OwnKey, Sessions};
+use super::sticky::OwnKey;
 use super::tls_client::{ClientPem, TlsClients};
-use crate::error::Reason;
-use crate::exchange::State as Exchange;
-use crate::upstream::endpoint::Picked;
+use origin::Origin;
+pub(crate) use origin::Places;
+pub(crate) use state::Choice;
+use state::Made;
+pub use state::State;
+pub use view::{EndpointView, Place as EndpointPlace, Verdict};
 
 /// An endpoint that only live traffic judges is given another chance after this long without any.
 const PAROLE: Duration = Duration::from_secs(10);
 
 /// How often the shares of endpoints that start slowly grow, at the most and at the least.
 const GROWTH: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+
+/// A state that takes this long to make is not made at every opportunity.
+const COSTLY: Duration = Duration::from_millis(1);
+
+/// From so many endpoints on, a state is freed on the control side, whoever has used it last.
+const LARGE: usize = 64;
+
+/// How long a request waits for the first answer of names and registries, and how many of an upstream may.
+const UNKNOWN_WAIT: Duration = Duration::from_secs(3);
+const UNKNOWN_QUEUE: u32 = 1000;
 
 /// What clusters are made with.
 #[derive(Clone)]
@@ -57,231 +72,58 @@ pub struct ClusterEnv {
     pub session_key: OwnKey,
     /// Nodes that operators are about to stop.
     pub drains: Drains,
+    /// Where this gateway is, for upstreams that prefer what is near.
+    pub place: Arc<Place>,
     /// Where probes and followers run.
     pub control: Handle,
-}
-
-/// What workers read.
-#[derive(Debug)]
-pub struct State {
-    /// The compiled settings.
-    pub settings: Arc<Settings>,
-    picker: Picker,
-    peers: Vec<Peer>,
-    /// Endpoints that take no new request. They are known still, for what is under way on them.
-    draining: Box<[Peer]>,
-    /// No address is known because names do not resolve.
-    unresolved: bool,
-    /// Endpoints that were left out, where it matters that they come back.
-    left_out: Box<[u64]>,
-    /// Some endpoint has less than its whole share for now.
-    cold: bool,
-    /// There where sessions stay at their endpoint.
-    sessions: Option<Box<Sessions>>,
-}
-
-/// An endpoint for one attempt.
-#[derive(Debug)]
-pub(crate) struct Choice {
-    pub(crate) picked: Picked,
-    /// The leave of its breaker, if it has one that is to hear of the outcome.
-    pub(crate) leave: Option<Leave>,
-}
-
-impl State {
-    /// Nothing to pick yet.
-    fn new(settings: Arc<Settings>) -> Self {
-        Self {
-            settings,
-            picker: Picker::default(),
-            peers: Vec::new(),
-            draining: Box::default(),
-            unresolved: false,
-            left_out: Box::default(),
-            cold: false,
-            sessions: None,
-        }
-    }
-
-    /// The state of `endpoints`; those that were there before keep what is known of them. The ones that `marks` cover take
-    /// no new request.
-    fn of(
-        settings: Arc<Settings>,
-        endpoints: &Endpoints,
-        marks: &[Mark],
-        before: &Self,
-        cursor: &CursorCell,
-    ) -> Self {
-        let mut draining = Vec::new();
-        let mut peers = if endpoints.list.is_empty() && endpoints.pending > 0 {
-            // New names are still asked for: until they answer, the former addresses serve.
-            draining.extend(before.draining.iter().cloned());
-            before.peers.clone()
-        } else {
-            peers(&endpoints.list, before)
-        };
-        let leaves = |endpoint: &Endpoint| {
-            endpoint.health == Health::Draining || marks.iter().any(|mark| mark.covers(endpoint))
-        };
-        if endpoints.list.iter().any(leaves) {
-            let mut list = endpoints.list.iter();
-            draining.extend(peers.extract_if(.., |_| list.next().is_some_and(leaves)));
-        }
-        let mut left_out = Box::default();
-        if settings.slow_start.is_some() {
-            before.chill(&peers);
-            let out = peers.iter().filter(|peer| !peer.state.health.state().usable());
-            left_out = out.map(|peer| peer.state.id()).collect();
-        }
-        let now = Instant::now();
-        for peer in &mut peers {
-            peer.warmth = peer.state.warmth(settings.slow_start, now);
-            peer.state.settle_breaker(settings.breaker.as_ref());
-        }
-        let picker = Picker::new(settings.algorithm, &peers, settings.fail_open, cursor);
-        let unresolved = endpoints.pending > 0 || !endpoints.failures.is_empty();
-        let sessions = settings.sticky.as_ref().map(|rule| Box::new(Sessions::new(rule, &peers)));
-        let cold = peers.iter().any(|peer| peer.warmth < 100);
-        Self { picker, peers, draining: draining.into(), unresolved, left_out, cold, sessions, settings }
-    }
-
-    /// Those of the next peers that are not among these, or were left out and are not any more, start cold. The first
-    /// ones of all do not: there is nobody to take their part.
-    fn chill(&self, next: &[Peer]) {
-        if self.peers.is_empty() {
-            return;
-        }
-        let now = Instant::now();
-        let known: HashSet<u64> = self.peers.iter().map(|peer| peer.state.id()).collect();
-        for Peer { state, .. } in next {
-            let is_back = self.left_out.contains(&state.id()) && state.health.state().usable();
-            if is_back || !known.contains(&state.id()) {
-                state.start_cold(now);
-            }
-        }
-    }
-
-    /// The endpoints it was made of, where all of them are addresses.
-    fn endpoints(&self) -> Endpoints {
-        let endpoint = |peer: &Peer| Endpoint {
-            addr: peer.state.addr(),
-            host: peer.state.host().clone(),
-            weight: peer.weight,
-            siblings: peer.siblings,
-            priority: peer.priority,
-            health: discovery::Health::Healthy,
-            details: None,
-        };
-        let list = self.peers.iter().chain(&self.draining).map(endpoint).collect();
-        Endpoints { list, ..Endpoints::default() }
-    }
-
-    /// The endpoint for the first attempt: that of the request's session, or one that the algorithm chooses.
-    ///
-    /// # Errors
-    /// Why there is none.
-    pub(crate) fn first(&self, key: &PickKey, x: &Exchange) -> Result<Choice, Reason> {
-        self.of_session(key, x).map_or_else(|| self.choose(key, &Tried::default()), Ok)
-    }
-
-    /// The endpoint for another attempt: one that was not tried. An upstream of one endpoint is asked there again, as
-    /// often as `retries` says.
-    pub(crate) fn again(&self, key: &PickKey, tried: &Tried) -> Option<Choice> {
-        match &*self.peers {
-            [_] => self.choose(key, &Tried::default()).ok(),
-            _ => self.choose(key, tried).ok(),
-        }
-    }
-
-    /// The next endpoint that was not tried and whose breaker lets the request pass.
-    fn choose(&self, key: &PickKey, tried: &Tried) -> Result<Choice, Reason> {
-        let Some(rule) = &self.settings.breaker else {
-            let picked = self.picker.pick(key, tried).ok_or_else(|| self.nothing())?;
-            return Ok(Choice { picked, leave: None });
-        };
-        let mut passed = tried.clone();
-        let mut first: Option<&Arc<EndpointState>> = None;
-        while let Some(endpoint) = self.picker.peek(key, &passed) {
-            if let Some(choice) = admitted(endpoint, key.now) {
-                return Ok(choice);
-            }
-            passed.add(endpoint);
-            first = first.or(Some(endpoint));
-        }
-        match first {
-            // Its outcome counts for no breaker: they have to cool down as they are.
-            Some(endpoint) if rule.use_all => {
-                Ok(Choice { picked: Picked::new(Arc::clone(endpoint)), leave: None })
-            }
-            Some(_) => Err(Reason::BreakerOpen),
-            None => Err(self.nothing()),
-        }
-    }
-
-    /// The endpoint of the request's session, if it can be used.
-    fn of_session(&self, key: &PickKey, x: &Exchange) -> Option<Choice> {
-        let endpoint = self.sessions.as_ref()?.endpoint(x)?;
-        let usable = endpoint.health.state().usable() || (self.picker.degraded() && self.settings.fail_open);
-        usable.then(|| admitted(endpoint, key.now)).flatten()
-    }
-
-    /// The cookie that an answer of this endpoint carries, unless the request has it already.
-    pub(crate) fn cookie(&self, x: &Exchange, endpoint: &EndpointState) -> Option<&HeaderValue> {
-        let sessions = self.sessions.as_ref()?;
-        let is_known = sessions.endpoint(x).is_some_and(|known| known.id() == endpoint.id());
-        if is_known { None } else { sessions.cookie(endpoint) }
-    }
-
-    #[cfg(test)]
-    pub(crate) fn peers(&self) -> &[Peer] {
-        &self.peers
-    }
-
-    /// How many further attempts a request may make.
-    pub(crate) fn retries(&self) -> u32 {
-        let others = u32::try_from(self.peers.len().saturating_sub(1)).unwrap_or(u32::MAX);
-        self.settings.retries.unwrap_or(others)
-    }
-
-    /// Why nothing could be picked by a request that has tried nothing yet.
-    pub(crate) fn nothing(&self) -> Reason {
-        match (self.peers.is_empty(), self.unresolved) {
-            (true, _) if !self.draining.is_empty() => Reason::NoHealthyNode,
-            (true, true) => Reason::DnsFailed,
-            (true, false) => Reason::NoNodes,
-            (false, _) => Reason::NoHealthyNode,
-        }
-    }
-}
-
-/// The endpoint, if its breaker lets a request pass.
-fn admitted(endpoint: &Arc<EndpointState>, now: Instant) -> Option<Choice> {
-    let leave = match endpoint.breaker() {
-        Some(breaker) => Some(breaker.enter(now)?),
-        None => None,
-    };
-    Some(Choice { picked: Picked::new(Arc::clone(endpoint)), leave })
 }
 
 /// What the control side keeps for one cluster. Its lock is held over every change of the state, so that an edit,
 /// a new address and a new verdict never overtake each other.
 #[derive(Default)]
 struct Control {
-    /// There where a node is a name.
-    names: Option<Box<Names>>,
+    /// There where endpoints are names or services of registries.
+    followed: Option<Box<Followed>>,
     /// Waits for what can change by itself: addresses and verdicts.
     follower: Option<JoinHandle<()>>,
     /// There where endpoints are probed.
     probes: Option<Box<Probes>>,
     /// A verdict flipped: the picker is old.
     flipped: Arc<Notify>,
+    /// Those who wait for the first endpoints.
+    arrivals: Arc<Arrivals>,
+    /// What is remembered of priorities.
+    tiers: Tiers,
 }
 
-/// Nodes of which at least one is a name, and the addresses behind them.
-struct Names {
-    nodes: Vec<Node>,
-    min_ttl: Option<Duration>,
+/// What has to be followed, and what is known of it.
+struct Followed {
+    target: Target,
     watch: Watch,
+}
+
+/// Requests that wait for the first endpoints.
+#[derive(Default)]
+struct Arrivals {
+    news: Notify,
+    waiting: AtomicU32,
+}
+
+/// A place among those who wait, until it is dropped.
+struct Waiting<'a>(&'a AtomicU32);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicU32) -> Option<Self> {
+        let before = count.fetch_add(1, Ordering::Relaxed);
+        let place = Self(count);
+        (before < UNKNOWN_QUEUE).then_some(place)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Control {
@@ -309,42 +151,6 @@ impl fmt::Debug for Cluster {
     }
 }
 
-/// One endpoint, for the Control API and `postern explain`.
-#[derive(Clone, Debug, Serialize)]
-pub struct EndpointView {
-    /// Where it is.
-    pub address: SocketAddr,
-    /// The host it was configured as.
-    pub host: Arc<str>,
-    /// The weight of its node.
-    pub weight: u32,
-    /// The priority of its node.
-    pub priority: i32,
-    /// `healthy`, `mostly_healthy`, `mostly_unhealthy` or `unhealthy`.
-    pub status: &'static str,
-    /// It takes no new request.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub draining: bool,
-    /// Why, if anything happened to it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub because: Option<String>,
-    /// `closed`, `half_open` or `open`, where the upstream has breakers.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub breaker: Option<&'static str>,
-    /// How often the breaker has opened.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub breaker_opened: u64,
-    /// Requests under way.
-    pub active: u32,
-    /// Attempts since it appeared.
-    pub requests: u64,
-    /// Attempts that failed.
-    pub failures: u64,
-    /// Health counters.
-    #[serde(skip)]
-    pub counts: super::health::Counts,
-}
-
 impl Cluster {
     /// A cluster for the upstream of `key` (`upstreams/1`, `routes/7`). `client` is the certificate that
     /// `tls.client_cert_id` names.
@@ -358,7 +164,7 @@ impl Cluster {
         env: &ClusterEnv,
     ) -> Result<Arc<Self>, ConfigError> {
         let settings = Arc::new(Settings::compile(upstream, client.as_ref(), env, None)?);
-        let nodes = nodes(upstream)?;
+        let origin = Origin::of(key, upstream, &env.discovery)?;
         let cluster = Arc::new(Self {
             key: key.into(),
             state: ArcSwap::from_pointee(State::new(settings.clone())),
@@ -367,7 +173,7 @@ impl Cluster {
             drains: env.drains.clone(),
             control: Mutex::default(),
         });
-        cluster.settle(settings, nodes, min_ttl(upstream), env);
+        cluster.settle(settings, origin, env);
         Ok(cluster)
     }
 
@@ -381,7 +187,7 @@ impl Cluster {
         env: &ClusterEnv,
     ) -> Result<(), ConfigError> {
         Settings::compile(upstream, client.as_ref(), env, None)?;
-        nodes(upstream)?;
+        Origin::of("", upstream, &env.discovery)?;
         Ok(())
     }
 
@@ -397,53 +203,50 @@ impl Cluster {
     ) -> Result<(), ConfigError> {
         let before = self.state.load_full().settings.clone();
         let settings = Settings::compile(upstream, client.as_ref(), env, Some(&before))?;
-        self.settle(Arc::new(settings), nodes(upstream)?, min_ttl(upstream), env);
+        let origin = Origin::of(&self.key, upstream, &env.discovery)?;
+        self.settle(Arc::new(settings), origin, env);
         Ok(())
     }
 
-    /// Makes these the settings and nodes, and sees that what changes by itself is followed.
-    fn settle(
-        self: &Arc<Self>,
-        settings: Arc<Settings>,
-        nodes: Vec<Node>,
-        min_ttl: Option<Duration>,
-        env: &ClusterEnv,
-    ) {
+    /// Makes these the settings and endpoints, and sees that what changes by itself is followed.
+    fn settle(self: &Arc<Self>, settings: Arc<Settings>, origin: Origin, env: &ClusterEnv) {
         let mut guard = self.control();
         if !settings.checks.any() {
             self.state.load().peers.iter().for_each(|peer| peer.state.health.reset());
         }
-        let literal = discovery::fixed::endpoints(&nodes);
-        let follows = settings.checks.any() || settings.slow_start.is_some();
-        if let Some(endpoints) = literal.as_ref().filter(|_| !follows) {
-            *guard = None;
-            self.publish(None, settings, endpoints, &env.control);
-            return;
-        }
+        let checks = settings.checks.clone();
+        let endpoints = match &origin {
+            Origin::Literal(endpoints) if !checks.any() && settings.slow_start.is_none() => {
+                let former = guard.take();
+                self.publish(None, settings, endpoints, &env.control);
+                former.iter().for_each(|control| control.arrivals.news.notify_waiters());
+                return;
+            }
+            Origin::Literal(endpoints) => Some(endpoints.clone()),
+            Origin::Followed(_) => None,
+        };
         let control = guard.get_or_insert_default();
-        // The former names are let go of only at the end: those that stay must not lose their addresses in between.
-        let former = control.names.take();
-        let endpoints = match literal {
-            Some(endpoints) => endpoints,
-            None => {
-                let same = |names: &&Names| names.nodes == nodes && names.min_ttl == min_ttl;
-                let mut watch = match former.as_deref().filter(same) {
-                    Some(names) => names.watch.clone(),
-                    None => env.discovery.watch_nodes(&nodes, min_ttl),
+        // What was followed is let go of only at the end: endpoints that stay must not be lost in between.
+        let former = control.followed.take();
+        let endpoints = match origin {
+            Origin::Literal(_) => Arc::new(endpoints.unwrap_or_default()),
+            Origin::Followed(target) => {
+                let mut watch = match former.as_deref().filter(|former| former.target == target) {
+                    Some(same) => same.watch.clone(),
+                    None => env.discovery.watch(&target),
                 };
-                let endpoints = Endpoints::clone(&watch.borrow_and_update());
-                control.names = Some(Box::new(Names { nodes, min_ttl, watch }));
+                let endpoints = watch.borrow_and_update().clone();
+                control.followed = Some(Box::new(Followed { target, watch }));
                 endpoints
             }
         };
-        let (checks, slow_start) = (settings.checks.clone(), settings.slow_start);
-        self.publish(Some(control), settings, &endpoints, &env.control);
+        let again = self.publish(Some(control), settings, &endpoints, &env.control);
         let follower = Follower {
             cluster: Arc::downgrade(self),
-            watch: control.names.as_ref().map(|names| names.watch.clone()),
+            watch: control.followed.as_ref().map(|followed| followed.watch.clone()),
             flipped: control.flipped.clone(),
             parole: checks.active.is_none() && checks.passive.is_some(),
-            growth: slow_start.map(|time| (time / 20).clamp(GROWTH.0, GROWTH.1)),
+            again: deadline(again),
             runtime: env.control.clone(),
         };
         if let Some(former) = control.follower.replace(env.control.spawn(follower.run())) {
@@ -452,26 +255,34 @@ impl Cluster {
         drop(former);
     }
 
-    /// Replaces the state. Whoever calls this holds the lock.
+    /// Replaces the state, and says after what time to do so again. Whoever calls this holds the lock.
     fn publish(
         &self,
-        control: Option<&mut Control>,
+        mut control: Option<&mut Control>,
         settings: Arc<Settings>,
         endpoints: &Endpoints,
         runtime: &Handle,
-    ) {
+    ) -> Option<Duration> {
         let before = self.state.load_full();
-        let marks = self.drains.of(&self.key, std::iter::empty());
-        let next = State::of(settings, endpoints, &marks, &before, &self.cursor);
-        match (before.picker.degraded(), next.picker.degraded()) {
-            (false, true) if next.settings.fail_open => {
-                tracing::error!(upstream = %self.key, "every node is unhealthy; all of them are used");
+        let services = control.as_deref().map_or(&[][..], Control::parts);
+        let marks = self.drains.of(&self.key, origin::services(services).map(|service| &**service));
+        let (next, again) = State::of(Made {
+            settings,
+            endpoints,
+            marks: &marks,
+            before: &before,
+            cursor: &self.cursor,
+            tiers: control.as_deref_mut().map(|control| &mut control.tiers),
+        });
+        match (before.is_degraded(), next.is_degraded()) {
+            (false, true) if next.uses_all() => {
+                tracing::error!(upstream = %self.key, "too few nodes are healthy; all of them are used");
             }
             (false, true) => tracing::error!(upstream = %self.key, "every node is unhealthy; none is used"),
-            (true, false) => tracing::info!(upstream = %self.key, "not every node is unhealthy any more"),
+            (true, false) => tracing::info!(upstream = %self.key, "enough nodes are healthy again"),
             _ => {}
         }
-        if let Some(control) = control {
+        if let Some(control) = control.as_deref_mut() {
             match &next.settings.checks.active {
                 Some(active) => {
                     let endpoints = next.peers.iter().map(|peer| &peer.state);
@@ -482,22 +293,55 @@ impl Cluster {
             }
         }
         self.state.store(Arc::new(next));
+        if let Some(control) = control {
+            control.arrivals.news.notify_waiters();
+        }
+        retire(before, runtime);
+        again
     }
 
-    /// Builds the picker again: an address, a verdict or a mark has changed.
-    pub fn refresh(&self, runtime: &Handle) {
+    /// Makes the state again: an address, a verdict or the time has changed. Says when to do so next.
+    fn rebuild(&self, runtime: &Handle) -> Option<Duration> {
         let mut guard = self.control();
         let state = self.state.load_full();
-        let endpoints = match guard.as_ref().and_then(|control| control.names.as_ref()) {
-            Some(names) => Endpoints::clone(&names.watch.borrow()),
-            None => state.endpoints(),
+        let endpoints = match guard.as_ref().and_then(|control| control.followed.as_ref()) {
+            Some(followed) => followed.watch.borrow().clone(),
+            None => Arc::new(state.endpoints()),
         };
-        self.publish(guard.as_deref_mut(), state.settings.clone(), &endpoints, runtime);
+        self.publish(guard.as_deref_mut(), state.settings.clone(), &endpoints, runtime)
+    }
+
+    /// Makes the state again: a mark has changed.
+    pub fn refresh(&self, runtime: &Handle) {
+        if self.rebuild(runtime).is_some() {
+            // Somebody has to come back, and the follower knows when.
+            self.flipped();
+        }
+    }
+
+    /// Waits until something is known of the endpoints, for a while and if not too many do so already.
+    pub(crate) async fn known(&self) -> Arc<State> {
+        let arrivals = self.control().as_ref().map(|control| control.arrivals.clone());
+        let Some(arrivals) = arrivals else { return self.state() };
+        let Some(_waiting) = Waiting::new(&arrivals.waiting) else { return self.state() };
+        let until = tokio::time::Instant::now() + UNKNOWN_WAIT;
+        loop {
+            let news = arrivals.news.notified();
+            tokio::pin!(news);
+            // From here on no news is missed.
+            news.as_mut().enable();
+            let state = self.state();
+            if !state.is_unknown() || tokio::time::timeout_at(until, news).await.is_err() {
+                return state;
+            }
+        }
     }
 
     /// Whether a mark is for this upstream.
     pub fn is_meant(&self, mark: &Mark) -> bool {
-        mark.is_for(&self.key, std::iter::empty())
+        let control = self.control();
+        let parts = control.as_deref().map_or(&[][..], Control::parts);
+        mark.is_for(&self.key, origin::services(parts).map(|service| &**service))
     }
 
     /// The endpoints that a mark covers.
@@ -543,36 +387,27 @@ impl Cluster {
 
     /// Its endpoints as they are now.
     pub fn endpoints(&self) -> Vec<EndpointView> {
-        let state = self.state.load();
-        let view = |peer: &Peer, draining: bool| {
-            let breaker = peer.state.breaker();
-            EndpointView {
-                address: peer.state.addr(),
-                host: peer.state.host().clone(),
-                weight: peer.weight,
-                priority: peer.priority,
-                status: peer.state.health.state().as_str(),
-                draining,
-                because: peer.state.health.reason().map(|reason| reason.to_string()),
-                breaker: breaker.as_ref().map(|breaker| breaker.phase().as_str()),
-                breaker_opened: breaker.map_or(0, |breaker| breaker.opened()),
-                active: peer.state.active(),
-                requests: peer.state.requests(),
-                failures: peer.state.failures(),
-                counts: peer.state.health.counts(),
-            }
-        };
-        let used = state.peers.iter().map(|peer| view(peer, false));
-        used.chain(state.draining.iter().map(|peer| view(peer, true))).collect()
+        view::of(&self.state.load())
     }
 
-    /// The names among its nodes that do not resolve now, with the resolver's words.
+    /// The services of registries that its endpoints come from, with the kind of the registry.
+    pub fn services(&self) -> Vec<(Arc<str>, Arc<str>)> {
+        let control = self.control();
+        let parts = control.as_deref().map_or(&[][..], Control::parts);
+        let service = |part: &discovery::Part| match &part.origin {
+            discovery::Origin::Service { kind, query } => Some((kind.clone(), query.service.clone())),
+            discovery::Origin::Nodes(_) => None,
+        };
+        parts.iter().filter_map(service).collect()
+    }
+
+    /// The names and services among its nodes that cannot be found out now, with the words of whoever was asked.
     pub fn unresolved(&self) -> Vec<(String, String)> {
         let control = self.control();
-        let Some(names) = control.as_ref().and_then(|control| control.names.as_ref()) else {
+        let Some(followed) = control.as_ref().and_then(|control| control.followed.as_ref()) else {
             return Vec::new();
         };
-        let endpoints = names.watch.borrow();
+        let endpoints = followed.watch.borrow();
         endpoints
             .failures
             .iter()
@@ -580,14 +415,15 @@ impl Cluster {
             .collect()
     }
 
-    /// Every node is unhealthy, and all of them are used.
+    /// Too few nodes are healthy, or none.
     pub fn is_degraded(&self) -> bool {
-        self.state.load().picker.degraded()
+        self.state.load().is_degraded()
     }
 
-    /// Waits until every name was answered, or has failed once.
+    /// Waits until every name and registry was answered, or has failed once.
     pub async fn resolved(&self) {
-        let watch = self.control().as_ref().and_then(|control| Some(control.names.as_ref()?.watch.clone()));
+        let watch =
+            self.control().as_ref().and_then(|control| Some(control.followed.as_ref()?.watch.clone()));
         if let Some(mut watch) = watch {
             // The sender ends with the target; then there is nothing to wait for.
             let _ = watch.wait_for(|endpoints| endpoints.settled()).await;
@@ -651,15 +487,37 @@ impl Cluster {
     }
 }
 
-/// Follows names and verdicts. The cluster ends it.
+impl Control {
+    /// Where what is followed comes from.
+    fn parts(&self) -> &[discovery::Part] {
+        self.followed.as_ref().map_or(&[][..], |followed| &followed.target.parts)
+    }
+}
+
+/// Lets go of a former state on the control side: freeing thousands of endpoints on a worker that happens to be the last
+/// to use them is a spike in its latency.
+fn retire(state: Arc<State>, runtime: &Handle) {
+    if state.peers.len() < LARGE {
+        return;
+    }
+    runtime.spawn(async move {
+        let mut pause = Duration::from_millis(10);
+        while Arc::strong_count(&state) > 1 {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    });
+}
+
+/// Follows addresses and verdicts. The cluster ends it.
 struct Follower {
     cluster: Weak<Cluster>,
     watch: Option<Watch>,
     flipped: Arc<Notify>,
     /// Nothing probes, so time must bring endpoints back.
     parole: bool,
-    /// How often the shares of cold endpoints grow, where there can be any.
-    growth: Option<Duration>,
+    /// When the state has to be made again, whatever happens.
+    again: Option<tokio::time::Instant>,
     runtime: Handle,
 }
 
@@ -667,99 +525,51 @@ impl Follower {
     async fn run(mut self) {
         let mut parole = tokio::time::interval(PAROLE);
         parole.tick().await;
-        let mut growth = tokio::time::interval(self.growth.unwrap_or(PAROLE));
         loop {
             tokio::select! {
                 () = changed(&mut self.watch) => {}
                 () = self.flipped.notified() => {}
+                () = at(self.again) => {}
                 _ = parole.tick(), if self.parole => {
                     let Some(cluster) = self.cluster.upgrade() else { return };
                     cluster.parole();
                     continue;
                 }
-                _ = growth.tick(), if self.growth.is_some() => {
-                    let Some(cluster) = self.cluster.upgrade() else { return };
-                    if !cluster.state.load().cold {
-                        continue;
-                    }
-                }
             }
             let Some(cluster) = self.cluster.upgrade() else { return };
-            cluster.refresh(&self.runtime);
+            let begun = Instant::now();
+            self.again = deadline(cluster.rebuild(&self.runtime));
+            drop(cluster);
+            // Many changes of a large upstream in a row are taken together: a fifth of the time is enough for one.
+            let took = begun.elapsed();
+            if took > COSTLY {
+                tokio::time::sleep((took * 4).min(Duration::from_secs(1))).await;
+            }
         }
+    }
+}
+
+fn deadline(after: Option<Duration>) -> Option<tokio::time::Instant> {
+    after.map(|after| tokio::time::Instant::now() + after)
+}
+
+/// Waits until then; for ever where nothing is waited for.
+async fn at(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 
 /// Waits for other addresses; for ever where there can be none.
 async fn changed(watch: &mut Option<Watch>) {
-    if let Some(names) = watch {
-        if names.changed().await.is_ok() {
+    if let Some(followed) = watch {
+        if followed.changed().await.is_ok() {
             return;
         }
         *watch = None;
     }
     std::future::pending().await
-}
-
-/// The nodes as discovery knows them.
-fn nodes(upstream: &Upstream) -> Result<Vec<Node>, ConfigError> {
-    let Some(nodes) = &upstream.nodes else {
-        let kind = upstream.discovery_type.as_deref().unwrap_or_default();
-        return Err(ConfigError::invalid(
-            "/discovery_type",
-            format!(
-                "discovery by `{kind}` is not offered yet: write `nodes`; names among them are resolved by DNS"
-            ),
-        ));
-    };
-    Ok(nodes
-        .iter()
-        .map(|node| Node {
-            host: node.bare_host().into(),
-            port: upstream.port_of(node),
-            weight: node.weight,
-            priority: node.priority,
-        })
-        .collect())
-}
-
-fn min_ttl(upstream: &Upstream) -> Option<Duration> {
-    let seconds = upstream.dns.as_ref()?.min_ttl?;
-    Some(Duration::from_secs(seconds.get().into()))
-}
-
-/// Endpoints as peers; one that was there before is the same still, and two of one key are one.
-fn peers(endpoints: &[Endpoint], before: &State) -> Vec<Peer> {
-    let mut known: HashMap<EndpointKey, Arc<EndpointState>> = HashMap::new();
-    // One endpoint is the rule among many small upstreams and needs no map.
-    if endpoints.len() > 1 || before.peers.len() > 1 || !before.draining.is_empty() {
-        let before = before.peers.iter().chain(&before.draining);
-        known.extend(before.map(|peer| (peer.state.key().clone(), peer.state.clone())));
-    }
-    let mut state = |endpoint: &Endpoint| {
-        let key = EndpointKey { addr: endpoint.addr, host: endpoint.host.clone() };
-        match &*before.peers {
-            [only] if *only.state.key() == key => return only.state.clone(),
-            _ if endpoints.len() == 1 && known.is_empty() => return Arc::new(EndpointState::new(key)),
-            _ => {}
-        }
-        known.entry(key).or_insert_with_key(|key| Arc::new(EndpointState::new(key.clone()))).clone()
-    };
-    endpoints
-        .iter()
-        .map(|endpoint| Peer {
-            state: state(endpoint),
-            weight: endpoint.weight,
-            siblings: endpoint.siblings,
-            priority: endpoint.priority,
-            warmth: 100,
-        })
-        .collect()
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature serde asks for")]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
 }
 
 #[cfg(test)]

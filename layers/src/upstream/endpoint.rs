@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,8 @@ pub struct EndpointState {
     breaker: ArcSwapOption<Breaker>,
     /// When it began to get its growing share, in milliseconds since [`EPOCH`]; 0 if it has its full one.
     ramp: AtomicU64,
+    /// It takes no new requests: nobody needs its idle connections.
+    left: AtomicBool,
 }
 
 /// What the beginnings of ramps count from.
@@ -88,6 +90,7 @@ impl EndpointState {
             health: Health::default(),
             breaker: ArcSwapOption::empty(),
             ramp: AtomicU64::new(0),
+            left: AtomicBool::new(false),
         }
     }
 
@@ -165,6 +168,21 @@ impl EndpointState {
         let percent = passed.as_secs_f64() / time.as_secs_f64() * 100.0;
         // Below 100 by the comparison above.
         (percent as u8).max(COLD)
+    }
+
+    /// It is draining or gone: workers let go of its idle connections.
+    pub(crate) fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+    }
+
+    /// It is back.
+    pub(crate) fn stay(&self) {
+        self.left.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it is draining or gone.
+    pub(crate) fn has_left(&self) -> bool {
+        self.left.load(Ordering::Relaxed)
     }
 
     /// Count an attempt that failed before a response head.

@@ -136,7 +136,14 @@ impl UpstreamService {
         let mut key =
             PickKey { hash: state.settings.hash_key.as_ref().map_or(0, |key| key.hash(x)), now: started };
         let mut tried = Tried::default();
-        let choice = state.first(&key, x).map_err(Error::new)?;
+        let choice = match state.first(&key, x) {
+            Err(_) if state.is_unknown() => {
+                state = cluster.known().await;
+                state.first(&key, x)
+            }
+            choice => choice,
+        };
+        let choice = choice.map_err(Error::new)?;
         tried.add(choice.picked.endpoint());
         x.balancer = Some(choice.picked.endpoint().addr());
         if chain::before_proxy(x) {
@@ -357,7 +364,7 @@ impl UpstreamService {
         let until = tokio::time::Instant::now() + timeouts.connect;
         // Each turn either returns, waits for another request's connection, or retires one: it cannot spin.
         loop {
-            match self.pool.claim(key) {
+            match self.pool.claim(endpoint, key) {
                 Claim::Stream(stream) if fresh.is_some_and(|since| stream.connection().born() < since) => {
                     // As old as the one that was dead, and likely so too: new streams go elsewhere.
                     stream.connection().retire();

@@ -7,12 +7,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use discovery::{Details, Health};
 use smallvec::SmallVec;
 
 use super::chash::Ring;
 use super::endpoint::{EndpointState, Picked};
 use super::ewma::Ewma;
 use super::least_conn::LeastConn;
+use super::locality::Nearness;
+use super::panic::{self, Tier};
 use super::priority::Levels;
 use super::random::Random;
 use super::round_robin::{CursorCell, RoundRobin};
@@ -39,9 +42,18 @@ pub struct Peer {
     pub priority: i32,
     /// How much of its weight it has, in percent: less than 100 while it starts slowly.
     pub warmth: u8,
+    /// What its registries think of it.
+    pub health: Health,
+    /// What its registries know of it besides the address.
+    pub details: Option<Arc<Details>>,
 }
 
 impl Peer {
+    /// Whether requests may be sent there: neither checks nor registries have found anything against it.
+    pub fn usable(&self) -> bool {
+        self.health <= Health::Warning && self.state.health.state().usable()
+    }
+
     /// The weight of this one address.
     pub(crate) fn share(&self) -> f64 {
         let share = f64::from(self.weight) / f64::from(self.siblings.max(1));
@@ -114,31 +126,98 @@ impl Balancer {
     }
 }
 
+/// Which endpoints are used before others, and which not at all.
+#[derive(Clone, Copy, Debug)]
+pub struct Selection<'a> {
+    /// Whether all are used when none is healthy.
+    pub fail_open: bool,
+    /// While a smaller percentage is healthy, all are used; 0 for only when none is.
+    pub panic_threshold: u8,
+    /// Which ones are near.
+    pub nearness: Option<&'a Nearness>,
+    /// Priorities that stand again and are held back for a while.
+    pub held: &'a [i32],
+}
+
+impl Selection<'_> {
+    /// Whether all are used where too few are healthy.
+    fn uses_all(&self, tiers: &[Tier]) -> bool {
+        self.fail_open || tiers.iter().any(|tier| tier.usable > 0)
+    }
+}
+
+impl Default for Selection<'_> {
+    fn default() -> Self {
+        Self { fail_open: true, panic_threshold: 0, nearness: None, held: &[] }
+    }
+}
+
 /// The endpoints of a cluster at one moment, ready to be picked from.
 #[derive(Debug, Default)]
 pub struct Picker {
     levels: Levels,
     peers: usize,
-    degraded: bool,
+    panics: bool,
+    everybody: bool,
+}
+
+/// Those that may be used at all: a node of weight 0 is drained and comes in only where every node has weight 0.
+pub fn eligible(peers: &[Peer]) -> impl Iterator<Item = &Peer> {
+    let some = peers.iter().any(|peer| peer.weight > 0);
+    peers.iter().filter(move |peer| !some || peer.weight > 0)
 }
 
 impl Picker {
-    /// Build from every endpoint of an upstream. Unusable ones are left out; when that leaves none,
-    /// `fail_open` says whether all of them are used.
-    pub fn new(algorithm: Algorithm, peers: &[Peer], fail_open: bool, cursor: &CursorCell) -> Self {
-        // A node of weight 0 is drained: it comes in only where every node has weight 0.
-        let drained = peers.iter().any(|peer| peer.weight > 0);
-        let eligible = || peers.iter().filter(|peer| !drained || peer.weight > 0);
-        let mut chosen: Vec<Peer> =
-            eligible().filter(|peer| peer.state.health.state().usable()).cloned().collect();
-        let degraded = chosen.is_empty() && !peers.is_empty();
-        if degraded && fail_open {
-            chosen = eligible().cloned().collect();
+    /// Build from every endpoint of an upstream that is not draining. Unusable ones are left out, unless too few are
+    /// left. Priorities that stand come first, the best of them first, then what is left of the others.
+    pub fn new(algorithm: Algorithm, peers: &[Peer], selection: &Selection<'_>, cursor: &CursorCell) -> Self {
+        let tiers = panic::tiers(eligible(peers));
+        Self::of_tiers(algorithm, peers, &tiers, selection, cursor)
+    }
+
+    /// As [`new`](Self::new), where the tiers are known already.
+    pub(crate) fn of_tiers(
+        algorithm: Algorithm,
+        peers: &[Peer],
+        tiers: &[Tier],
+        selection: &Selection<'_>,
+        cursor: &CursorCell,
+    ) -> Self {
+        let levels = Self::levels(peers, tiers, selection);
+        let levels: Vec<Vec<Peer>> =
+            levels.into_iter().map(|level| level.into_iter().map(chosen).collect()).collect();
+        let panics = panic::panics(tiers, selection.panic_threshold);
+        Self {
+            peers: levels.iter().map(Vec::len).sum(),
+            levels: Levels::new(algorithm, levels, cursor),
+            panics,
+            everybody: panics && selection.uses_all(tiers),
         }
-        if !drained {
-            chosen.iter_mut().for_each(|peer| peer.weight = 1);
+    }
+
+    /// The endpoints that can be picked, those first that are used first. No level is empty.
+    pub(crate) fn levels<'a>(
+        peers: &'a [Peer],
+        tiers: &[Tier],
+        selection: &Selection<'_>,
+    ) -> Vec<Vec<&'a Peer>> {
+        let threshold = selection.panic_threshold;
+        let everybody = panic::panics(tiers, threshold) && selection.uses_all(tiers);
+        let comes_later =
+            |tier: &Tier| !everybody && (selection.held.contains(&tier.priority) || !tier.stands(threshold));
+        let mut order: Vec<(bool, i32)> =
+            tiers.iter().map(|tier| (comes_later(tier), tier.priority)).collect();
+        order.sort_by_key(|(later, priority)| (*later, std::cmp::Reverse(*priority)));
+        let mut levels = Vec::with_capacity(order.len());
+        for (_, priority) in order {
+            let tier = eligible(peers).filter(|peer| peer.priority == priority);
+            match selection.nearness.filter(|_| !everybody) {
+                Some(nearness) => levels.extend(nearness.groups(&tier.collect::<Vec<_>>())),
+                None => levels.push(tier.filter(|peer| everybody || peer.usable()).collect()),
+            }
         }
-        Self { peers: chosen.len(), levels: Levels::new(algorithm, chosen, cursor), degraded }
+        levels.retain(|level| !level.is_empty());
+        levels
     }
 
     /// The next endpoint that was not tried; none when there is none left.
@@ -160,9 +239,25 @@ impl Picker {
         self.peers == 0
     }
 
-    /// Every endpoint is unhealthy. They are picked from all the same if the upstream fails open.
+    /// Too few endpoints are healthy, or none.
     pub fn degraded(&self) -> bool {
-        self.degraded
+        self.panics
+    }
+
+    /// Unhealthy endpoints are picked as well, for too few are healthy.
+    pub fn uses_all(&self) -> bool {
+        self.everybody
+    }
+}
+
+/// What a balancer needs of an endpoint that may be picked.
+fn chosen(peer: &Peer) -> Peer {
+    Peer {
+        state: Arc::clone(&peer.state),
+        // Only where every node has weight 0, and then all are alike.
+        weight: peer.weight.max(1),
+        details: None,
+        ..*peer
     }
 }
 
@@ -187,7 +282,15 @@ pub(crate) mod tests {
             ));
             let key = EndpointKey { addr, host: addr.ip().to_string().into() };
             let state = Arc::new(EndpointState::new(key));
-            Peer { state, weight: *weight, siblings: 1, priority: 0, warmth: 100 }
+            Peer {
+                state,
+                weight: *weight,
+                siblings: 1,
+                priority: 0,
+                warmth: 100,
+                health: Health::Healthy,
+                details: None,
+            }
         };
         weights.iter().enumerate().map(peer).collect()
     }
@@ -202,7 +305,7 @@ pub(crate) mod tests {
     }
 
     fn picker(algorithm: Algorithm, peers: &[Peer]) -> Picker {
-        Picker::new(algorithm, peers, true, &CursorCell::default())
+        Picker::new(algorithm, peers, &Selection::default(), &CursorCell::default())
     }
 
     const ALL: [Algorithm; 5] =
@@ -244,8 +347,70 @@ pub(crate) mod tests {
             sick(&peers[1]);
             let open = picker(algorithm, &peers);
             assert_eq!((open.len(), open.degraded()), (3, true), "{algorithm:?}");
-            let closed = Picker::new(algorithm, &peers, false, &CursorCell::default());
+            let selection = Selection { fail_open: false, ..Selection::default() };
+            let closed = Picker::new(algorithm, &peers, &selection, &CursorCell::default());
             assert_eq!((closed.len(), closed.degraded()), (0, true), "{algorithm:?}");
+        }
+    }
+
+    /// The order in which a request that is refused everywhere visits endpoints, as places in the list; those of one
+    /// level in the order of the list.
+    fn order(peers: &[Peer], selection: &Selection<'_>) -> Vec<usize> {
+        let picker = Picker::new(Algorithm::RoundRobin, peers, selection, &CursorCell::default());
+        let mut tried = Tried::default();
+        let mut order = Vec::new();
+        while let Some(picked) = picker.pick(&key(0), &tried) {
+            tried.add(&picked);
+            order.push(peers.iter().position(|peer| peer.state.id() == picked.id()).unwrap());
+        }
+        order
+    }
+
+    #[test]
+    fn tiers_that_stand_come_first_and_all_are_used_where_none_stands() {
+        // Priority and health of each endpoint: healthy, sick by checks, unhealthy or warned of by its registry.
+        type Case<'a> = (&'a [(i32, char)], u8, bool, &'a [i32], &'a [usize], &'a str);
+        let cases: &[Case<'_>] = &[
+            (&[(0, 'h'), (1, 'h')], 0, true, &[], &[1, 0], "the better priority"),
+            (&[(0, 'h'), (1, 'h')], 0, true, &[1], &[0, 1], "is the last resort while it is held back"),
+            (&[(0, 'h'), (1, 's')], 0, true, &[], &[0], "one that failed is left out"),
+            (&[(0, 'h'), (0, 'u'), (0, 'w')], 0, true, &[], &[0, 2], "by its registry too"),
+            (&[(0, 's'), (0, 'u')], 0, true, &[], &[0, 1], "none is healthy: all are used"),
+            (&[(0, 's'), (0, 'u')], 0, false, &[], &[], "unless they shall not be"),
+            (&[(0, 'h'), (0, 's'), (0, 's')], 50, true, &[], &[0, 1, 2], "a third is less than half"),
+            (&[(0, 'h'), (0, 's'), (0, 's')], 50, false, &[], &[0, 1, 2], "as long as there is one"),
+            (&[(0, 'h'), (0, 's'), (0, 's')], 33, true, &[], &[0], "and more than a third of it"),
+            (
+                &[(1, 'h'), (1, 's'), (1, 's'), (0, 'h')],
+                50,
+                true,
+                &[],
+                &[3, 0],
+                "a tier that fell below is passed over for one that stands",
+            ),
+            (
+                &[(1, 'h'), (1, 's'), (1, 's'), (0, 's')],
+                50,
+                true,
+                &[],
+                &[0, 1, 2, 3],
+                "no tier stands: all in the order of priority",
+            ),
+        ];
+        for (written, panic_threshold, fail_open, held, wanted, case) in cases {
+            let mut list = peers(&vec![1; written.len()]);
+            for (peer, (priority, health)) in list.iter_mut().zip(*written) {
+                peer.priority = *priority;
+                match health {
+                    's' => sick(peer),
+                    'u' => peer.health = Health::Unhealthy,
+                    'w' => peer.health = Health::Warning,
+                    _ => {}
+                }
+            }
+            let selection =
+                Selection { fail_open: *fail_open, panic_threshold: *panic_threshold, nearness: None, held };
+            assert_eq!(order(&list, &selection), *wanted, "{case}: {written:?}");
         }
     }
 

@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
@@ -14,6 +15,7 @@ use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::task::unconstrained;
 
+use super::endpoint::EndpointState;
 use super::send::{Http1, Http2, Http2Stream};
 use crate::error::Reason;
 
@@ -58,9 +60,16 @@ pub struct Pool(Rc<RefCell<Inner>>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    idle: HashMap<Place, Vec<Idle>>,
+    idle: HashMap<Place, Resting>,
     shared: HashMap<Place, Shared>,
     sweeping: bool,
+}
+
+/// The idle connections of one place.
+#[derive(Debug)]
+struct Resting {
+    endpoint: Arc<EndpointState>,
+    list: Vec<Idle>,
 }
 
 #[derive(Debug)]
@@ -71,8 +80,9 @@ struct Idle {
     expires: Option<Instant>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    endpoint: Arc<EndpointState>,
     connections: SmallVec<[Open; 1]>,
     dialing: SmallVec<[Dialled; 1]>,
 }
@@ -180,7 +190,7 @@ impl Pool {
     /// The most recently used idle connection that is still open.
     pub(crate) fn take(&self, key: Key<'_>, now: Instant) -> Option<Http1> {
         let mut inner = self.0.borrow_mut();
-        let idle = inner.idle.get_mut(&key.place())?;
+        let idle = &mut inner.idle.get_mut(&key.place())?.list;
         while let Some(youngest) = idle.iter().rposition(|idle| idle.name.as_deref() == key.name) {
             let mut candidate = idle.remove(youngest);
             let expired = candidate.expires.is_some_and(|at| at <= now);
@@ -192,9 +202,19 @@ impl Pool {
     }
 
     /// Keep a connection whose request and response are finished. It is closed instead when it is not ready for
-    /// another request, has served its share, or the pool is full of younger ones.
-    pub(crate) fn put(&self, key: Key<'_>, connection: Http1, keepalive: Keepalive) {
-        if !connection.is_ready() || connection.served() >= keepalive.requests || keepalive.size == 0 {
+    /// another request, has served its share, the pool is full of younger ones, or its endpoint takes no more requests.
+    pub(crate) fn put(
+        &self,
+        endpoint: &Arc<EndpointState>,
+        key: Key<'_>,
+        connection: Http1,
+        keepalive: Keepalive,
+    ) {
+        if endpoint.has_left()
+            || !connection.is_ready()
+            || connection.served() >= keepalive.requests
+            || keepalive.size == 0
+        {
             return;
         }
         connection.rest();
@@ -207,7 +227,9 @@ impl Pool {
             expires: limit.map(|limit| now + limit),
         };
         let mut inner = self.0.borrow_mut();
-        let list = inner.idle.entry(key.place()).or_default();
+        let resting = inner.idle.entry(key.place());
+        let resting = resting.or_insert_with(|| Resting { endpoint: Arc::clone(endpoint), list: Vec::new() });
+        let list = &mut resting.list;
         if list.len() >= keepalive.size {
             list.retain(|idle| !idle.connection.is_closed());
         }
@@ -221,9 +243,13 @@ impl Pool {
     }
 
     /// A stream on a shared connection, or what to do to get one.
-    pub(crate) fn claim(&self, key: Key<'_>) -> Claim {
+    pub(crate) fn claim(&self, endpoint: &Arc<EndpointState>, key: Key<'_>) -> Claim {
         let mut inner = self.0.borrow_mut();
-        let shared = inner.shared.entry(key.place()).or_default();
+        let shared = inner.shared.entry(key.place()).or_insert_with(|| Shared {
+            endpoint: Arc::clone(endpoint),
+            connections: SmallVec::new(),
+            dialing: SmallVec::new(),
+        });
         shared.connections.retain(|open| {
             !open.connection.is_retired() && open.connection.served() < open.keepalive.requests
         });
@@ -263,7 +289,10 @@ impl Pool {
 
 impl Inner {
     fn expire(&mut self, now: Instant) {
-        self.idle.retain(|_, list| {
+        self.idle.retain(|_, Resting { endpoint, list }| {
+            if endpoint.has_left() {
+                return false;
+            }
             list.retain_mut(|idle| {
                 idle.connection.is_still_ready() && idle.expires.is_none_or(|expires| expires > now)
             });
@@ -271,7 +300,12 @@ impl Inner {
             !list.is_empty()
         });
         self.shared.retain(|_, shared| {
+            let has_left = shared.endpoint.has_left();
             shared.connections.retain(|open| {
+                if has_left {
+                    // Streams that are open end in peace.
+                    open.connection.retire();
+                }
                 let idle = open.connection.idle_since().map(|since| now.saturating_duration_since(since));
                 let expired = idle.zip(open.keepalive.idle).is_some_and(|(idle, limit)| idle >= limit);
                 !open.connection.is_retired() && !expired
@@ -292,7 +326,13 @@ mod tests {
     use tokio::task::LocalSet;
 
     use super::super::connect;
+    use super::super::endpoint::EndpointKey;
     use super::*;
+
+    fn endpoint() -> Arc<EndpointState> {
+        let key = EndpointKey { addr: "10.0.0.1:80".parse().unwrap(), host: "a".into() };
+        Arc::new(EndpointState::new(key))
+    }
 
     async fn connection(listener: &TcpListener) -> Http1 {
         let addr = listener.local_addr().unwrap();
@@ -311,7 +351,7 @@ mod tests {
             let keepalive = Keepalive { size: 2, idle: None, requests: 10 };
             let key = |name| Key { endpoint: 1, transport: 1, name: Some(name) };
             for name in ["a", "b", "c"] {
-                pool.put(key(name), connection(&listener).await, keepalive);
+                pool.put(&endpoint(), key(name), connection(&listener).await, keepalive);
             }
             assert!(pool.take(key("a"), now).is_none(), "the oldest had to go");
             assert!(pool.take(Key { name: None, ..key("b") }, now).is_none(), "a name is never another's");
@@ -330,10 +370,10 @@ mod tests {
             let pool = Pool::default();
             let keepalive = Keepalive { size: 400, idle: None, requests: 10 };
             let key = Key { endpoint: 1, transport: 1, name: None };
-            let kept = || pool.0.borrow().idle.values().map(Vec::len).sum::<usize>();
+            let kept = || pool.0.borrow().idle.values().map(|resting| resting.list.len()).sum::<usize>();
             let mut peers = Vec::new();
             for _ in 0..300 {
-                pool.put(key, connection(&listener).await, keepalive);
+                pool.put(&endpoint(), key, connection(&listener).await, keepalive);
                 peers.push(listener.accept().await.unwrap());
             }
             pool.0.borrow_mut().expire(Instant::now());
@@ -350,15 +390,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn nothing_is_kept_for_an_endpoint_that_takes_no_more_requests() {
+        let test = async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let pool = Pool::default();
+            let keepalive = Keepalive { size: 4, idle: None, requests: 10 };
+            let key = Key { endpoint: 1, transport: 1, name: None };
+            let endpoint = endpoint();
+            pool.put(&endpoint, key, connection(&listener).await, keepalive);
+            endpoint.leave();
+            pool.put(&endpoint, key, connection(&listener).await, keepalive);
+            assert_eq!(pool.0.borrow().idle.values().map(|resting| resting.list.len()).sum::<usize>(), 1);
+            pool.0.borrow_mut().expire(Instant::now());
+            assert!(pool.0.borrow().idle.is_empty(), "the one that idled is closed too");
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
     async fn a_connection_that_was_never_made_leaves_nothing_behind() {
         let pool = Pool::default();
         let key = Key { endpoint: 1, transport: 1, name: Some("a") };
-        let Claim::Dial(dialing) = pool.claim(key) else { unreachable!("nothing is there yet") };
-        let Claim::Wait(dial) = pool.claim(key) else { unreachable!("somebody dials") };
+        let Claim::Dial(dialing) = pool.claim(&endpoint(), key) else { unreachable!("nothing is there yet") };
+        let Claim::Wait(dial) = pool.claim(&endpoint(), key) else { unreachable!("somebody dials") };
         let (outcome, ()) = tokio::join!(dial.wait(), async { dialing.failed(Reason::ConnectFailed) });
         assert_eq!(outcome, Some(Reason::ConnectFailed));
         assert!(pool.0.borrow().shared.is_empty());
-        assert!(matches!(pool.claim(key), Claim::Dial(_)));
+        assert!(matches!(pool.claim(&endpoint(), key), Claim::Dial(_)));
         assert!(pool.0.borrow().shared.is_empty(), "given up without an outcome, others may try");
     }
 }

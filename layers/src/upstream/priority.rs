@@ -1,4 +1,4 @@
-//! Priority levels: endpoints of a lower priority are used only when no higher one is left.
+//! Levels of preference: endpoints of a level are used only when nothing of the ones before is left.
 //!
 //! "Left" means usable and not yet tried by this request, so a retry moves down a level only after the whole
 //! level above was tried.
@@ -9,18 +9,14 @@ use super::endpoint::EndpointState;
 use super::picker::{Algorithm, Balancer, Peer, PickKey, Tried};
 use super::round_robin::CursorCell;
 
-/// One balancer per priority, highest first.
+/// One balancer per level, the preferred one first.
 #[derive(Debug, Default)]
 pub(crate) struct Levels(Box<[Balancer]>);
 
 impl Levels {
-    pub(crate) fn new(algorithm: Algorithm, mut peers: Vec<Peer>, cursor: &CursorCell) -> Self {
-        // Stable, so that equal priorities keep the configured order.
-        peers.sort_by_key(|peer| std::cmp::Reverse(peer.priority));
-        let levels = peers
-            .chunk_by(|a, b| a.priority == b.priority)
-            .map(|level| Balancer::new(algorithm, level.to_vec(), cursor));
-        Self(levels.collect())
+    /// No level may be empty.
+    pub(crate) fn new(algorithm: Algorithm, levels: Vec<Vec<Peer>>, cursor: &CursorCell) -> Self {
+        Self(levels.into_iter().map(|level| Balancer::new(algorithm, level, cursor)).collect())
     }
 
     pub(crate) fn pick(&self, key: &PickKey, tried: &Tried) -> Option<&Arc<EndpointState>> {

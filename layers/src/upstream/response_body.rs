@@ -39,7 +39,7 @@ impl Lease {
         match self.connection {
             Leased::Http1 { connection, transport, name, keepalive, pool } => {
                 let key = Key { endpoint: self.picked.id(), transport, name: name.as_deref() };
-                pool.put(key, connection, keepalive);
+                pool.put(self.picked.endpoint(), key, connection, keepalive);
             }
             Leased::Http2(stream) => stream.finish(),
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use config::error::ConfigError;
 use config::template::Template;
+use config::upstream::discovery::Origin;
 use config::upstream::extensions::{Retry as WireRetry, RetryOn};
 use config::upstream::{
     ActiveCheck, AllUnhealthy, CheckType, HashOn, KeepalivePool, PassHost as WirePassHost, Scheme, Upstream,
@@ -21,8 +22,10 @@ use rustls::ClientConfig;
 use super::breaker;
 use super::budget::Allowance;
 use super::chash;
-use super::cluster::ClusterEnv;
+use super::cluster::{ClusterEnv, Places};
+use super::failover;
 use super::health::{Limits, Report};
+use super::locality::Nearness;
 use super::picker::Algorithm;
 use super::pool::Keepalive;
 use super::send::Protocol;
@@ -227,6 +230,16 @@ pub struct Settings {
     pub allowance: Allowance,
     pub retry: Retry,
     pub fail_open: bool,
+    /// While a smaller percentage of endpoints is healthy, all are used; 0 for only when none is.
+    pub panic_threshold: u8,
+    /// Which endpoints are near.
+    pub nearness: Option<Box<Nearness>>,
+    /// When traffic returns to a better priority.
+    pub failover: Option<Box<failover::Rule>>,
+    /// Where nodes are that are written down.
+    pub(crate) places: Option<Box<Places>>,
+    /// Endpoints come from a registry.
+    pub is_discovered: bool,
     pub checks: Checks,
     pub breaker: Option<Arc<breaker::Rule>>,
     pub sticky: Option<Arc<sticky::Rule>>,
@@ -278,6 +291,15 @@ impl Settings {
             },
             retry: Retry::compile(upstream.retry.as_deref()),
             fail_open: upstream.all_unhealthy == AllUnhealthy::UseAll,
+            panic_threshold: upstream.panic_threshold.map_or(0, |limit| small(limit.get())),
+            nearness: upstream
+                .locality
+                .as_deref()
+                .and_then(|wire| Nearness::compile(wire, &env.place))
+                .map(Box::new),
+            failover: upstream.failover.as_deref().map(|wire| Box::new(failover::Rule::new(wire))),
+            places: Places::of(upstream),
+            is_discovered: upstream.parts().iter().any(|part| matches!(part.origin, Origin::Service { .. })),
             breaker: upstream.breaker.as_deref().map(|wire| Arc::new(breaker::Rule::new(wire))),
             sticky: upstream
                 .sticky

@@ -81,23 +81,49 @@ impl Rule {
 #[derive(Debug)]
 pub(crate) struct Sessions {
     rule: Arc<Rule>,
-    by_token: HashMap<Box<str>, Arc<EndpointState>>,
-    cookies: HashMap<u64, HeaderValue>,
+    by_token: HashMap<Arc<str>, Arc<EndpointState>>,
+    cookies: HashMap<u64, Cookie>,
+}
+
+/// What is said of one endpoint.
+#[derive(Clone, Debug)]
+struct Cookie {
+    token: Arc<str>,
+    field: HeaderValue,
 }
 
 impl Sessions {
-    pub(crate) fn new(rule: &Arc<Rule>, peers: &[Peer]) -> Self {
+    /// The table of these endpoints. What the former one holds is taken over, all of it where nothing has changed: a hash
+    /// for each of thousands of endpoints is no small thing.
+    pub(crate) fn settle<'a>(
+        before: Option<&Arc<Self>>,
+        rule: &Arc<Rule>,
+        peers: impl Iterator<Item = &'a Peer> + Clone,
+    ) -> Arc<Self> {
+        let before = before.filter(|before| Arc::ptr_eq(&before.rule, rule));
+        if let Some(before) = before {
+            let mut same = peers.clone().map(|peer| before.cookies.contains_key(&peer.state.id()));
+            if same.clone().count() == before.cookies.len() && same.all(|known| known) {
+                return Arc::clone(before);
+            }
+        }
         let mut sessions = Self { rule: Arc::clone(rule), by_token: HashMap::new(), cookies: HashMap::new() };
         for peer in peers {
-            let token = rule.token(&peer.state);
-            let cookie = format!("{}={token}{}", rule.name, rule.attributes);
-            // Name and path were checked when they were read.
-            if let Ok(cookie) = HeaderValue::try_from(cookie) {
-                sessions.cookies.insert(peer.state.id(), cookie);
+            let id = peer.state.id();
+            let known = before.and_then(|before| before.cookies.get(&id)).cloned();
+            let cookie = known.or_else(|| {
+                let token: Arc<str> = rule.token(&peer.state).into();
+                // Name and path were checked when they were read.
+                let field =
+                    HeaderValue::try_from(format!("{}={token}{}", rule.name, rule.attributes)).ok()?;
+                Some(Cookie { token, field })
+            });
+            if let Some(cookie) = cookie {
+                sessions.by_token.insert(Arc::clone(&cookie.token), peer.state.clone());
+                sessions.cookies.insert(id, cookie);
             }
-            sessions.by_token.insert(token.into(), peer.state.clone());
         }
-        sessions
+        Arc::new(sessions)
     }
 
     /// The endpoint that the request's cookie names, if it is one of ours.
@@ -107,7 +133,7 @@ impl Sessions {
 
     /// The `Set-Cookie` that names an endpoint.
     pub(crate) fn cookie(&self, endpoint: &EndpointState) -> Option<&HeaderValue> {
-        self.cookies.get(&endpoint.id())
+        self.cookies.get(&endpoint.id()).map(|cookie| &cookie.field)
     }
 }
 
@@ -121,9 +147,9 @@ mod tests {
     use super::*;
     use crate::testing::exchange;
 
-    fn sessions(fields: Value, peers: &[Peer]) -> Sessions {
+    fn sessions(fields: Value, peers: &[Peer]) -> Arc<Sessions> {
         let wire: Wire = serde_json::from_value(fields).unwrap();
-        Sessions::new(&Arc::new(Rule::new(&wire, &own_key(|| b"own".to_vec()))), peers)
+        Sessions::settle(None, &Arc::new(Rule::new(&wire, &own_key(|| b"own".to_vec()))), peers.iter())
     }
 
     #[test]
@@ -144,6 +170,17 @@ mod tests {
             assert_eq!(attributes, end, "{fields}");
             assert!(value.starts_with("postern_node="), "{cookie}");
         }
+    }
+
+    #[test]
+    fn a_table_is_kept_while_its_endpoints_are_the_same() {
+        let peers = peers(&[1, 1, 1]);
+        let first = sessions(json!({}), &peers[..2]);
+        let again = Sessions::settle(Some(&first), &first.rule, peers[..2].iter().rev());
+        assert!(Arc::ptr_eq(&first, &again));
+        let other = Sessions::settle(Some(&first), &first.rule, peers[1..].iter());
+        assert_eq!(other.cookie(&peers[1].state), first.cookie(&peers[1].state));
+        assert!(other.cookie(&peers[0].state).is_none() && other.cookie(&peers[2].state).is_some());
     }
 
     #[test]

@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use rustls::RootCertStore;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, UdpSocket};
 
 use super::*;
+use crate::error::Reason;
+use crate::upstream::picker::{PickKey, Tried};
 
 fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
     let control = Handle::current();
@@ -26,6 +28,7 @@ fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
         keepalive: Keepalive { size: 320, idle: None, requests: 1000 },
         session_key: super::super::sticky::own_key(Vec::new),
         drains: crate::upstream::drains::Drains::default(),
+        place: Arc::default(),
         control,
     }
 }
@@ -300,7 +303,7 @@ async fn a_node_that_is_drained_is_not_chosen_and_not_forgotten() {
 
     env.drains.set(vec![Mark { node: None, ..mark }]);
     cluster.refresh(&env.control);
-    assert_eq!((picked(&cluster), cluster.state().nothing()), (Vec::new(), Reason::NoHealthyNode));
+    assert_eq!((picked(&cluster), cluster.state().nothing()), (Vec::new(), Reason::NoNodes));
     env.drains.set(Vec::new());
     cluster.refresh(&env.control);
     assert_eq!(picked(&cluster).len(), 2);

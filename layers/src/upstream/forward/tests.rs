@@ -139,6 +139,7 @@ fn env() -> ClusterEnv {
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
         session_key: super::super::sticky::own_key(Vec::new),
         drains: crate::upstream::drains::Drains::default(),
+        place: Arc::default(),
         control,
     }
 }

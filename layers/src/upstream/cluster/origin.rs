@@ -1,0 +1,136 @@
+//! Where the endpoints of an upstream come from: what is written in it, as discovery wants it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use config::error::ConfigError;
+use config::upstream::discovery::{Merge as WireMerge, Origin as WireOrigin, Part as WirePart};
+use config::upstream::{Nodes, Upstream};
+use discovery::{Details, Discovery, Endpoints, Guards, Merge, Node, Part, Query, Target, TargetError};
+use hashbrown::HashMap;
+use serde_json::Value;
+
+/// Where endpoints come from.
+pub(super) enum Origin {
+    /// Addresses that are written down: all there will ever be.
+    Literal(Endpoints),
+    /// Names and services, which have to be followed.
+    Followed(Target),
+}
+
+impl Origin {
+    /// # Errors
+    /// A registry is not configured, or a service not named as its registry wants it; with a pointer into the upstream.
+    pub(super) fn of(key: &str, upstream: &Upstream, discovery: &Discovery) -> Result<Self, ConfigError> {
+        let parts = upstream.parts();
+        if let [WirePart { origin: WireOrigin::Nodes(written), .. }] = &*parts
+            && let Some(endpoints) = discovery::fixed::endpoints(&nodes(upstream, written))
+        {
+            return Ok(Self::Literal(endpoints));
+        }
+        let target = target(key, upstream, &parts);
+        discovery.check(&target).map_err(|error| {
+            let place = parts.get(error.part()).map(|part| part.place);
+            let pointer = place.map(|place| match &error {
+                TargetError::Kind { .. } => place.of_kind(),
+                _ => place.of_service(),
+            });
+            ConfigError::invalid(pointer.unwrap_or_default(), error.to_string())
+        })?;
+        Ok(Self::Followed(target))
+    }
+}
+
+/// The services of registries among `parts`.
+pub(super) fn services(parts: &[Part]) -> impl Iterator<Item = &Arc<str>> + Clone {
+    parts.iter().filter_map(|part| match &part.origin {
+        discovery::Origin::Service { query, .. } => Some(&query.service),
+        discovery::Origin::Nodes(_) => None,
+    })
+}
+
+fn target(key: &str, upstream: &Upstream, parts: &[WirePart<'_>]) -> Target {
+    let parts = parts.iter().map(|part| {
+        let origin = match part.origin {
+            WireOrigin::Nodes(written) => discovery::Origin::Nodes(nodes(upstream, written)),
+            WireOrigin::Service { kind, service, args } => {
+                let args = args.into_iter().flat_map(|args| args.iter());
+                let args = args.map(|(name, value)| (name.into(), value.into())).collect();
+                discovery::Origin::Service {
+                    kind: kind.into(),
+                    query: Query { service: service.into(), args },
+                }
+            }
+        };
+        Part { origin, share: part.weight }
+    });
+    let options = upstream.discovery.as_deref();
+    let mut target = Target::of(key, parts.collect());
+    target.merge = match options.map(|options| options.merge).unwrap_or_default() {
+        WireMerge::Union => Merge::Union,
+        WireMerge::Prefer => Merge::Prefer,
+        WireMerge::Intersect => Merge::Intersect,
+    };
+    if let Some(names) = upstream.dns.as_deref() {
+        target.names = names.into();
+    }
+    if let Some(options) = options {
+        let guards = Guards::default();
+        target.guards = Guards {
+            max_stale: options.max_stale.map(|time| time.duration()),
+            drop_stale: options.drop_stale,
+            empty_confirm: options.empty_confirm.map_or(guards.empty_confirm, |time| time.duration()),
+            drop_limit: options
+                .drop_limit
+                .and_then(|limit| u8::try_from(limit.get()).ok())
+                .unwrap_or(guards.drop_limit),
+            ..guards
+        };
+    }
+    target
+}
+
+/// Nodes as discovery knows them.
+fn nodes(upstream: &Upstream, written: &Nodes) -> Vec<Node> {
+    let node = |node: &config::upstream::Node| Node {
+        host: node.bare_host().into(),
+        port: upstream.port_of(node),
+        weight: node.weight,
+        priority: node.priority,
+    };
+    written.iter().map(node).collect()
+}
+
+/// Host and port of a node that is written down.
+type NodeAt = (Arc<str>, u16);
+
+/// Where nodes are whose `metadata` says so: `region`, `zone`, `machine`.
+#[derive(Debug, Default)]
+pub(crate) struct Places(HashMap<NodeAt, Arc<Details>>);
+
+impl Places {
+    pub(crate) fn of(upstream: &Upstream) -> Option<Box<Self>> {
+        let mut places = HashMap::new();
+        for part in upstream.parts() {
+            let WireOrigin::Nodes(written) = part.origin else { continue };
+            for node in written {
+                let Some(metadata) = node.metadata.as_deref() else { continue };
+                let name = |key| metadata.get(key).and_then(Value::as_str).map(Arc::from);
+                let details = Details {
+                    region: name("region"),
+                    zone: name("zone"),
+                    machine: name("machine"),
+                    ..Details::default()
+                };
+                if details != Details::default() {
+                    places.insert((node.bare_host().into(), upstream.port_of(node)), Arc::new(details));
+                }
+            }
+        }
+        (!places.is_empty()).then(|| Box::new(Self(places)))
+    }
+
+    pub(super) fn find(&self, host: &Arc<str>, port: u16) -> Option<Arc<Details>> {
+        self.0.get(&(host.clone(), port)).cloned()
+    }
+}
