@@ -7,7 +7,10 @@
 pub mod consul;
 pub mod consul_kv;
 pub mod dns;
+pub mod eureka;
 pub mod kubernetes;
+pub mod nacos;
+pub mod polled;
 pub mod tls;
 
 use schemars::JsonSchema;
@@ -87,8 +90,12 @@ registries! {
     consul_kv: consul_kv::ConsulKv,
     /// Services by their name in DNS.
     dns: dns::Dns,
+    /// Eureka.
+    eureka: eureka::Eureka,
     /// The clusters of Kubernetes.
     kubernetes: kubernetes::Kubernetes,
+    /// Nacos.
+    nacos: nacos::Nacos,
 }
 
 /// The settings of a registry, unless they are wrong.
