@@ -222,6 +222,10 @@ impl Upstreams for UpstreamsOf<'_> {
         Ok(cluster)
     }
 
+    fn metadata(&self, plugin: &str) -> Option<Value> {
+        metadata_of(self.graph, plugin)
+    }
+
     fn proto(&self, name: &str) -> Option<String> {
         let content = |item: &Item| match &item.resource {
             Resource::Proto(proto) => Some(proto.content.to_string()),
@@ -367,6 +371,11 @@ impl Compiler {
                 Kind::Upstream => self.clusters.of(&key.to_string()).is_some() != graph.get(&key).is_some(),
                 Kind::PluginMetadata => {
                     waiting.extend(self.holders(graph, &key.id));
+                    let reads =
+                        |plugin: &&Registration| (plugin.extras)().read_metadata().contains(&&*key.id);
+                    for plugin in self.env.plugins.values().copied().filter(reads) {
+                        waiting.extend(self.holders(graph, plugin.name));
+                    }
                     false
                 }
                 // Routes hold the table and see its entries change.

@@ -243,6 +243,7 @@ pub(crate) struct Recognition {
 pub struct Extras {
     pub(crate) consumer: Option<Recognition>,
     pub(crate) metadata: Option<(CheckMetadata, MakeSchema)>,
+    pub(crate) reads: Vec<&'static str>,
 }
 
 /// A typed check of metadata.
@@ -289,6 +290,16 @@ impl Extras {
 }
 
 impl Extras {
+    /// The plugin reads the metadata of another: its objects are built again when that changes.
+    pub fn reads_metadata(&mut self, plugin: &'static str) {
+        self.reads.push(plugin);
+    }
+
+    /// The plugins whose metadata this one reads besides its own.
+    pub fn read_metadata(&self) -> &[&'static str] {
+        &self.reads
+    }
+
     /// Whether the plugin recognises consumers.
     pub fn authenticates(&self) -> bool {
         self.consumer.is_some()
@@ -424,6 +435,11 @@ pub trait Upstreams {
     /// # Errors
     /// It cannot work as it is written.
     fn inline(&self, name: &str, upstream: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError>;
+
+    /// The `plugin_metadata` of another plugin. Who reads it says so by [`Extras::reads_metadata`].
+    fn metadata(&self, _plugin: &str) -> Option<Value> {
+        None
+    }
 
     /// The content of the proto resource with that id or name, if there is one.
     fn proto(&self, _name: &str) -> Option<String> {

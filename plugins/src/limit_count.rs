@@ -19,7 +19,7 @@ use layers::limits::window::{Limit, Verdict, WindowKind, WindowTable};
 use layers::plugin::{Access, AccessWaits, BuildEnv, Definition, Extras, Flow, Hooks};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Number;
+use serde_json::{Number, Value};
 
 use crate::support::headers;
 use crate::support::limiting::{self, Amount, Answers, CompiledAmount, KeySource, Message};
@@ -158,6 +158,13 @@ fn reset_header() -> String {
     "X-RateLimit-Reset".into()
 }
 
+impl Metadata {
+    /// Reads what was checked when it was stored.
+    pub(crate) fn read(metadata: Option<&Value>) -> Self {
+        metadata.and_then(|value| Self::deserialize(value).ok()).unwrap_or_default()
+    }
+}
+
 impl Default for Metadata {
     fn default() -> Self {
         Self { limit_header: limit_header(), remaining_header: remaining_header(), reset_header: reset_header() }
@@ -216,7 +223,7 @@ impl Definition for LimitCount {
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let metadata = env.metadata.and_then(|value| Metadata::deserialize(value).ok()).unwrap_or_default();
+        let metadata = Metadata::read(env.metadata);
         let plugin = Arc::new(LimitCount::new(&config, &metadata, env, &env.owner.to_string())?);
         if plugin.waits() {
             hooks.access_waits(&plugin);
@@ -441,7 +448,7 @@ fn hundredths(time: Duration) -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use layers::testing::{ExchangeBuilder, TestEnv, exchange, field, text};
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -618,6 +625,18 @@ mod tests {
     #[tokio::test]
     async fn settings_are_checked() {
         let rule = json!({"count": 1, "time_window": 1, "key": "$host"});
+        // Settings that are good, but for one field.
+        let sentinel = |wrong: Value| {
+            let mut settings = json!({
+                "count": 1, "time_window": 1, "policy": "redis-sentinel", "redis_master_name": "m",
+                "redis_sentinels": [{"host": "aa", "port": 1}], "redis_keepalive_timeout": 1,
+            });
+            let members = settings.as_object_mut().unwrap();
+            members.extend(wrong.as_object().unwrap().clone());
+            members.retain(|_, value| !value.is_null());
+            settings
+        };
+        assert!(TestEnv::default().build::<LimitCount>(&sentinel(json!({"redis_role": "master"}))).is_ok());
         let cases = [
             (json!({}), "none of `count`, `rules`"),
             (json!({"count": 1}), "`time_window` is missing"),
@@ -633,6 +652,13 @@ mod tests {
             ),
             (json!({"count": 1, "time_window": 1, "policy": "memcached"}), "/policy"),
             (json!({"count": 1, "time_window": 1, "policy": "redis"}), "`redis_host` is missing"),
+            (sentinel(json!({"redis_sentinels": null})), "`redis_sentinels` is missing"),
+            (sentinel(json!({"redis_sentinels": []})), "/redis_sentinels"),
+            (sentinel(json!({"redis_sentinels": [{"host": "aa", "port": 0}]})), "/redis_sentinels/0/port"),
+            (sentinel(json!({"redis_sentinels": [{"host": "aa"}]})), "/redis_sentinels/0: `port` is missing"),
+            (sentinel(json!({"redis_master_name": null})), "`redis_master_name` is missing"),
+            (sentinel(json!({"redis_role": "slave"})), "/redis_role"),
+            (sentinel(json!({"policy": "redis", "redis_host": "aa"})), "/redis_keepalive_timeout"),
             (
                 json!({"count": 1, "time_window": 1, "policy": "redis-cluster", "redis_cluster_nodes": ["a:1"]}),
                 "`redis_cluster_name` is missing",

@@ -10,7 +10,7 @@ use config::expr::Expr;
 use config::fields::Int;
 use http::StatusCode;
 use layers::exchange::Exchange;
-use layers::plugin::{Access, AccessWaits, BuildEnv, Definition, Flow, Hooks};
+use layers::plugin::{Access, AccessWaits, BuildEnv, Definition, Extras, Flow, Hooks};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -142,6 +142,10 @@ impl Definition for Workflow {
     const PRIORITY: i32 = 1006;
     type Config = Config;
 
+    fn extend(extras: &mut Extras) {
+        extras.reads_metadata(LimitCount::NAME);
+    }
+
     fn check(config: &Config) -> Vec<ConfigError> {
         let mut errors = Vec::new();
         for (index, rule) in config.rules.iter().enumerate() {
@@ -159,6 +163,7 @@ impl Definition for Workflow {
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
+        let metadata = Metadata::read(env.upstreams.metadata(LimitCount::NAME).as_ref());
         let mut rules = Vec::with_capacity(config.rules.len());
         for (index, rule) in config.rules.iter().enumerate() {
             let Some(action) = rule.actions.first() else { continue };
@@ -174,7 +179,7 @@ impl Definition for Workflow {
                     Ok(Step::Return(rejection(status)))
                 }
                 Settings::Count(limit) => {
-                    LimitCount::new(&limit, &Metadata::default(), env, &place).map(Step::Count)
+                    LimitCount::new(&limit, &metadata, env, &place).map(Step::Count)
                 }
                 Settings::Conn(limit) => LimitConn::new(&limit, env, &place).map(Step::Conn),
                 Settings::Req(limit) => LimitReq::new(&limit, env, &place).map(Step::Req),

@@ -1,4 +1,4 @@
-//! A real Redis on loopback, alone or as a cluster, that can be stopped, killed and started again.
+//! A real Redis on loopback, alone, as a cluster or watched by sentinels, that can be stopped, killed and started again.
 
 use std::path::Path;
 use std::process::Command;
@@ -158,4 +158,81 @@ impl Cluster {
         let nodes = self.addresses();
         json!({"policy": "redis-cluster", "redis_cluster_nodes": nodes, "redis_cluster_name": "e2e"})
     }
+}
+
+/// A master with a replica, and three sentinels that watch them.
+#[derive(Debug)]
+pub struct Watched {
+    pub servers: Vec<Redis>,
+    pub sentinels: Vec<Redis>,
+}
+
+impl Watched {
+    /// What the sentinels call the master.
+    pub const NAME: &str = "counts";
+    /// The password of the servers, and that of the sentinels.
+    pub const PASSWORDS: [&str; 2] = ["secret-of-servers", "secret-of-sentinels"];
+
+    /// Starts all and waits until every sentinel knows every other and the replica.
+    pub async fn start() -> Watched {
+        let [password, sentinels_password] = Watched::PASSWORDS;
+        let secured =
+            ["--requirepass", password, "--masterauth", password, "--repl-diskless-sync-delay", "0"];
+        let client = ["-a", password];
+        let master = Redis::with(&secured, &client).await;
+        let port = master.port().to_string();
+        let mut options = secured.to_vec();
+        options.extend(["--replicaof", "127.0.0.1", &port]);
+        let replica = Redis::with(&options, &client).await;
+        let mut sentinels = Vec::new();
+        for _ in 0..3 {
+            sentinels.push(sentinel(master.port(), password, sentinels_password).await);
+        }
+        let watched = Watched { servers: vec![master, replica], sentinels };
+        eventually_within(START, "the sentinels know each other and the replica", || async {
+            let knows = |sentinel: &Redis| {
+                let told = sentinel.ask(&["SENTINEL", "MASTER", Watched::NAME]);
+                let lines: Vec<_> = told.lines().collect();
+                let value =
+                    |name: &str| lines.iter().position(|line| *line == name).and_then(|at| lines.get(at + 1));
+                value("num-other-sentinels") == Some(&"2") && value("num-slaves") == Some(&"1")
+            };
+            watched.sentinels.iter().all(knows).then_some(())
+        })
+        .await;
+        watched
+    }
+
+    /// The settings of a plugin that keeps its counts here.
+    pub fn policy(&self) -> Value {
+        let address = |sentinel: &Redis| json!({"host": "127.0.0.1", "port": sentinel.port()});
+        json!({
+            "policy": "redis-sentinel",
+            "redis_sentinels": self.sentinels.iter().map(address).collect::<Vec<_>>(),
+            "redis_master_name": Watched::NAME,
+            "redis_password": Watched::PASSWORDS[0],
+            "sentinel_password": Watched::PASSWORDS[1],
+        })
+    }
+}
+
+async fn sentinel(master: u16, password: &str, own: &str) -> Redis {
+    let folder = tempfile::Builder::new().prefix("postern-sentinel-").tempdir().expect("a folder");
+    let port = Port::free();
+    let name = Watched::NAME;
+    let number = port.number();
+    // Sentinels write what they find out into their own file.
+    let config = format!(
+        "port {number}\nbind 127.0.0.1\nrequirepass {own}\nsentinel sentinel-pass {own}\n\
+         sentinel monitor {name} 127.0.0.1 {master} 2\nsentinel auth-pass {name} {password}\n\
+         sentinel down-after-milliseconds {name} 3000\nsentinel failover-timeout {name} 5000\n"
+    );
+    std::fs::write(folder.path().join("sentinel.conf"), config).expect("a file");
+    let args = ["sentinel.conf", "--sentinel"].map(str::to_owned);
+    let process =
+        Process::start(Path::new("redis-server"), &args, &[], folder.path(), &folder.path().join("output"));
+    let client = vec!["-a".to_owned(), own.to_owned()];
+    let sentinel = Redis { folder, port, options: Vec::new(), client, process };
+    sentinel.until_ready().await;
+    sentinel
 }

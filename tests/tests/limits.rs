@@ -1,12 +1,12 @@
-//! Limits over real sockets: counts that gateways share in a real Redis, alone and as a cluster, and what becomes of
-//! requests when Redis is stopped, killed, or never answers.
+//! Limits over real sockets: counts that gateways share in a real Redis, alone, as a cluster and watched by
+//! sentinels, and what becomes of requests when Redis is stopped, killed, or never answers.
 
 use std::time::{Duration, Instant};
 
 use e2e::certs::Authority;
 use e2e::client::{Call, connect};
 use e2e::origin::{Origin, echo, slow_body, stall, websocket};
-use e2e::redis::{Cluster, Redis};
+use e2e::redis::{Cluster, Redis, Watched};
 use e2e::{Edge, Value, eventually, json};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
@@ -19,7 +19,8 @@ const SLACK: Duration = Duration::from_millis(600);
 fn joined(settings: Value, policy: &Value) -> Value {
     let mut settings = settings;
     settings.as_object_mut().unwrap().extend(policy.as_object().unwrap().clone());
-    settings["redis_timeout"] = 400.into();
+    let timeout = if policy["policy"] == "redis-sentinel" { "redis_read_timeout" } else { "redis_timeout" };
+    settings[timeout] = 400.into();
     settings
 }
 
@@ -189,6 +190,42 @@ async fn a_redis_that_never_answers_or_talks_garbage_degrades_within_the_time_ou
         let edge = Edge::file().resources(degrading(&origin, &policy)).start().await;
         degrades(&edge, how).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateways_share_counts_of_a_master_that_sentinels_replace() {
+    let origin = echo::start().await;
+    let mut watched = Watched::start().await;
+    let policy = watched.policy();
+    let count = json!({"count": 30, "time_window": 3600, "rejected_code": 429});
+    let routes = |name: &str| {
+        let mut unknown = policy.clone();
+        unknown["redis_master_name"] = "nobody".into();
+        let mut routes = degrading(&origin, &policy);
+        let list = routes["routes"].as_array_mut().unwrap();
+        list.push(route(&format!("/{name}"), "limit-count", joined(count.clone(), &policy), &origin));
+        list.push(route("/unknown", "limit-count", joined(count.clone(), &unknown), &origin));
+        routes
+    };
+    let edges = [
+        Edge::file().resources(routes("shared")).start().await,
+        Edge::file().resources(routes("shared")).start().await,
+    ];
+    for edge in &edges {
+        works(edge).await;
+    }
+    assert_eq!(passed([&edges[0], &edges[1]], "/shared", 10).await, 30);
+    edges[0].get("/unknown").await.expect_status(500);
+    watched.servers[0].kill();
+    let start = Instant::now();
+    degrades(&edges[0], "without a master").await;
+    // The sentinels agree within seconds, and nobody has to tell the gateways.
+    for edge in &edges {
+        works(edge).await;
+    }
+    assert_eq!(watched.servers[1].ask(&["ROLE"]).lines().next(), Some("master"), "{:?}", start.elapsed());
+    let told = edges[0].output();
+    assert!(Watched::PASSWORDS.iter().all(|password| !told.contains(password)), "a password is in the log");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

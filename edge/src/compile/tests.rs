@@ -138,6 +138,26 @@ fn routes_with_the_same_inline_upstream_of_one_address_share_it() {
 }
 
 #[test]
+fn metadata_reaches_every_plugin_that_reads_it() {
+    let mut bench = Bench::new();
+    let limit = json!({"count": 1, "time_window": 60});
+    let workflow = json!({"workflow": {"rules": [{"actions": [["limit-count", limit]]}]}});
+    for (id, plugins) in
+        [("own", json!({"limit-count": limit})), ("read", workflow), ("other", json!({"cors": {}}))]
+    {
+        bench.put(
+            &format!("routes/{id}"),
+            json!({"uri": "/a", "plugins": plugins, "upstream": upstream(&["127.0.0.1:1"])}),
+        );
+    }
+    let plans = |snapshot: &Snapshot| ["own", "read", "other"].map(|id| target(snapshot, id));
+    let before = plans(&bench.put("plugin_metadata/limit-count", json!({"limit_header": "X-A"})));
+    let after = plans(&bench.put("plugin_metadata/limit-count", json!({"limit_header": "X-B"})));
+    let same: Vec<_> = before.iter().zip(&after).map(|(before, after)| Arc::ptr_eq(before, after)).collect();
+    assert_eq!(same, [false, false, true]);
+}
+
+#[test]
 fn a_disabled_route_is_not_in_the_table() {
     let mut bench = Bench::new();
     bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])}));

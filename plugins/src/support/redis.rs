@@ -1,11 +1,14 @@
-//! Redis for plugins: one connection that all workers share for each server that settings name, or that a cluster has.
+//! Redis for plugins: one connection that all workers share for each server that settings name, that a cluster has, or
+//! that sentinels name.
 //!
 //! Connections live on the control runtime; a worker hands a command over and waits for the answer, never longer than
 //! the time-out of the settings. A task there connects, watches and connects again with growing pauses. While no
 //! connection can be had, a command fails at once, so that a dead Redis does not cost each request its time-out.
 
 mod cluster;
+mod found;
 mod node;
+mod sentinel;
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -13,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use config::error::ConfigError;
-use config::fields::WideText;
+use config::fields::{Int, WideText};
 use config::sensitive::Sensitive;
 use layers::plugin::BuildEnv;
 use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, ToRedisArgs, Value};
@@ -24,11 +27,20 @@ use tokio::time::Instant;
 
 use self::cluster::Cluster;
 use self::node::Node;
+use self::sentinel::Sentinel;
+
+/// The pause before a server is asked again that could not take a command.
+const AGAIN: Duration = Duration::from_millis(20);
+/// How often it is asked who serves what: at most, and without a reason.
+const REFRESH: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// Host and port.
+type Address = (String, u16);
 
 /// Where Redis is and how it is spoken to.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// One server, or the nodes of a cluster that are asked for the others.
+    /// One server, the nodes of a cluster that are asked for the others, or the sentinels of a master.
     pub servers: Servers,
     /// The user, where the server has several.
     pub username: Option<String>,
@@ -42,13 +54,62 @@ pub struct Settings {
     pub tls: Tls,
 }
 
-/// One server or a cluster.
+/// One server, a cluster, or a master that is watched.
 #[derive(Clone, Debug)]
 pub enum Servers {
     /// Host and port.
     One(String, u16),
     /// Hosts and ports of some nodes.
     Cluster(Vec<(String, u16)>),
+    /// Who says which server is the master.
+    Sentinels(Sentinels),
+}
+
+/// Sentinels, and the master that they are asked for.
+#[derive(Clone, Debug)]
+pub struct Sentinels {
+    /// Hosts and ports.
+    pub addresses: Vec<(String, u16)>,
+    /// What they call the master.
+    pub master: String,
+    /// The user, where they have several.
+    pub username: Option<String>,
+    /// Their password.
+    pub password: Option<Sensitive<0>>,
+}
+
+impl Sentinels {
+    /// How one of them is spoken to.
+    fn settings(&self, master: &Settings) -> Settings {
+        Settings {
+            username: self.username.clone(),
+            password: self.password.clone(),
+            database: 0,
+            ..master.clone()
+        }
+    }
+}
+
+/// A sentinel, as settings name it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(inline)]
+pub struct SentinelAddress {
+    /// Its host.
+    host: WideText<2, 4096>,
+    /// Its port.
+    port: Int<1, 65_535>,
+}
+
+/// Which of the servers that sentinels watch is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum Role {
+    /// The one that takes writes.
+    Master,
+    /// Refused here: counting is writing, and replicas take no writes.
+    Slave,
 }
 
 /// How a connection is protected.
@@ -92,6 +153,8 @@ pub enum Policy {
     Redis,
     /// In a Redis cluster that several gateways may share.
     RedisCluster,
+    /// In the Redis server that sentinels name as the master.
+    RedisSentinel,
 }
 
 /// Puts APISIX's settings of Redis behind those of a plugin that has a `policy`, and a method `redis_settings` that
@@ -110,7 +173,7 @@ macro_rules! with_redis {
             /// The user, where Redis has several.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             redis_username: Option<config::fields::WideText<1, 4096>>,
-            /// The password of Redis or of the cluster.
+            /// The password of Redis, of the cluster, or of the master that sentinels name.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             #[schemars(extend("x-encrypted" = true))]
             redis_password: Option<config::sensitive::Sensitive<0>>,
@@ -128,7 +191,7 @@ macro_rules! with_redis {
             redis_ssl_verify: Option<bool>,
             /// Taken and not used: one connection serves all requests.
             #[serde(default, skip_serializing_if = "Option::is_none")]
-            redis_keepalive_timeout: Option<config::fields::Int<1000, 2_147_483_647>>,
+            redis_keepalive_timeout: Option<config::fields::Int<1, 2_147_483_647>>,
             /// Taken and not used: one connection serves all requests.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             redis_keepalive_pool: Option<config::fields::Int<1, 2_147_483_647>>,
@@ -145,6 +208,29 @@ macro_rules! with_redis {
             /// Verify the certificates of the cluster.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             redis_cluster_ssl_verify: Option<bool>,
+            /// The sentinels. Needed with `policy: redis-sentinel`.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            #[schemars(length(min = 1))]
+            redis_sentinels: Option<Vec<$crate::support::redis::SentinelAddress>>,
+            /// What the sentinels call the master. Needed with `policy: redis-sentinel`.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_master_name: Option<config::fields::WideText<1, 4096>>,
+            /// Which of the servers that the sentinels watch is used. `master` where it is missing.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_role: Option<$crate::support::redis::Role>,
+            /// Taken and not used: requests do not wait for connections.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_connect_timeout: Option<config::fields::Int<1, 2_147_483_647>>,
+            /// As `redis_timeout`, with `policy: redis-sentinel`. 1000 where it is missing.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            redis_read_timeout: Option<config::fields::Int<1, 2_147_483_647>>,
+            /// The user of the sentinels, where they have several.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            sentinel_username: Option<String>,
+            /// The password of the sentinels.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            #[schemars(extend("x-encrypted" = true))]
+            sentinel_password: Option<config::sensitive::Sensitive<0>>,
         }
 
         impl $name {
@@ -165,6 +251,13 @@ macro_rules! with_redis {
                     cluster_name: self.redis_cluster_name.as_deref(),
                     cluster_ssl: [self.redis_cluster_ssl, self.redis_cluster_ssl_verify]
                         .map(Option::unwrap_or_default),
+                    idle: self.redis_keepalive_timeout.map(config::fields::Int::get),
+                    sentinels: self.redis_sentinels.as_deref(),
+                    master: self.redis_master_name.as_deref(),
+                    role: self.redis_role,
+                    read_timeout: self.redis_read_timeout.map(config::fields::Int::get),
+                    sentinel_username: self.sentinel_username.as_deref(),
+                    sentinel_password: self.sentinel_password.as_ref(),
                 }
                 .settings()
             }
@@ -186,12 +279,24 @@ pub(crate) struct Fields<'a> {
     pub nodes: Option<&'a [WideText<2, 100>]>,
     pub cluster_name: Option<&'a str>,
     pub cluster_ssl: [bool; 2],
+    pub idle: Option<u32>,
+    pub sentinels: Option<&'a [SentinelAddress]>,
+    pub master: Option<&'a str>,
+    pub role: Option<Role>,
+    pub read_timeout: Option<u32>,
+    pub sentinel_username: Option<&'a str>,
+    pub sentinel_password: Option<&'a Sensitive<0>>,
 }
 
 impl Fields<'_> {
     pub(crate) fn settings(self) -> Result<Option<Settings>, ConfigError> {
         let missing =
             |field: &str| ConfigError::new("", config::ErrorKind::MissingField { field: field.into() });
+        // As APISIX, whose sentinels alone take less.
+        if self.policy != Policy::RedisSentinel && self.idle.is_some_and(|idle| idle < 1000) {
+            return Err(ConfigError::invalid("/redis_keepalive_timeout", "write a number from 1000"));
+        }
+        let mut timeout = self.timeout;
         let (servers, [ssl, verify]) = match self.policy {
             Policy::Local => return Ok(None),
             Policy::Redis => {
@@ -215,14 +320,36 @@ impl Fields<'_> {
                 });
                 (Servers::Cluster(nodes.collect::<Result<_, _>>()?), self.cluster_ssl)
             }
+            Policy::RedisSentinel => {
+                timeout = self.read_timeout;
+                let sentinels = self.sentinels.ok_or_else(|| missing("redis_sentinels"))?;
+                if sentinels.is_empty() {
+                    return Err(super::limiting::at_least_one("/redis_sentinels"));
+                }
+                if self.role == Some(Role::Slave) {
+                    let problem = "counting is writing, and replicas take no writes: write `master`";
+                    return Err(ConfigError::invalid("/redis_role", problem));
+                }
+                let address = |SentinelAddress { host, port }: &SentinelAddress| {
+                    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+                    Some((host, u16::try_from(port.get()).ok()?))
+                };
+                let sentinels = Sentinels {
+                    addresses: sentinels.iter().filter_map(address).collect(),
+                    master: self.master.ok_or_else(|| missing("redis_master_name"))?.to_owned(),
+                    username: self.sentinel_username.filter(|name| !name.is_empty()).map(str::to_owned),
+                    password: self.sentinel_password.cloned(),
+                };
+                (Servers::Sentinels(sentinels), [false; 2])
+            }
         };
-        let one = matches!(servers, Servers::One(..));
+        let one = !matches!(servers, Servers::Cluster(_));
         Ok(Some(Settings {
             servers,
             username: self.username.filter(|_| one).map(str::to_owned),
             password: self.password.cloned(),
             database: self.database.filter(|_| one).unwrap_or(0),
-            timeout: Duration::from_millis(u64::from(self.timeout.unwrap_or(1000))),
+            timeout: Duration::from_millis(u64::from(timeout.unwrap_or(1000))),
             tls: Tls::of(ssl, verify),
         }))
     }
@@ -261,7 +388,7 @@ impl Script {
     }
 }
 
-/// A Redis server or cluster.
+/// A Redis server, a cluster, or a master that is watched.
 #[derive(Debug)]
 pub struct Redis {
     servers: Connected,
@@ -272,6 +399,7 @@ pub struct Redis {
 enum Connected {
     One(Node),
     Cluster(Cluster),
+    Sentinel(Sentinel),
 }
 
 impl Redis {
@@ -284,17 +412,27 @@ impl Redis {
         let seeds = match servers {
             Servers::One(host, port) => &[(host.clone(), *port)][..],
             Servers::Cluster(nodes) => nodes,
+            Servers::Sentinels(sentinels) => &sentinels.addresses,
         };
         for (host, port) in seeds {
             node::client(settings, host, *port)
                 .map_err(|error| ConfigError::invalid("", error.to_string()))?;
         }
-        let secret = password.as_ref().map(|password| Sha1::digest(password.reveal().as_bytes()));
-        let name = format!("redis {servers:?} {username:?} {secret:?} {database} {timeout:?} {tls:?}");
+        let secret = |password: &Option<Sensitive<0>>| {
+            password.as_ref().map(|password| Sha1::digest(password.reveal().as_bytes()))
+        };
+        let secrets = match servers {
+            Servers::Sentinels(sentinels) => [secret(password), secret(&sentinels.password)],
+            Servers::One(..) | Servers::Cluster(_) => [secret(password), None],
+        };
+        let name = format!("redis {servers:?} {username:?} {secrets:?} {database} {timeout:?} {tls:?}");
         Ok(env.carry.get_or(&name, || Self {
             servers: match servers {
                 Servers::One(host, port) => Connected::One(Node::start(settings, host, *port, env.control)),
                 Servers::Cluster(_) => Connected::Cluster(Cluster::start(settings, env.control)),
+                Servers::Sentinels(sentinels) => {
+                    Connected::Sentinel(Sentinel::start(settings, sentinels, env.control))
+                }
             },
             timeout: *timeout,
         }))
@@ -350,6 +488,7 @@ impl Redis {
         match &self.servers {
             Connected::One(node) => node.send(command, deadline).await,
             Connected::Cluster(cluster) => cluster.send(command, deadline).await,
+            Connected::Sentinel(sentinel) => sentinel.send(command, deadline).await,
         }
     }
 }

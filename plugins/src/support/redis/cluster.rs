@@ -13,19 +13,14 @@ use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::found::{Found, settled};
 use super::node::{CONNECT, Node};
-use super::{Failure, Servers, Settings};
+use super::{AGAIN, Address, Failure, REFRESH, Servers, Settings};
 
 /// Slots of a cluster.
 const SLOTS: u16 = 16_384;
 /// Nodes asked for one command: slots may be on the move.
 const REDIRECTS: usize = 4;
-/// The pause before a node is asked again that could not serve a slot.
-const AGAIN: Duration = Duration::from_millis(20);
-/// How often the slots are asked for: at most, and without a reason.
-const REFRESH: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
-
-type Address = (String, u16);
 
 /// Who serves what.
 #[derive(Default)]
@@ -43,15 +38,7 @@ impl Map {
     }
 }
 
-/// What is known of a cluster.
-#[derive(Clone)]
-enum State {
-    /// It was not asked yet.
-    Asking,
-    Known(Arc<Map>),
-    /// No node told anything yet.
-    Unknown(Arc<str>),
-}
+type State = Found<Arc<Map>>;
 
 /// A cluster.
 pub(super) struct Cluster {
@@ -88,7 +75,7 @@ impl Cluster {
         let mut told: Option<(Address, bool)> = None;
         let mut failure = Failure::TimedOut;
         for _ in 0..REDIRECTS {
-            let map = timeout_at(deadline, self.map()).await.map_err(|_| Failure::TimedOut)??;
+            let map = timeout_at(deadline, settled(&self.state)).await.map_err(|_| Failure::TimedOut)??;
             let node = match &told {
                 // A node that nobody has heard of will be known soon.
                 Some((address, _)) => map.nodes.get(address).or_else(|| map.node(slot)),
@@ -132,21 +119,6 @@ impl Cluster {
             failure = Failure::Refused(error);
         }
         Err(failure)
-    }
-
-    async fn map(&self) -> Result<Arc<Map>, Failure> {
-        let known = |state: &State| match state {
-            State::Asking => None,
-            State::Known(map) => Some(Ok(map.clone())),
-            State::Unknown(why) => Some(Err(Failure::Unreachable(why.clone()))),
-        };
-        if let Some(found) = known(&self.state.borrow()) {
-            return found;
-        }
-        let mut state = self.state.clone();
-        let state = state.wait_for(|state| known(state).is_some()).await;
-        let found = state.ok().and_then(|state| known(&state));
-        found.unwrap_or_else(|| Err(Failure::Unreachable("the gateway stops".into())))
     }
 }
 
