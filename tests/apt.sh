@@ -40,3 +40,28 @@ need_venv() {
     mkdir -p .cache
     python3 -m venv .cache/venv
 }
+
+# unpack_from SUITE PACKAGE FILE WHERE: puts FILE of a Debian package of another suite at WHERE. Asks the archive that the
+# system's own sources name; they stay as they are, and nothing is installed.
+unpack_from() {
+    local suite=$1 package=$2 file=$3 where=$4 codename='' archive=''
+    # shellcheck disable=SC1091
+    [ -r /etc/os-release ] && codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    command -v apt-get >/dev/null && archive=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' |
+        awk -v release="$codename" '$2 == release { print $1; exit }')
+    [ -n "$archive" ] || return 1
+    local folder status=0
+    folder=$(mktemp -d)
+    chmod 755 "$folder"
+    mkdir -p "$folder/lists/partial" "$folder/cache/archives/partial"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $suite main" >"$folder/sources.list"
+    local options=(-qq -o "Dir::Etc::SourceList=$folder/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::Lists=$folder/lists" -o "Dir::Cache=$folder/cache" -o Acquire::Languages=none
+        -o APT::Sandbox::User=root -o APT::Update::Post-Invoke-Success::=true)
+    {
+        apt-get "${options[@]}" update && (cd "$folder" && apt-get "${options[@]}" download "$package") &&
+            dpkg -x "$folder/$package"_*.deb "$folder/root" && install -D "$folder/root/$file" "$where"
+    } || status=$?
+    rm -rf "$folder"
+    return "$status"
+}

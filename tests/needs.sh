@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and is not there: Debian packages by apt, h2spec by Go into .cache/bin, packages of
-# Node.js by npm into .cache/npm.
+# Installs what the tests need and is not there: Debian packages by apt, h2spec by Go and Consul from an older suite of
+# Debian into .cache/bin, packages of Node.js by npm into .cache/npm.
 # Does nothing when everything is there. Nothing that is installed is started as a service.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,6 +34,13 @@ fi
 if [ ! -d "$(rustc --print sysroot)/lib/rustlib/wasm32-wasip1" ]; then
     echo "installing Rust's target wasm32-wasip1"
     rustup target add wasm32-wasip1 || echo "it cannot be had here: the tests of WASM plugins are not run"
+fi
+
+# The last Consul in Debian.
+if [ ! -x .cache/bin/consul ] && ! command -v consul >/dev/null; then
+    echo "unpacking consul"
+    unpack_from bullseye consul usr/bin/consul .cache/bin/consul ||
+        echo "it cannot be had here: the tests with a real Consul are not run"
 fi
 
 mkdir -p .cache/bin

@@ -1,5 +1,6 @@
 //! Steady load on keep-alive connections, with an exact account of what went wrong.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +23,17 @@ pub struct Account {
     pub announced: usize,
     /// Time from the first byte sent to the last byte received of each good answer.
     pub latencies: Vec<Duration>,
+    /// What each origin answered, by the name it gives itself in `x-origin`.
+    pub origins: BTreeMap<String, Served>,
+}
+
+/// The good answers of one origin.
+#[derive(Clone, Copy, Debug)]
+pub struct Served {
+    pub count: usize,
+    /// When its first and its last answer had arrived.
+    pub first: Instant,
+    pub last: Instant,
 }
 
 impl Account {
@@ -31,6 +43,25 @@ impl Account {
         self.died += other.died;
         self.announced += other.announced;
         self.latencies.extend(other.latencies);
+        for (name, theirs) in other.origins {
+            let ours = self.origins.entry(name).or_insert(Served { count: 0, ..theirs });
+            ours.count += theirs.count;
+            ours.first = ours.first.min(theirs.first);
+            ours.last = ours.last.max(theirs.last);
+        }
+    }
+
+    /// Panics with what went wrong, if anything did.
+    #[track_caller]
+    pub fn expect_no_failure(&self) {
+        let first: Vec<_> = self.bad.iter().take(10).collect();
+        assert!(self.bad.is_empty(), "{} of {} requests failed: {first:#?}", self.bad.len(), self.good + self.bad.len());
+    }
+
+    /// What an origin answered.
+    #[track_caller]
+    pub fn of(&self, origin: &str) -> Served {
+        *self.origins.get(origin).unwrap_or_else(|| panic!("{origin} answered nothing: {:?}", self.origins))
     }
 
     /// The latency that `share` (0 to 1) of the good answers stayed below.
@@ -100,7 +131,14 @@ async fn client(addr: SocketAddr, request: &str, status: u16, pause: Duration, s
         match raw.answer().await {
             Ok(answer) if answer.status == status => {
                 account.good += 1;
-                account.latencies.push(begin.elapsed());
+                let now = Instant::now();
+                account.latencies.push(now - begin);
+                if let Some(name) = answer.header("x-origin") {
+                    let new = Served { count: 0, first: now, last: now };
+                    let served = account.origins.entry(name.to_owned()).or_insert(new);
+                    served.count += 1;
+                    served.last = now;
+                }
                 if answer.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close")) {
                     account.announced += 1;
                 } else {
