@@ -198,8 +198,9 @@ impl Server {
         Connection { server: Arc::clone(self), kept: None }
     }
 
-    fn error(&self, what: impl fmt::Display) -> AskError {
-        AskError { server: self.name.clone(), reason: what.to_string().into() }
+    fn error(&self, problem: &Problem) -> AskError {
+        let timed_out = matches!(problem, Problem::Silent(_) | Problem::Slow(_));
+        AskError { server: self.name.clone(), reason: problem.to_string().into(), timed_out }
     }
 
     async fn request(&self, question: &Question<'_>) -> Result<Request<Full<Bytes>>, Problem> {
@@ -406,6 +407,14 @@ impl Answer {
 pub struct AskError {
     server: Box<str>,
     reason: Box<str>,
+    timed_out: bool,
+}
+
+impl AskError {
+    /// Whether nothing is known but that it took too long.
+    pub fn is_timeout(&self) -> bool {
+        self.timed_out
+    }
 }
 
 impl From<AskError> for SourceError {
@@ -478,8 +487,8 @@ impl Connection {
                 self.kept = kept;
                 Ok(answer)
             }
-            Ok(Err(problem)) => Err(server.error(problem)),
-            Err(_) => Err(server.error(Problem::Silent(question.deadline))),
+            Ok(Err(problem)) => Err(server.error(&problem)),
+            Err(_) => Err(server.error(&Problem::Silent(question.deadline))),
         }
     }
 }

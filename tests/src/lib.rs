@@ -2,12 +2,13 @@
 //!
 //! [`Edge`] writes a configuration into a directory of its own, starts the binary, waits until it is ready
 //! and ends it when dropped. [`origin`] holds the upstreams, one oddity per file; [`client`] the clients, from
-//! raw bytes to HTTP/2; [`certs`], [`etcd`] and [`nginx`] what the tests need besides. Everything listens on
+//! raw bytes to HTTP/2; [`certs`], [`consul`], [`etcd`] and [`nginx`] what the tests need besides. Everything listens on
 //! ports of its own (see [`ports`]), so that tests run side by side.
 
 pub mod certs;
 pub mod client;
 pub mod compat;
+pub mod consul;
 pub mod edge;
 pub mod etcd;
 pub mod eventually;

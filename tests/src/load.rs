@@ -55,7 +55,12 @@ impl Account {
     #[track_caller]
     pub fn expect_no_failure(&self) {
         let first: Vec<_> = self.bad.iter().take(10).collect();
-        assert!(self.bad.is_empty(), "{} of {} requests failed: {first:#?}", self.bad.len(), self.good + self.bad.len());
+        assert!(
+            self.bad.is_empty(),
+            "{} of {} requests failed: {first:#?}",
+            self.bad.len(),
+            self.good + self.bad.len()
+        );
     }
 
     /// What an origin answered.

@@ -14,7 +14,7 @@ use config::sensitive::Sensitive;
 use http::{HeaderName, HeaderValue, StatusCode};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::pulse::{Pulse, Shared};
 use crate::http::{Answer, Connection, Options, Question, SecretFile, Server, Tls};
@@ -27,6 +27,8 @@ const BRIEF: usize = 8;
 /// Those who were waiting for a cluster ask again spread over this long, for each that waits; and over half a second at most.
 const SPREAD: Duration = Duration::from_micros(200);
 const MAX_SPREAD: Duration = Duration::from_millis(500);
+/// How long nobody asks a cluster that seems to be gone.
+const ASK_ANYWAY: Duration = Duration::from_secs(30);
 
 /// What of the settings concerns the cluster and not what is asked of it.
 pub(crate) struct Manner<'a> {
@@ -127,6 +129,7 @@ impl Cluster {
             target: target.into(),
             index: None,
             last: 0,
+            before: 0,
             failed: false,
             slot: None,
             pulse: None,
@@ -149,6 +152,8 @@ pub(crate) struct Poll {
     index: Option<u64>,
     /// The index of the last answer.
     last: u64,
+    /// The index of the answer before it.
+    before: u64,
     /// The last question had no answer that counts.
     failed: bool,
     slot: Option<OwnedSemaphorePermit>,
@@ -175,8 +180,9 @@ impl Poll {
         let cluster = Arc::clone(&self.cluster);
         let pulse = self.pulse.get_or_insert_with(|| cluster.pulse.feel(&cluster.server, cluster.read()));
         let pulse = Arc::clone(pulse);
-        if self.failed && pulse.there().await {
-            // The error was told, and there was nothing to ask; now everybody wants to.
+        // An error was told already, and while the cluster is gone there is nothing to ask; when it is back, everybody wants
+        // to. It is asked now and then all the same, for the pulse may be wrong.
+        if self.failed && timeout(ASK_ANYWAY, pulse.there()).await == Ok(true) {
             let waiting = cluster.max_watches - cluster.watches.available_permits().min(cluster.max_watches);
             let spread = SPREAD.saturating_mul(u32::try_from(waiting).unwrap_or(u32::MAX)).min(MAX_SPREAD);
             sleep(spread.mul_f64(fastrand::f64())).await;
@@ -201,6 +207,7 @@ impl Poll {
     /// An answer that counted is not what it should be.
     pub(crate) fn unreadable(&mut self, error: &dyn fmt::Display) -> SourceError {
         self.failed = true;
+        self.last = self.before;
         self.restart();
         SourceError::new(format!("{}: not an answer of Consul: {error}", self.cluster.server.name()))
     }
@@ -253,7 +260,7 @@ impl Poll {
         // Without an index there is nothing to wait beyond but the beginning: answers come at once.
         let index: u64 = answer.field("x-consul-index").and_then(|text| text.parse().ok()).unwrap_or(0);
         let backwards = index < self.last;
-        self.last = index;
+        self.before = std::mem::replace(&mut self.last, index);
         self.index = (!backwards).then_some(index.max(1));
         let standing = if backwards { Standing::Restarted } else { Standing::Continued };
         let again = if self.slot.is_some() { Again::Now } else { Again::After(self.cluster.interval) };

@@ -12,16 +12,16 @@ use futures_util::stream::FuturesUnordered;
 use http::StatusCode;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
-use crate::http::{Question, Server};
+use crate::http::{Connection, Question, Server};
 
 /// Between questions while all is well.
 const CALM: Duration = Duration::from_secs(1);
 /// Between questions to a cluster that is gone. They overlap, so that one that is swallowed does not hold up the next.
 const SEARCH: Duration = Duration::from_millis(500);
-/// Questions without an answer, one after the other, until a cluster counts as gone: a busy one must not be asked for
-/// everything anew because it was slow once.
+/// Vain questions, one after the other, until a cluster counts as gone: a busy one must not be asked for everything anew
+/// because it was slow once. A connection that breaks or is refused says enough: whatever waits may wait for nothing.
 const MISSES: u32 = 2;
 /// Searching questions at a time.
 const SEARCHERS: usize = 4;
@@ -103,18 +103,15 @@ async fn beat(server: Arc<Server>, deadline: Duration, tell: watch::Sender<State
     let mut misses = 0;
     loop {
         // Whoever doubts twice in a moment is answered once.
-        let asked = Instant::now();
         tokio::select! {
             () = sleep(CALM) => {}
             () = async { doubt.notified().await; sleep(CALM / 20).await } => {}
         }
         match leader(&mut connection, deadline).await {
             Ok(()) => misses = 0,
-            Err(reason) => {
+            Err(Miss { reason, certain }) => {
                 misses += 1;
-                // A refusal is quick and certain; silence may be a pause.
-                let certain = asked.elapsed() < deadline && reason.contains("not connected");
-                if misses >= MISSES || certain {
+                if certain || misses >= MISSES {
                     tracing::warn!(reason, "Consul does not answer; what it said last stays in use");
                     tell.send_modify(|state| {
                         state.gone = Some(reason.into());
@@ -148,16 +145,24 @@ async fn search(server: &Arc<Server>, deadline: Duration) {
     }
 }
 
+/// A question in vain.
+struct Miss {
+    reason: String,
+    /// It is not only slow.
+    certain: bool,
+}
+
 /// Whether the cluster can answer: it has a leader. An answer that says nothing of it (a proxy that lets nobody ask) is one.
-async fn leader(connection: &mut crate::http::Connection, deadline: Duration) -> Result<(), String> {
+async fn leader(connection: &mut Connection, deadline: Duration) -> Result<(), Miss> {
     let server = Arc::clone(connection.server());
     let answer = connection.ask(&Question::get("/v1/status/leader", deadline)).await;
-    let answer = answer.map_err(|error| error.to_string())?;
+    let answer = answer.map_err(|error| Miss { reason: error.to_string(), certain: !error.is_timeout() })?;
+    let busy = |reason| Err(Miss { reason, certain: false });
     if answer.status.is_server_error() || answer.status == StatusCode::TOO_MANY_REQUESTS {
-        return Err(answer.refusal(&server).reason.to_string());
+        return busy(answer.refusal(&server).reason.to_string());
     }
     if answer.status == StatusCode::OK && answer.body.trim_ascii() == b"\"\"" {
-        return Err(format!("{}: the cluster has no leader", server.name()));
+        return busy(format!("{}: the cluster has no leader", server.name()));
     }
     Ok(())
 }
