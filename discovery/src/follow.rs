@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -290,10 +291,12 @@ impl Followers {
                 source: Arc::clone(&registry.source),
                 key,
                 service: Arc::clone(&service),
-                watcher: None,
                 rate: Rate::new(self.interval, Instant::now()),
                 failing: None,
                 written: None,
+                probes: None,
+                probe_at: Instant::now(),
+                rounds: 0,
             };
             self.runtime.spawn(driver.run());
             follows.push(Follow { service, state });
@@ -352,12 +355,38 @@ struct Driver {
     member: Member,
     key: FollowKey,
     service: Arc<Service>,
-    watcher: Option<Box<dyn Watcher>>,
     rate: Rate,
     /// Since when nothing but errors came, or since the watcher was last opened among them.
     failing: Option<Instant>,
     /// When the instances were last given to the disk.
     written: Option<Instant>,
+    /// A round of probes that is under way, when the next one is due, and how many there were.
+    probes: Option<BoxFuture<'static, Probed>>,
+    probe_at: Instant,
+    rounds: u32,
+}
+
+/// What a driver waits for.
+enum Event {
+    Answer(Result<Listing, Failed>),
+    /// Nobody listens.
+    Unused,
+    /// Somebody wants to know now.
+    Wanted,
+    Probed(Probed),
+    /// Another service of the registry is answered again: ask after this long.
+    Returned(Duration),
+    Time,
+}
+
+/// What happens to the watcher before it is asked again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    GoesOn,
+    /// It answers at once and waits for no change.
+    StartsOver,
+    /// It is opened anew.
+    Ends,
 }
 
 impl Driver {
@@ -368,53 +397,93 @@ impl Driver {
                 self.enter(|ledger, now| ledger.restore(instances, confirmed, now));
             }
         }
+        let (source, service) = (Arc::clone(&self.source), Arc::clone(&self.service));
+        let mut watcher: Option<Box<dyn Watcher>> = None;
         let mut at = Instant::now();
-        let mut probes: Option<BoxFuture<'static, Probed>> = None;
-        let (mut probe_at, mut rounds) = (at, 0);
         loop {
-            let (due, lost) = {
-                let ledger = self.service.ledger();
-                (ledger.due(), ledger.has_lost())
+            let event = if Instant::now() < at {
+                self.event(Some(at)).await
+            } else {
+                let mut question = pin!(ask(&*source, &service.query, &mut watcher));
+                // A question waits for long. It is not put again because something else happens meanwhile.
+                loop {
+                    let event = tokio::select! {
+                        biased;
+                        event = self.event(None) => event,
+                        answer = &mut question => Event::Answer(answer),
+                    };
+                    match event {
+                        Event::Answer(_) | Event::Unused | Event::Wanted => break event,
+                        other => self.note(other),
+                    }
+                }
             };
-            if !lost {
-                rounds = 0;
-            } else if probes.is_none() && Instant::now() >= probe_at {
-                probes = Some(self.probe());
-            }
-            let now = Instant::now();
-            let asks = now >= at;
-            let wake = [(!asks).then_some(at), due, (lost && probes.is_none()).then_some(probe_at)];
-            let wake = wake.into_iter().flatten().min();
-            tokio::select! {
-                biased;
-                () = self.service.state.closed() => if self.followers.release(&self.key, &self.service) { return },
-                () = self.service.refresh.notified() => {
+            let fate = match event {
+                Event::Unused if self.followers.release(&self.key, &self.service) => return,
+                Event::Wanted => {
+                    at = Instant::now();
                     if self.member.fails() {
                         // The watcher forgets where it was, and with it how to tell that the registry did.
                         self.service.ledger().doubt();
                     }
-                    if let Some(watcher) = &mut self.watcher {
-                        watcher.restart();
-                    }
-                    at = Instant::now();
+                    Fate::StartsOver
                 }
-                found = finished(&mut probes) => {
-                    probes = None;
-                    rounds += 1;
-                    probe_at = Instant::now() + if rounds < QUICK_PROBES { PROBE.0 } else { PROBE.1 };
-                    self.enter(|ledger, now| ledger.probed(&found, now));
+                Event::Answer(answer) => {
+                    let (next, fate) = self.answer(answer);
+                    at = next;
+                    fate
                 }
-                outcome = ask(&*self.source, &self.service.query, &mut self.watcher), if asks => {
-                    at = self.answer(outcome);
-                }
-                pause = self.member.returned(), if !asks && self.member.fails() => {
+                Event::Returned(pause) => {
                     at = at.min(Instant::now() + pause);
+                    Fate::GoesOn
                 }
-                () = sleep_until(wake.unwrap_or(now)), if wake.is_some() => {
-                    self.enter(Ledger::tick);
+                other => {
+                    self.note(other);
+                    Fate::GoesOn
                 }
+            };
+            match (fate, &mut watcher) {
+                (Fate::StartsOver, Some(watcher)) => watcher.restart(),
+                (Fate::Ends, _) => watcher = None,
+                _ => {}
             }
         }
+    }
+
+    /// Whatever happens besides an answer. While a question is paused for, its time is `at`.
+    async fn event(&mut self, at: Option<Instant>) -> Event {
+        let (due, lost) = {
+            let ledger = self.service.ledger();
+            (ledger.due(), ledger.has_lost())
+        };
+        if !lost {
+            self.rounds = 0;
+        } else if self.probes.is_none() && Instant::now() >= self.probe_at {
+            self.probes = Some(self.probe());
+        }
+        let probe_at = (lost && self.probes.is_none()).then_some(self.probe_at);
+        let wake = [at, due, probe_at].into_iter().flatten().min();
+        tokio::select! {
+            biased;
+            () = self.service.state.closed() => Event::Unused,
+            () = self.service.refresh.notified() => Event::Wanted,
+            found = finished(&mut self.probes) => {
+                self.probes = None;
+                Event::Probed(found)
+            }
+            pause = self.member.returned(), if at.is_some() && self.member.fails() => Event::Returned(pause),
+            () = sleep_until(wake.unwrap_or(self.probe_at)), if wake.is_some() => Event::Time,
+        }
+    }
+
+    /// What concerns no question.
+    fn note(&mut self, event: Event) {
+        if let Event::Probed(found) = event {
+            self.rounds += 1;
+            self.probe_at = Instant::now() + if self.rounds < QUICK_PROBES { PROBE.0 } else { PROBE.1 };
+            self.enter(|ledger, now| ledger.probed(&found, now));
+        }
+        self.enter(Ledger::tick);
     }
 
     /// Enters something in the ledger, and publishes what comes of it.
@@ -428,7 +497,7 @@ impl Driver {
     }
 
     /// What came of a question, and when to ask the next one.
-    fn answer(&mut self, outcome: Result<Listing, Failed>) -> Instant {
+    fn answer(&mut self, outcome: Result<Listing, Failed>) -> (Instant, Fate) {
         let now = Instant::now();
         match outcome {
             Ok(listing) => {
@@ -441,16 +510,14 @@ impl Driver {
                 let changed = self.enter(|ledger, now| ledger.listed(listing, now));
                 self.keep(changed, now);
                 if self.service.ledger().wants_confirmation() {
-                    if let Some(watcher) = &mut self.watcher {
-                        watcher.restart();
-                    }
-                    return now + CONFIRM.min(self.key.empty_confirm);
+                    return (now + CONFIRM.min(self.key.empty_confirm), Fate::StartsOver);
                 }
                 let next = self.rate.next(now);
-                match again {
+                let next = match again {
                     Again::Now => next,
                     Again::After(pause) => next.max(now + pause),
-                }
+                };
+                (next, Fate::GoesOn)
             }
             Err(Failed { error, broken }) => {
                 if !self.member.fails() {
@@ -459,12 +526,12 @@ impl Driver {
                 let pause = self.member.failed(error.retry_after);
                 self.enter(|ledger, now| ledger.failed(&error, now));
                 let failing = *self.failing.get_or_insert(now);
-                if broken || now.duration_since(failing) > REOPEN {
-                    self.failing = Some(now);
-                    self.watcher = None;
-                    self.service.ledger().doubt();
+                if !broken && now.duration_since(failing) < REOPEN {
+                    return (now + pause, Fate::GoesOn);
                 }
-                now + pause
+                self.failing = Some(now);
+                self.service.ledger().doubt();
+                (now + pause, Fate::Ends)
             }
         }
     }

@@ -20,6 +20,8 @@ mod merge;
 pub mod nacos;
 mod poll;
 pub mod probe;
+#[cfg(test)]
+mod simulation;
 mod snapshot;
 pub mod source;
 pub mod target;

@@ -141,7 +141,8 @@ impl Work {
                 () = self.changed() => {
                     let now = Instant::now();
                     let since = waiting.map_or(now, |(since, _)| since);
-                    let soon = now.saturating_duration_since(settled) < QUIET;
+                    // Who waits for the first answers is not made to wait for company.
+                    let soon = now.saturating_duration_since(settled) < QUIET && self.watched.out.borrow().settled();
                     let until = if soon || waiting.is_some() { (now + QUIET).min(since + BURST) } else { now };
                     waiting = Some((since, until));
                 }

@@ -32,12 +32,21 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub(super) struct Herd {
     scouts: AtomicUsize,
+    /// Services that fail, the scouts among them.
+    failing: AtomicUsize,
     returns: watch::Sender<u64>,
 }
 
 impl Default for Herd {
     fn default() -> Self {
-        Self { scouts: AtomicUsize::new(0), returns: watch::Sender::new(0) }
+        Self { scouts: AtomicUsize::new(0), failing: AtomicUsize::new(0), returns: watch::Sender::new(0) }
+    }
+}
+
+impl Herd {
+    /// Not all that fail can be scouts.
+    fn is_crowded(&self) -> bool {
+        self.failing.load(Ordering::Acquire) > SCOUTS
     }
 }
 
@@ -68,8 +77,7 @@ impl Member {
     /// The question was answered.
     pub(super) fn answered(&mut self) {
         if self.streak > 0 {
-            self.streak = 0;
-            self.resign();
+            self.recover();
             self.herd.returns.send_modify(|count| *count += 1);
             // Its own return is no news to it.
             self.returns.mark_unchanged();
@@ -80,6 +88,7 @@ impl Member {
     pub(super) fn failed(&mut self, retry_after: Option<Duration>) -> Duration {
         self.streak = self.streak.saturating_add(1);
         if self.streak == 1 {
+            self.herd.failing.fetch_add(1, Ordering::AcqRel);
             // What happened before is no news.
             self.returns.mark_unchanged();
         }
@@ -89,8 +98,8 @@ impl Member {
             return wish + wish.mul_f64(fastrand::f64() / 10.0);
         }
         match self.turns {
-            Some(turns) if turns >= TURNS => self.resign(),
-            Some(turns) => self.turns = Some(turns + 1),
+            Some(turns) if turns >= TURNS && self.herd.is_crowded() => self.resign(),
+            Some(turns) => self.turns = Some(turns.saturating_add(1)),
             None => {
                 let free = |count: usize| (count < SCOUTS).then_some(count + 1);
                 let taken = self.herd.scouts.fetch_update(Ordering::AcqRel, Ordering::Acquire, free);
@@ -116,6 +125,13 @@ impl Member {
         RETURN.mul_f64(fastrand::f64())
     }
 
+    fn recover(&mut self) {
+        self.resign();
+        if std::mem::take(&mut self.streak) > 0 {
+            self.herd.failing.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
     fn resign(&mut self) {
         if self.turns.take().is_some() {
             self.herd.scouts.fetch_sub(1, Ordering::AcqRel);
@@ -125,7 +141,7 @@ impl Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.resign();
+        self.recover();
     }
 }
 
@@ -161,11 +177,19 @@ mod tests {
     }
 
     #[test]
-    fn a_scout_makes_room() {
-        let herd = Arc::new(Herd::default());
-        let mut scout = Member::of(&herd);
-        let resigned = (0..=TURNS).map(|_| scout.failed(None)).last().is_some() && scout.turns.is_none();
-        assert!(resigned, "{scout:?}");
+    fn a_scout_makes_room_where_others_wait() {
+        for (others, makes_room) in [(0, false), (SCOUTS - 1, false), (SCOUTS, true)] {
+            let herd = Arc::new(Herd::default());
+            let mut scout = Member::of(&herd);
+            scout.failed(None);
+            let mut others: Vec<Member> = (0..others).map(|_| Member::of(&herd)).collect();
+            others.iter_mut().for_each(|other| assert!(!other.failed(None).is_zero()));
+            let resigned = (0..3 * TURNS).any(|_| scout.failed(None) > SCOUT.1 || scout.turns.is_none());
+            assert_eq!(resigned, makes_room, "{} others", others.len());
+            drop(others);
+            drop(scout);
+            assert_eq!(herd.failing.load(Ordering::Acquire), 0);
+        }
     }
 
     #[test]

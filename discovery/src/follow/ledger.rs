@@ -299,7 +299,8 @@ impl Ledger {
     /// What has to happen by itself, and when.
     pub(super) fn due(&self) -> Option<Instant> {
         let confirmed = self.emptying.map(|emptying| emptying.since + self.empty_confirm);
-        let forgotten = self.knows_again.map(|since| since + GRACE);
+        let forgotten =
+            self.knows_again.filter(|_| self.followed.freshness.is_fresh()).map(|since| since + GRACE);
         [confirmed, forgotten].into_iter().flatten().min()
     }
 
@@ -309,7 +310,9 @@ impl Ledger {
         if self.emptying.is_some_and(|emptying| now.at >= emptying.since + self.empty_confirm) {
             changed |= self.empty(now);
         }
-        if self.knows_again.is_some_and(|since| now.at >= since + GRACE) {
+        // Not while the registry cannot be asked: it may know by now.
+        let fresh = self.followed.freshness.is_fresh();
+        if fresh && self.knows_again.is_some_and(|since| now.at >= since + GRACE) {
             self.knows_again = None;
             self.lost.clear();
             let why = "the registry has had time to learn of it again and does not list it";
@@ -407,3 +410,6 @@ impl Ledger {
         self.followed.instances.iter().map(view).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
