@@ -36,6 +36,8 @@ pub enum Behaviour {
     Truncated,
     /// Truncated over UDP, and TCP is closed at once.
     TruncatedNoTcp,
+    /// Truncated over UDP; half an answer over TCP, and the rest never.
+    HalfTcp,
     /// Silent over UDP; as the zone says over TCP.
     SilentUdp,
     /// The right answer under another id.
@@ -195,12 +197,18 @@ async fn conversation(mut stream: TcpStream, state: Arc<Mutex<State>>) {
         if stream.read_exact(&mut question).await.is_err() {
             return;
         }
-        if state.lock().unwrap_or_else(PoisonError::into_inner).behaviour == Behaviour::TruncatedNoTcp {
+        let behaviour = state.lock().unwrap_or_else(PoisonError::into_inner).behaviour;
+        if behaviour == Behaviour::TruncatedNoTcp {
             return;
         }
         let Some((answer, pause)) = answer(&question, &state, true) else { continue };
         sleep(pause).await;
         let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+        if behaviour == Behaviour::HalfTcp {
+            let _ = stream.write_u16(length).await;
+            let _ = stream.write_all(&answer[..answer.len() / 2]).await;
+            continue;
+        }
         if stream.write_u16(length).await.is_err() || stream.write_all(&answer).await.is_err() {
             return;
         }
@@ -235,7 +243,9 @@ fn answer(question: &[u8], state: &Mutex<State>, tcp: bool) -> Option<(Vec<u8>, 
             message.metadata.response_code = ResponseCode::NXDomain;
             message.add_authority(soa("elsewhere."));
         }
-        Behaviour::Truncated | Behaviour::TruncatedNoTcp if !tcp => message.metadata.truncation = true,
+        Behaviour::Truncated | Behaviour::TruncatedNoTcp | Behaviour::HalfTcp if !tcp => {
+            message.metadata.truncation = true;
+        }
         Behaviour::WrongId => {
             message.metadata.id = question.metadata.id.wrapping_add(1);
             from_zone(&state, &query, &mut message);

@@ -1,6 +1,9 @@
 //! What a service in DNS is said to be, answer by answer, by a name server that does as the test says.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
+use std::collections::BTreeMap;
+
+use futures_util::future::BoxFuture;
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RecordType::{A, AAAA, SRV};
 use tokio::time::timeout;
@@ -8,6 +11,7 @@ use tokio::time::timeout;
 use super::hostile::{Behaviour, Server};
 use super::*;
 use crate::source::{Query, Source, Watcher};
+use crate::testing::{Able, Conduct, Registry, conduct};
 
 fn settings(server: &Server) -> Settings {
     Settings {
@@ -45,6 +49,80 @@ fn pause(listing: &Listing) -> Duration {
 async fn ask(watcher: &mut dyn Watcher) -> Result<Vec<String>, String> {
     let answer = timeout(Duration::from_secs(10), watcher.next()).await.expect("bounded time");
     answer.map(|listing| told(&listing)).map_err(|error| error.reason.to_string())
+}
+
+/// A zone in which each instance is an SRV record with a target of its own.
+struct Zone {
+    server: Server,
+    instances: BTreeMap<String, (SocketAddr, u16)>,
+}
+
+impl Zone {
+    fn write(&self) {
+        let targets: Vec<(u16, u16, u16, &str)> =
+            self.instances.iter().map(|(target, (at, weight))| (0, *weight, at.port(), &**target)).collect();
+        self.server.services("conduct.test", 0, &targets);
+    }
+}
+
+impl Registry for Zone {
+    fn source(&self) -> Arc<dyn Source> {
+        let attempts =
+            Settings { min_ttl: Duration::from_millis(100), attempts: 2, ..settings(&self.server) };
+        Arc::new(Dns::services(attempts))
+    }
+
+    fn service_name(&self, service: &str) -> String {
+        format!("{service}.test")
+    }
+
+    fn register<'a>(&'a mut self, _: &'a str, address: &'a str, weight: u32) -> BoxFuture<'a, ()> {
+        let at: SocketAddr = address.parse().unwrap();
+        let target = format!("host-{}.test", at.ip().to_string().replace('.', "-"));
+        self.server.addresses(&target, 0, [at.ip()]);
+        self.instances.insert(target, (at, u16::try_from(weight).unwrap()));
+        self.write();
+        Box::pin(std::future::ready(()))
+    }
+
+    fn deregister<'a>(&'a mut self, _: &'a str, address: &'a str) -> BoxFuture<'a, ()> {
+        self.instances.retain(|_, (at, _)| at.to_string() != address);
+        self.write();
+        Box::pin(std::future::ready(()))
+    }
+
+    fn behave(&mut self, how: Conduct) -> BoxFuture<'_, Able> {
+        Box::pin(async move {
+            self.server.behave(match how {
+                Conduct::Well => Behaviour::Well,
+                Conduct::Errors => Behaviour::Code(ResponseCode::ServFail),
+                Conduct::SlowBody => Behaviour::HalfTcp,
+                Conduct::Silent => Behaviour::Silence,
+                Conduct::HalfBody => Behaviour::Half,
+                Conduct::Garbage => Behaviour::Garbage,
+                Conduct::Restarts => {
+                    self.server.behave(Behaviour::Silence);
+                    sleep(Duration::from_millis(500)).await;
+                    Behaviour::Well
+                }
+                // The SOA of a zone says that what is missing has been taken out, whoever says it; and there is no index.
+                Conduct::RestartsEmpty | Conduct::Rewinds => return Able::No,
+            });
+            Able::Yes
+        })
+    }
+
+    fn wrong_name(&self) -> Option<String> {
+        Some("conduct.test:http".to_owned())
+    }
+}
+
+#[tokio::test]
+async fn the_suite_of_conduct() {
+    let mut zone = Zone { server: Server::start().await, instances: BTreeMap::new() };
+    zone.write();
+    let report = conduct(&mut zone).await.unwrap_or_else(|broken| panic!("{broken}"));
+    assert_eq!(report.skipped, ["Rewinds", "RestartsEmpty"]);
 }
 
 #[tokio::test]
@@ -101,7 +179,7 @@ async fn a_name_of_another_form_is_refused() {
     let server = Server::start().await;
     let dns = Dns::services(settings(&server));
     for service in ["", ":80", "a.test:", "a.test:0", "a.test:70000", "a.test:http", "a..test"] {
-        let query = Query { service: service.into(), args: std::collections::BTreeMap::default() };
+        let query = Query { service: service.into(), args: BTreeMap::default() };
         let told = dns.open(&query).err().unwrap_or_default();
         assert!(told.contains("is not `name` or `name:port`"), "`{service}`: {told}");
     }
