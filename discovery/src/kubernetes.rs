@@ -168,6 +168,7 @@ impl Feeds {
 impl Drop for Running {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
+        self.shared.api.forget();
     }
 }
 

@@ -11,6 +11,7 @@ pub mod consul_kv;
 pub mod dns;
 pub mod endpoints;
 pub mod eureka;
+mod error;
 pub mod fixed;
 pub mod follow;
 mod guard;

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use config::discovery::Registry;
 use config::discovery::kubernetes::Kubernetes;
+use discovery::testing::{Able, Conduct, Registry as Conducting, conduct};
 use discovery::{Health, Instance, Listing, Query, Source, Standing};
 use e2e::kube::{Kind, KubeApi, Manner, Pod, Slice};
 use e2e::{Value, certs, eventually, json};
+use futures_util::future::BoxFuture;
 use tempfile::TempDir;
 
 /// The sources of `discovery.kubernetes` as it is written.
@@ -748,4 +750,94 @@ async fn feeds_end_with_the_last_service_that_is_followed() {
         (api.requests().len() == before).then_some(())
     })
     .await;
+}
+
+/// The registry of the suite of conduct: pods at these addresses.
+struct Cluster {
+    api: KubeApi,
+    pods: BTreeMap<String, BTreeMap<String, u16>>,
+    stopped: bool,
+}
+
+impl Cluster {
+    fn put(&self, service: &str) {
+        let pods = self.pods.get(service).cloned().unwrap_or_default();
+        let port = pods.values().next().copied().unwrap_or(1);
+        let pods = pods.keys().map(|address| Pod::new(&format!("pod-{address}"), address));
+        Slice::new("default", service, service, port).pods(pods).put(&self.api);
+    }
+
+    fn change(&mut self, service: &str, address: &str, there: bool) {
+        let (host, port) = address.rsplit_once(':').expect("an address");
+        let pods = self.pods.entry(service.to_owned()).or_default();
+        match there {
+            true => pods.insert(host.to_owned(), port.parse().expect("a port")),
+            false => pods.remove(host),
+        };
+        self.put(service);
+    }
+}
+
+impl Conducting for Cluster {
+    fn source(&self) -> Arc<dyn Source> {
+        source(&self.api.settings())
+    }
+
+    fn service_name(&self, service: &str) -> String {
+        format!("default/{service}:http")
+    }
+
+    fn register<'a>(&'a mut self, service: &'a str, address: &'a str, _: u32) -> BoxFuture<'a, ()> {
+        Box::pin(async move { self.change(service, address, true) })
+    }
+
+    fn deregister<'a>(&'a mut self, service: &'a str, address: &'a str) -> BoxFuture<'a, ()> {
+        Box::pin(async move { self.change(service, address, false) })
+    }
+
+    fn behave(&mut self, how: Conduct) -> BoxFuture<'_, Able> {
+        Box::pin(async move {
+            match how {
+                Conduct::Well if self.stopped => {
+                    self.stopped = false;
+                    self.api.resume().await;
+                }
+                Conduct::Well => self.api.behave(Manner::Well),
+                Conduct::Errors => self.api.behave(Manner::Errors),
+                Conduct::SlowBody => self.api.behave(Manner::SlowBody),
+                Conduct::Silent => self.api.behave(Manner::Silent),
+                Conduct::HalfBody => self.api.behave(Manner::HalfBody),
+                Conduct::Garbage => self.api.behave(Manner::Garbage),
+                Conduct::Rewinds => self.api.rewind(),
+                Conduct::Restarts | Conduct::RestartsEmpty => {
+                    self.api.stop().await;
+                    self.stopped = true;
+                    if how == Conduct::RestartsEmpty {
+                        self.api.forget();
+                        self.pods.clear();
+                    }
+                }
+            }
+            Able::Yes
+        })
+    }
+
+    fn has_weights(&self) -> bool {
+        false
+    }
+
+    fn wrong_name(&self) -> Option<String> {
+        Some("web".to_owned())
+    }
+
+    fn connections(&self) -> Option<usize> {
+        Some(self.api.connections())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_conducts_itself_as_every_source_has_to() {
+    let mut cluster = Cluster { api: KubeApi::start().await, pods: BTreeMap::new(), stopped: false };
+    let report = conduct(&mut cluster).await.unwrap_or_else(|broken| panic!("{broken}"));
+    assert_eq!(report.skipped, ["another weight"]);
 }

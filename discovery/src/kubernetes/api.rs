@@ -23,6 +23,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio::time::timeout;
 
 use super::objects::Status;
+use crate::error::chain;
 use crate::source::SourceError;
 
 /// Where a pod finds what belongs to its service account.
@@ -234,7 +235,8 @@ impl Api {
         }
     }
 
-    fn forget(&self) {
+    /// Gives up its connections and what it has read of credentials.
+    pub(super) fn forget(&self) {
         *self.client.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -368,19 +370,4 @@ impl Recipe {
             .service(client);
         Ok(kube::Client::new(stack, config.default_namespace))
     }
-}
-
-/// An error with its causes: the last one is what an operator needs.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
 }

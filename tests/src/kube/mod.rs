@@ -10,6 +10,7 @@ mod server;
 pub mod slices;
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::ServerConfig;
@@ -51,6 +52,7 @@ struct State {
     kept: Mutex<Kept>,
     /// Counts what happens, to wake the watches.
     changes: watch::Sender<u64>,
+    connections: AtomicUsize,
 }
 
 struct Kept {
@@ -87,7 +89,11 @@ impl KubeApi {
     async fn start_with(tls: Option<Arc<ServerConfig>>) -> KubeApi {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port for the API server");
         let addr = listener.local_addr().expect("the address of the API server");
-        let state = Arc::new(State { kept: Mutex::new(Kept::new()), changes: watch::channel(0).0 });
+        let state = Arc::new(State {
+            kept: Mutex::new(Kept::new()),
+            changes: watch::channel(0).0,
+            connections: AtomicUsize::new(0),
+        });
         let task = tokio::spawn(server::serve(listener, Arc::clone(&state), tls.clone()));
         KubeApi { addr, state, tls, task: Some(task) }
     }
@@ -213,6 +219,11 @@ impl KubeApi {
 
     pub fn get(&self, kind: Kind, namespace: &str, name: &str) -> Option<Value> {
         self.state.kept().objects.get(kind, namespace, name)
+    }
+
+    /// Open connections.
+    pub fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::Relaxed)
     }
 
     /// `discovery.kubernetes` for this server.

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -37,7 +38,10 @@ pub(super) async fn serve(listener: TcpListener, state: Arc<State>, tls: Option<
             Some(_) = connections.join_next() => continue,
         };
         let (state, tls) = (Arc::clone(&state), tls.clone());
+        state.connections.fetch_add(1, Ordering::Relaxed);
+        let counted = Counted(Arc::clone(&state));
         connections.spawn(async move {
+            let _counted = counted;
             let service = service_fn(move |request| {
                 let state = Arc::clone(&state);
                 async move { Ok::<_, Infallible>(answer(&state, request).await) }
@@ -52,6 +56,15 @@ pub(super) async fn serve(listener: TcpListener, state: Arc<State>, tls: Option<
                 },
             };
         });
+    }
+}
+
+/// A connection, for as long as it is open.
+struct Counted(Arc<State>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
