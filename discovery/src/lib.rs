@@ -10,8 +10,8 @@ pub mod consul;
 pub mod consul_kv;
 pub mod dns;
 pub mod endpoints;
-pub mod eureka;
 mod error;
+pub mod eureka;
 pub mod fixed;
 pub mod follow;
 mod guard;
@@ -21,6 +21,7 @@ mod merge;
 pub mod nacos;
 mod poll;
 pub mod probe;
+pub mod rpc;
 #[cfg(test)]
 mod simulation;
 mod snapshot;
@@ -52,7 +53,7 @@ pub use source::{
 pub use target::{Guards, Merge, Origin, Part, Target, TargetError};
 pub use views::{ServiceView, TargetView};
 
-use follow::{Followers, Service};
+use follow::{Follow, Followers, Service};
 use probe::{Probe, TcpProbe};
 use snapshot::Snapshots;
 use watched::{Supply, Watched, Work};
@@ -178,6 +179,11 @@ impl Discovery {
             }
         });
         watch
+    }
+
+    /// Follow a service at every registry of its kind that serves it, as these list it.
+    pub(crate) fn follow(&self, kind: &str, query: &Query, empty_confirm: Duration) -> Vec<Follow> {
+        self.0.followers.follow(kind, query, empty_confirm)
     }
 
     /// Follow nodes alone, as [`watch`](Self::watch). `options` say how their names are asked for; a time alone is the floor
