@@ -11,7 +11,8 @@ use std::task::{Context, Poll, ready};
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
+
+use crate::worker::http1::ClientBody;
 
 /// What went wrong while a body was read; the connection it belongs to ends.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -24,8 +25,8 @@ pub enum Body {
     Empty,
     /// Bytes that are all here.
     Full(Bytes),
-    /// A body that arrives from a connection.
-    Incoming(Incoming),
+    /// A body that arrives from a client's connection over HTTP/1.
+    Client(ClientBody),
     /// Anything else: a filtered, counted or generated body.
     Boxed(Pin<Box<dyn HttpBody<Data = Bytes, Error = BodyError>>>),
 }
@@ -134,7 +135,7 @@ impl Body {
         match self {
             Self::Empty => true,
             Self::Full(bytes) => bytes.is_empty(),
-            Self::Incoming(body) => body.is_end_stream(),
+            Self::Client(body) => body.is_end_stream(),
             Self::Boxed(body) => body.is_end_stream(),
         }
     }
@@ -155,7 +156,7 @@ impl HttpBody for Body {
                 *self = Self::Empty;
                 Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
-            Self::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Client(body) => Pin::new(body).poll_frame(cx),
             Self::Boxed(body) => body.as_mut().poll_frame(cx),
         }
     }
@@ -168,7 +169,7 @@ impl HttpBody for Body {
         match self {
             Self::Empty => SizeHint::with_exact(0),
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Self::Incoming(body) => body.size_hint(),
+            Self::Client(body) => body.size_hint(),
             Self::Boxed(body) => body.size_hint(),
         }
     }
@@ -179,7 +180,7 @@ impl fmt::Debug for Body {
         match self {
             Self::Empty => f.write_str("Body::Empty"),
             Self::Full(bytes) => write!(f, "Body::Full({} bytes)", bytes.len()),
-            Self::Incoming(_) => f.write_str("Body::Incoming"),
+            Self::Client(_) => f.write_str("Body::Client"),
             Self::Boxed(_) => f.write_str("Body::Boxed"),
         }
     }
@@ -200,12 +201,6 @@ impl From<String> for Body {
 impl From<&'static str> for Body {
     fn from(text: &'static str) -> Self {
         Bytes::from_static(text.as_bytes()).into()
-    }
-}
-
-impl From<Incoming> for Body {
-    fn from(body: Incoming) -> Self {
-        if body.is_end_stream() { Self::Empty } else { Self::Incoming(body) }
     }
 }
 

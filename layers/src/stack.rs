@@ -1,6 +1,6 @@
 //! The fixed stack of tower layers around a request.
 //!
-//! hyper never asks a service whether it is ready, so every layer here is always ready: what is full answers 503.
+//! Nobody asks a service whether it is ready, so every layer here is always ready: what is full answers 503.
 
 use tower::layer::util::{Identity, Stack as Pair};
 use tower::{Layer, Service};

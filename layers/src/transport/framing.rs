@@ -1,15 +1,12 @@
-//! A second look at how HTTP/1 requests are delimited, in front of the engine. It passes only complete, well-formed
-//! heads on, follows bodies and chunks to know where the next head begins, and replaces a head that two readers
-//! could understand differently by a harmless one, so that the gateway answers it with a reason and closes.
-//! It copies nothing unless a head arrives in pieces, and never decides anything about content.
+//! How HTTP/1 requests are delimited, by strict rules: a head or a body that two readers could understand differently is
+//! refused, with a reason. [`HeadReader`] reads a head line by line and remembers where things stand in it, [`Chunks`]
+//! follows a chunked body. Neither copies anything nor does any IO, and a verdict does not depend on how the bytes came.
 
 use std::fmt;
-use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::ops::Range;
 
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 use memchr::memchr;
-use tokio::io::{AsyncRead, ReadBuf};
 
 use crate::error::Reason;
 
@@ -125,165 +122,113 @@ impl fmt::Display for Violation {
 
 impl std::error::Error for Violation {}
 
-/// Where in a request the connection stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
-    /// Between requests: no byte of the next one has come.
-    Between,
-    /// Inside a head.
-    Head,
-    /// Inside a body.
-    Body,
-    /// After a request that asked to switch protocols; what follows waits for the answer.
-    Waiting,
-    /// The bytes are not looked at: a tunnel, or the connection is past a violation.
-    Blind,
-}
-
-/// Why a scan stopped before the end of its bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
-    /// What is left is the beginning of a head.
-    Partial,
-    /// What is left follows a request that asked to switch protocols.
-    Waiting,
-    /// What is left is a head that is refused.
-    Head(Violation),
-    /// What is left is a broken body.
-    Body(Violation),
-    /// What is left begins with a good head of this length, whose target has bytes that are to be encoded.
-    Encode(usize),
-}
-
-/// What the fields of a head say about its framing.
+/// What the fields of a head say about its message.
 #[derive(Clone, Copy, Debug, Default)]
-struct Facts {
-    length: Option<u64>,
-    chunked: bool,
-    hosts: u8,
-    http10: bool,
-    switches: bool,
-    encode: bool,
+pub struct Facts {
+    /// `Content-Length`.
+    pub length: Option<u64>,
+    /// `Transfer-Encoding: chunked`.
+    pub chunked: bool,
+    /// The request is of HTTP/1.0.
+    pub http10: bool,
+    /// A switch of protocols is asked for, by `Upgrade`. HTTP/1.0 has none.
+    pub switches: bool,
+    /// The method is `CONNECT`.
+    pub connect: bool,
+    /// `Connection: close`.
+    pub close: bool,
+    /// `Connection: keep-alive`.
+    pub keep_alive: bool,
+    /// `Expect: 100-continue`.
+    pub expects: bool,
+    /// `TE: trailers`.
+    pub trailers: bool,
+    /// The target has bytes that go on percent-encoded.
+    pub encode: bool,
 }
 
+/// Where a field stands in its head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Head,
-    Length(u64),
-    Chunk(Chunk),
-    Waiting,
-    Blind,
+pub struct Place {
+    name: (u32, u32),
+    value: (u32, u32),
 }
 
-/// Inside a chunked body.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Chunk {
-    Size { value: u64, digits: u8 },
-    Extension(u64),
-    SizeEnd(u64),
-    Data(u64),
-    DataCr,
-    DataLf,
-    TrailerStart,
-    Trailer,
-    TrailerLf,
-    End,
+impl Place {
+    /// Its name.
+    pub fn name(&self) -> Range<usize> {
+        self.name.0 as usize..self.name.1 as usize
+    }
+
+    /// Its value, without the space around it.
+    pub fn value(&self) -> Range<usize> {
+        self.value.0 as usize..self.value.1 as usize
+    }
 }
 
-/// The parser: no buffer of its own, no IO.
+/// Reads one head after the other.
 #[derive(Debug)]
-pub struct Framing {
+pub struct HeadReader {
     limits: HeadLimits,
-    state: State,
     facts: Facts,
-    /// Offset in the current head of the line being read.
+    hosts: u8,
+    /// Offset of the line being read.
     line: usize,
-    /// Offset in the current head up to which no line end was found.
+    /// Offset up to which no line end was found.
     searched: usize,
-    /// Lines of the current head that are read, the request line included.
+    /// Lines that are read, the request line included.
     lines: usize,
     leading: u8,
-    /// The request line's place in the current head, once it is known to be good.
-    request_line: (usize, usize),
-    extensions: u32,
-    trailers: usize,
-    heads: u32,
+    /// Where the method and the target stand, once the request line is known to be good.
+    method: (usize, usize),
+    target: (usize, usize),
+    fields: Vec<Place>,
 }
 
-impl Framing {
-    /// At the beginning of a connection.
+impl HeadReader {
+    /// Before the first byte of a head.
     pub fn new(limits: HeadLimits) -> Self {
         Self {
             limits,
-            state: State::Head,
             facts: Facts::default(),
+            hosts: 0,
             line: 0,
             searched: 0,
             lines: 0,
             leading: 0,
-            request_line: (0, 0),
-            extensions: 0,
-            trailers: 0,
-            heads: 0,
+            method: (0, 0),
+            target: (0, 0),
+            fields: Vec::new(),
         }
     }
 
-    /// Complete heads seen so far.
-    pub fn heads(&self) -> u32 {
-        self.heads
+    /// Before the first byte of the next head.
+    pub fn restart(&mut self) {
+        (self.line, self.searched, self.lines, self.leading) = (0, 0, 0, 0);
+        self.fields.clear();
     }
 
-    fn position(&self) -> Position {
-        match self.state {
-            State::Head if self.searched == 0 => Position::Between,
-            State::Head => Position::Head,
-            State::Length(_) | State::Chunk(_) => Position::Body,
-            State::Waiting => Position::Waiting,
-            State::Blind => Position::Blind,
-        }
+    /// What is known of the message so far.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
     }
 
-    /// Follows `bytes`, which begin where the last scan's taken bytes ended. Returns how many may go on.
-    fn scan(&mut self, bytes: &[u8]) -> (usize, Option<Stop>) {
-        let mut at = 0;
-        while at < bytes.len() {
-            let rest = bytes.get(at..).unwrap_or_default();
-            match self.state {
-                State::Head => match self.head(rest) {
-                    Ok(Some(length)) if std::mem::take(&mut self.facts.encode) => {
-                        return (at, Some(Stop::Encode(length)));
-                    }
-                    Ok(Some(length)) => at += length,
-                    Ok(None) => return (at, Some(Stop::Partial)),
-                    Err(violation) => {
-                        self.state = State::Blind;
-                        return (at, Some(Stop::Head(violation)));
-                    }
-                },
-                State::Length(left) => {
-                    let taken = left.min(rest.len() as u64);
-                    at += taken as usize;
-                    self.state = if taken == left { self.after_body() } else { State::Length(left - taken) };
-                }
-                State::Chunk(chunk) => match self.chunk(chunk, rest) {
-                    Ok((taken, state)) => {
-                        at += taken;
-                        self.state = state;
-                    }
-                    Err(violation) => {
-                        self.state = State::Blind;
-                        return (at, Some(Stop::Body(violation)));
-                    }
-                },
-                State::Waiting => return (at, Some(Stop::Waiting)),
-                State::Blind => return (bytes.len(), None),
-            }
-        }
-        (at, None)
+    /// Where the method and the target stand, if the request line has been read and is good.
+    pub fn request_line(&self) -> Option<(Range<usize>, Range<usize>)> {
+        (self.lines > 0).then_some((self.method.0..self.method.1, self.target.0..self.target.1))
     }
 
-    /// Reads lines of a head that begins at `bytes`; its length once it is complete.
-    fn head(&mut self, bytes: &[u8]) -> Result<Option<usize>, Violation> {
+    /// Where the fields stand that have been read.
+    pub fn fields(&self) -> &[Place] {
+        &self.fields
+    }
+
+    /// Reads on in `bytes`, which begin with the head and may have grown since the last time. Gives its length once it is
+    /// complete.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn read(&mut self, bytes: &[u8]) -> Result<Option<usize>, Violation> {
         loop {
             let from = self.searched.max(self.line);
             let Some(offset) = bytes.get(from..).and_then(|rest| memchr(b'\n', rest)) else {
@@ -305,19 +250,18 @@ impl Framing {
                     }
                     continue;
                 }
-                self.facts = request_line(line)?;
-                self.request_line = (start, start + line.len());
+                self.request(line, start)?;
                 self.lines = 1;
             } else if line.is_empty() {
                 self.lines += 1;
-                self.end_of_head(bytes.get(..=lf).unwrap_or_default())?;
+                self.end(bytes.get(..=lf).unwrap_or_default())?;
                 return Ok(Some(lf + 1));
             } else {
                 if self.lines > self.limits.fields {
                     return Err(Violation::TooManyFields);
                 }
                 self.lines += 1;
-                self.field(line)?;
+                self.field(line, start)?;
             }
         }
     }
@@ -332,39 +276,57 @@ impl Framing {
         Ok(())
     }
 
-    fn field(&mut self, line: &[u8]) -> Result<(), Violation> {
-        let end = line.iter().position(|b| !is_token(*b)).unwrap_or(line.len());
-        let (Some(name), Some(b':')) = (line.get(..end), line.get(end)) else {
-            return Err(Violation::FieldName);
-        };
+    fn request(&mut self, line: &[u8], start: usize) -> Result<(), Violation> {
+        let RequestLine { method, target, facts } = request_line(line)?;
+        self.method = (start, start + method);
+        self.target = (start + method + 1, start + method + 1 + target);
+        (self.facts, self.hosts) = (facts, 0);
+        Ok(())
+    }
+
+    fn field(&mut self, line: &[u8], start: usize) -> Result<(), Violation> {
+        let end = name_length(line).ok_or(Violation::FieldName)?;
+        let name = line.get(..end).unwrap_or_default();
+        let (from, to) = value_range(line, end);
+        let value = line.get(from..to).unwrap_or_default();
         // The length of a name tells most fields apart without looking at a letter.
         match end {
-            0 => return Err(Violation::FieldName),
-            4 if name.eq_ignore_ascii_case(b"host") => {
-                self.facts.hosts = self.facts.hosts.saturating_add(1);
+            2 if name.eq_ignore_ascii_case(b"te") => {
+                self.facts.trailers |= has_token(value, b"trailers");
             }
-            // The engine knows no upgrade in HTTP/1.0 either.
+            4 if name.eq_ignore_ascii_case(b"host") => {
+                self.hosts = self.hosts.saturating_add(1);
+            }
+            6 if name.eq_ignore_ascii_case(b"expect") => {
+                self.facts.expects |= value.eq_ignore_ascii_case(b"100-continue");
+            }
             7 if name.eq_ignore_ascii_case(b"upgrade") => self.facts.switches |= !self.facts.http10,
+            10 if name.eq_ignore_ascii_case(b"connection") => {
+                self.facts.close |= has_token(value, b"close");
+                self.facts.keep_alive |= has_token(value, b"keep-alive");
+            }
             14 if name.eq_ignore_ascii_case(b"content-length") => {
-                let length = number(value(line, end)).ok_or(Violation::ContentLength)?;
+                let length = number(value).ok_or(Violation::ContentLength)?;
                 // Even the same number twice: whoever reads it next may not take it so calmly.
                 if self.facts.length.replace(length).is_some() {
                     return Err(Violation::ContentLength);
                 }
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
-                if self.facts.chunked || !value(line, end).eq_ignore_ascii_case(b"chunked") {
+                if self.facts.chunked || !value.eq_ignore_ascii_case(b"chunked") {
                     return Err(Violation::TransferEncoding);
                 }
                 self.facts.chunked = true;
             }
             _ => {}
         }
+        let at = |offset: usize| u32::try_from(start + offset).map_err(|_| Violation::HeadTooLong);
+        self.fields.push(Place { name: (at(0)?, at(end)?), value: (at(from)?, at(to)?) });
         Ok(())
     }
 
-    fn end_of_head(&mut self, head: &[u8]) -> Result<(), Violation> {
-        let facts = self.facts;
+    fn end(&mut self, head: &[u8]) -> Result<(), Violation> {
+        let facts = &self.facts;
         // Every line ends with CR LF, which is known; one control byte more stands where none may.
         if controls(head) != 2 * (self.lines + usize::from(self.leading)) {
             let bare = head.iter().zip(head.iter().skip(1)).any(|(a, b)| *a == b'\r' && *b != b'\n');
@@ -376,37 +338,112 @@ impl Framing {
         if facts.chunked && facts.http10 {
             return Err(Violation::TransferEncoding);
         }
-        if facts.hosts > 1 || (facts.hosts == 0 && !facts.http10) {
+        if self.hosts > 1 || (self.hosts == 0 && !facts.http10) {
             return Err(Violation::Host);
         }
-        self.heads = self.heads.wrapping_add(1);
-        self.forget_head();
-        self.state = match facts.length {
-            _ if facts.chunked => State::Chunk(Chunk::Size { value: 0, digits: 0 }),
-            Some(length @ 1..) => State::Length(length),
-            _ => self.after_body(),
-        };
         Ok(())
     }
+}
 
-    fn forget_head(&mut self) {
-        (self.line, self.searched, self.lines, self.leading) = (0, 0, 0, 0);
-        (self.extensions, self.trailers) = (0, 0);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Chunk {
+    Size { value: u64, digits: u8 },
+    Extension(u64),
+    SizeEnd(u64),
+    Data(u64),
+    DataCr,
+    DataLf,
+    TrailerStart,
+    Trailer,
+    TrailerLf,
+    End,
+    Over,
+}
+
+/// What the next bytes of a chunked body are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// So many are sizes, extensions and trailers.
+    Framing(usize),
+    /// So many are data.
+    Data(usize),
+    /// The body is over; none of them belong to it.
+    Over,
+}
+
+/// Follows a chunked body.
+#[derive(Debug)]
+pub struct Chunks {
+    limits: HeadLimits,
+    state: Chunk,
+    extensions: u32,
+    /// The lines of the trailers.
+    trailers: Vec<u8>,
+}
+
+impl Chunks {
+    /// Before the first chunk.
+    pub fn new(limits: HeadLimits) -> Self {
+        Self { limits, state: Chunk::Size { value: 0, digits: 0 }, extensions: 0, trailers: Vec::new() }
     }
 
-    fn after_body(&self) -> State {
-        if self.facts.switches { State::Waiting } else { State::Head }
+    /// Whether the body is over.
+    pub fn is_over(&self) -> bool {
+        self.state == Chunk::Over
     }
 
-    /// One step in a chunked body: bytes used and the state after them.
-    fn chunk(&mut self, chunk: Chunk, bytes: &[u8]) -> Result<(usize, State), Violation> {
-        let Some(&byte) = bytes.first() else { return Ok((0, State::Chunk(chunk))) };
-        let next = match chunk {
-            Chunk::Data(left) => {
-                let taken = left.min(bytes.len() as u64);
-                let next = if taken == left { Chunk::DataCr } else { Chunk::Data(left - taken) };
-                return Ok((taken as usize, State::Chunk(next)));
+    /// Judges the bytes behind those that were taken so far. Never nothing of some bytes, unless the body is over.
+    ///
+    /// # Errors
+    /// Why the body is refused.
+    pub fn next(&mut self, bytes: &[u8]) -> Result<Part, Violation> {
+        let mut framing = 0;
+        for &byte in bytes {
+            match self.state {
+                Chunk::Data(_) | Chunk::Over => break,
+                state => self.state = self.step(state, byte)?,
             }
+            framing += 1;
+        }
+        match self.state {
+            Chunk::Over if framing == 0 => Ok(Part::Over),
+            Chunk::Data(left) if framing == 0 => {
+                let taken = usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len()));
+                let left = left - taken as u64;
+                self.state = if left == 0 { Chunk::DataCr } else { Chunk::Data(left) };
+                Ok(Part::Data(taken))
+            }
+            _ => Ok(Part::Framing(framing)),
+        }
+    }
+
+    /// The fields behind the last chunk, once the body is over.
+    ///
+    /// # Errors
+    /// They are malformed, or too many.
+    pub fn trailers(&mut self) -> Result<Option<HeaderMap>, Violation> {
+        if self.trailers.is_empty() {
+            return Ok(None);
+        }
+        let lines = std::mem::take(&mut self.trailers);
+        let mut fields = HeaderMap::new();
+        for line in lines.split(|byte| *byte == b'\n') {
+            let Some(line) = line.strip_suffix(b"\r") else { continue };
+            let end = name_length(line).ok_or(Violation::Trailers)?;
+            let (from, to) = value_range(line, end);
+            let name = HeaderName::from_bytes(line.get(..end).unwrap_or_default());
+            let value = HeaderValue::from_bytes(line.get(from..to).unwrap_or_default());
+            let (Ok(name), Ok(value)) = (name, value) else { return Err(Violation::Trailers) };
+            if fields.len() >= self.limits.fields {
+                return Err(Violation::Trailers);
+            }
+            fields.append(name, value);
+        }
+        Ok(Some(fields))
+    }
+
+    fn step(&mut self, state: Chunk, byte: u8) -> Result<Chunk, Violation> {
+        Ok(match state {
             Chunk::Size { value, digits } => match (hex(byte), byte) {
                 (Some(_), _) if digits == CHUNK_DIGITS => return Err(Violation::ChunkSize),
                 (Some(digit), _) => {
@@ -440,24 +477,33 @@ impl Framing {
             // A trailer line begins with its name: no space (folding) and no colon.
             Chunk::TrailerStart if !is_token(byte) => return Err(Violation::Trailers),
             Chunk::TrailerStart | Chunk::Trailer => {
-                self.trailers += 1;
-                match byte {
-                    b'\r' => Chunk::TrailerLf,
-                    _ if is_control(byte) || self.trailers > self.limits.head => {
-                        return Err(Violation::Trailers);
-                    }
-                    _ => Chunk::Trailer,
+                let control = is_control(byte) && byte != b'\r';
+                if control || self.trailers.len() >= self.limits.head {
+                    return Err(Violation::Trailers);
                 }
+                self.trailers.push(byte);
+                if byte == b'\r' { Chunk::TrailerLf } else { Chunk::Trailer }
             }
-            Chunk::TrailerLf if byte == b'\n' => Chunk::TrailerStart,
-            Chunk::End if byte == b'\n' => return Ok((1, self.after_body())),
+            Chunk::TrailerLf if byte == b'\n' => {
+                self.trailers.push(byte);
+                Chunk::TrailerStart
+            }
+            Chunk::End if byte == b'\n' => Chunk::Over,
             Chunk::TrailerLf | Chunk::End => return Err(Violation::Trailers),
-        };
-        Ok((1, State::Chunk(next)))
+            // Not asked for these.
+            Chunk::Data(_) | Chunk::Over => state,
+        })
     }
 }
 
-fn request_line(line: &[u8]) -> Result<Facts, Violation> {
+/// A good request line: how long its method and its target are, and what it says.
+struct RequestLine {
+    method: usize,
+    target: usize,
+    facts: Facts,
+}
+
+fn request_line(line: &[u8]) -> Result<RequestLine, Violation> {
     let method_end = line.iter().position(|b| !is_token(*b)).ok_or(Violation::RequestLine)?;
     let (method, rest) = line.split_at_checked(method_end).ok_or(Violation::RequestLine)?;
     let rest = rest.strip_prefix(b" ").ok_or(Violation::RequestLine)?;
@@ -478,23 +524,38 @@ fn request_line(line: &[u8]) -> Result<Facts, Violation> {
     if kinds & FRAGMENT != 0 {
         return Err(Violation::Target);
     }
-    Ok(Facts { http10, switches: method == b"CONNECT", encode: kinds & ODD != 0, ..Facts::default() })
+    let facts = Facts { http10, connect: method == b"CONNECT", encode: kinds & ODD != 0, ..Facts::default() };
+    Ok(RequestLine { method: method.len(), target: target.len(), facts })
 }
 
-/// A head whose request line is at `start..end`, with the odd bytes of its target encoded.
-fn encoded(head: &[u8], start: usize, end: usize) -> Vec<u8> {
-    let mut out = Vec::with_capacity(head.len() + 64);
-    for (at, byte) in head.iter().enumerate() {
-        if (start..end).contains(&at) && kind(*byte) & ODD != 0 {
+/// A target with its odd bytes percent-encoded.
+pub(crate) fn encoded(target: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(target.len() + 64);
+    for byte in target {
+        if kind(*byte) & ODD == 0 {
+            out.push(*byte);
+        } else {
             let digit = |value: u8| {
                 char::from_digit(u32::from(value), 16).map_or(b'0', |c| c.to_ascii_uppercase() as u8)
             };
             out.extend([b'%', digit(byte >> 4), digit(byte & 15)]);
-        } else {
-            out.push(*byte);
         }
     }
     out
+}
+
+/// How long the name is that a line of a field begins with. None if there is none, or no colon right behind it.
+fn name_length(line: &[u8]) -> Option<usize> {
+    let end = line.iter().position(|b| !is_token(*b))?;
+    (end > 0 && line.get(end) == Some(&b':')).then_some(end)
+}
+
+/// Whether a list has this word.
+fn has_token(list: &[u8], token: &[u8]) -> bool {
+    list.split(|byte| *byte == b',').any(|word| {
+        let word = word.split(|byte| *byte == b';').next().unwrap_or_default();
+        word.trim_ascii().eq_ignore_ascii_case(token)
+    })
 }
 
 /// Digits only, and it fits: no sign, no list, no space inside, not empty.
@@ -508,13 +569,17 @@ fn number(text: &[u8]) -> Option<u64> {
     })
 }
 
-/// The value behind the colon at `colon`, without the space around it.
-fn value(line: &[u8], colon: usize) -> &[u8] {
-    let mut value = line.get(colon + 1..).unwrap_or_default();
-    while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = value {
-        value = rest;
+/// Where the value behind the colon at `colon` stands, without the space around it.
+fn value_range(line: &[u8], colon: usize) -> (usize, usize) {
+    let blank = |byte: &u8| matches!(byte, b' ' | b'\t');
+    let (mut from, mut to) = (colon + 1, line.len());
+    while line.get(from).is_some_and(blank) {
+        from += 1;
     }
-    value
+    while from < to && line.get(to - 1).is_some_and(blank) {
+        to -= 1;
+    }
+    (from, to)
 }
 
 fn hex(byte: u8) -> Option<u8> {
@@ -573,219 +638,6 @@ fn kind(byte: u8) -> u8 {
 
 fn is_token(byte: u8) -> bool {
     kind(byte) & TOKEN != 0
-}
-
-/// What the reader behind the guard gets to know, once a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// Which request of the connection is refused, counted from 1.
-    pub request: u32,
-    /// Why.
-    pub violation: Violation,
-}
-
-/// The framing parser with what it holds back, between a transport and the engine.
-#[derive(Debug)]
-pub struct Guard {
-    framing: Framing,
-    /// Bytes that are not passed on yet: the beginning of a head, or what follows a switch of protocols.
-    held: Vec<u8>,
-    /// Bytes that are to be passed on before anything else, from `sent` on.
-    ready: Vec<u8>,
-    sent: usize,
-    refusal: Option<Refusal>,
-    broken: Option<Violation>,
-}
-
-impl Guard {
-    /// At the beginning of a connection.
-    pub fn new(limits: HeadLimits) -> Self {
-        Self {
-            framing: Framing::new(limits),
-            held: Vec::new(),
-            ready: Vec::new(),
-            sent: 0,
-            refusal: None,
-            broken: None,
-        }
-    }
-
-    /// Where in a request the connection stands, seen from the client's side.
-    pub fn position(&self) -> Position {
-        self.framing.position()
-    }
-
-    /// The request that was replaced because it is refused, if there was one.
-    pub fn refusal(&self) -> Option<Refusal> {
-        self.refusal
-    }
-
-    /// Whether the bytes belong to another protocol by now.
-    pub fn is_tunnel(&self) -> bool {
-        self.position() == Position::Blind && self.refusal.is_none() && self.broken.is_none()
-    }
-
-    /// Whether every byte that came has been passed on.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty() && self.sent >= self.ready.len()
-    }
-
-    /// Whether there is something to pass on without reading.
-    pub fn is_ready(&self) -> bool {
-        self.sent < self.ready.len() || self.broken.is_some()
-    }
-
-    /// Takes bytes that somebody else read from the transport.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.held.extend_from_slice(bytes);
-        self.rescan();
-    }
-
-    /// Takes back bytes that were passed on and not used.
-    pub fn put_back(&mut self, bytes: &[u8]) {
-        let rest = self.ready.get(self.sent..).unwrap_or_default();
-        (self.ready, self.sent) = ([bytes, rest].concat(), 0);
-    }
-
-    /// Gives up on a head that is not complete: it is refused as it stands.
-    pub fn expire(&mut self) {
-        if self.framing.position() == Position::Head && self.refusal.is_none() {
-            let line = self.refused_line(&self.held);
-            self.framing.state = State::Blind;
-            self.held = Vec::new();
-            self.refuse(Violation::Slow, &line);
-        }
-    }
-
-    /// The answer to a request that asked to switch protocols: from here on a tunnel, or the next request.
-    pub fn switched(&mut self, tunnel: bool) {
-        if self.framing.state != State::Waiting {
-            return;
-        }
-        self.framing.state = if tunnel { State::Blind } else { State::Head };
-        self.rescan();
-    }
-
-    /// Reads from `io` what may go on.
-    ///
-    /// # Errors
-    /// Those of `io`, and `InvalidData` with the [`Violation`] for a body that is broken.
-    pub fn poll_read<T: AsyncRead>(
-        &mut self,
-        mut io: Pin<&mut T>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        loop {
-            if let Some(ready) = self.ready.get(self.sent..).filter(|ready| !ready.is_empty()) {
-                let taken = ready.len().min(buf.remaining());
-                buf.put_slice(ready.get(..taken).unwrap_or_default());
-                self.sent += taken;
-                if self.sent == self.ready.len() {
-                    (self.ready, self.sent) = (Vec::new(), 0);
-                }
-                return Poll::Ready(Ok(()));
-            }
-            if let Some(violation) = self.broken {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation)));
-            }
-            if self.refusal.is_some() || (self.framing.state == State::Waiting && !self.held.is_empty()) {
-                // Past a refused request nothing is read; behind a switch, what came waits for its answer, and
-                // whoever gives it wakes the connection.
-                return Poll::Pending;
-            }
-            let before = buf.filled().len();
-            ready!(io.as_mut().poll_read(cx, buf))?;
-            if buf.filled().len() == before {
-                return Poll::Ready(Ok(()));
-            }
-            self.take(buf, before);
-            if buf.filled().len() > before {
-                return Poll::Ready(Ok(()));
-            }
-        }
-    }
-
-    /// Judges what was just read into `buf`, and leaves only what may go on.
-    fn take(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
-        let fresh = buf.filled().get(before..).unwrap_or_default();
-        if !self.held.is_empty() {
-            self.held.extend_from_slice(fresh);
-            buf.set_filled(before);
-            return self.rescan();
-        }
-        let (taken, stop) = self.framing.scan(fresh);
-        let Some(stop) = stop else { return };
-        let rest = fresh.get(taken..).unwrap_or_default();
-        match stop {
-            Stop::Partial | Stop::Waiting => self.held.extend_from_slice(rest),
-            Stop::Head(violation) => {
-                let line = self.refused_line(rest);
-                self.refuse(violation, &line);
-            }
-            Stop::Body(violation) => self.broken = Some(violation),
-            Stop::Encode(length) => {
-                let (start, end) = self.framing.request_line;
-                self.ready.extend(encoded(rest.get(..length).unwrap_or_default(), start, end));
-                self.held.extend_from_slice(rest.get(length..).unwrap_or_default());
-                buf.set_filled(before + taken);
-                return self.rescan();
-            }
-        }
-        buf.set_filled(before + taken);
-    }
-
-    /// Judges what is held, and moves to `ready` what may go on.
-    fn rescan(&mut self) {
-        let held = std::mem::take(&mut self.held);
-        let mut at = 0;
-        while at < held.len() {
-            let left = held.get(at..).unwrap_or_default();
-            let (taken, stop) = self.framing.scan(left);
-            if self.ready.is_empty() && taken == held.len() {
-                // The usual case: one head in pieces, and all of it may go on.
-                self.ready = held;
-                return;
-            }
-            let (good, rest) = left.split_at_checked(taken).unwrap_or((left, &[]));
-            self.ready.extend_from_slice(good);
-            match stop {
-                None => return,
-                Some(Stop::Partial | Stop::Waiting) => {
-                    self.held = if at + taken == 0 { held } else { rest.to_vec() };
-                    return;
-                }
-                Some(Stop::Head(violation)) => {
-                    let line = self.refused_line(rest);
-                    return self.refuse(violation, &line);
-                }
-                Some(Stop::Body(violation)) => {
-                    self.broken = Some(violation);
-                    return;
-                }
-                Some(Stop::Encode(length)) => {
-                    let (start, end) = self.framing.request_line;
-                    self.ready.extend(encoded(rest.get(..length).unwrap_or_default(), start, end));
-                    at += taken + length;
-                }
-            }
-        }
-    }
-
-    /// Method and target of a refused head, for the log, as far as they are good.
-    fn refused_line(&self, head: &[u8]) -> Vec<u8> {
-        let (start, end) = self.framing.request_line;
-        let line = head.get(start..end).filter(|_| self.framing.lines > 0 && !self.framing.facts.switches);
-        let words = line.and_then(|line| line.strip_suffix(b" HTTP/1.1").or(line.strip_suffix(b" HTTP/1.0")));
-        words.unwrap_or(b"GET /").to_vec()
-    }
-
-    fn refuse(&mut self, violation: Violation, line: &[u8]) {
-        self.refusal = Some(Refusal { request: self.framing.heads.wrapping_add(1), violation });
-        self.ready.extend_from_slice(line);
-        // Without Host: whoever looks no further refuses it for that.
-        self.ready.extend_from_slice(b" HTTP/1.1\r\nConnection: close\r\n\r\n");
-    }
 }
 
 #[cfg(test)]

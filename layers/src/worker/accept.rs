@@ -54,7 +54,7 @@ pub struct Listening {
 }
 
 /// One worker's end of a listener.
-pub(crate) struct Acceptor<S> {
+pub(crate) struct Acceptor<S: HttpService> {
     pub server: Rc<Server<S>>,
     pub context: Rc<WorkerContext>,
     pub options: Rc<ListenOptions>,
@@ -62,7 +62,7 @@ pub(crate) struct Acceptor<S> {
     pub limit: usize,
 }
 
-impl<S> Clone for Acceptor<S> {
+impl<S: HttpService> Clone for Acceptor<S> {
     fn clone(&self) -> Self {
         Self {
             server: self.server.clone(),

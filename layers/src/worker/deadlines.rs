@@ -270,6 +270,11 @@ impl Watch {
         self.park.store(false, Relaxed);
     }
 
+    /// Whether nobody looks before its deadline.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.parked.load(Relaxed)
+    }
+
     /// Whether its buffers are asked back.
     pub fn wants_parking(&self) -> bool {
         self.park.load(Relaxed)

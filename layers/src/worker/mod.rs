@@ -9,6 +9,7 @@ pub mod accept;
 pub mod context;
 pub mod deadlines;
 pub mod drain;
+pub mod http1;
 pub mod io;
 pub mod runtime;
 pub mod serve;

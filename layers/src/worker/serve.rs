@@ -1,8 +1,6 @@
-//! Hands a connection to the protocol engine, and takes it back while it idles. The only file that knows hyper on
-//! the client's side: another engine replaces what is here and nothing else.
-//!
-//! A connection waits for its first bytes without an engine, so it costs a socket and little more; after a second
-//! of idling it is taken out of the engine again. The worker's stack is borrowed for the length of `call` only.
+//! Serves connections: by our own engine over HTTP/1 ([`http1`](crate::worker::http1)), by hyper's over HTTP/2. The only
+//! file that knows hyper on the client's side. Both engines make an exchange of each request and pass it on to the
+//! worker's stack, which is borrowed for the length of `call` only.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::convert::Infallible;
@@ -14,13 +12,11 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{self, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode};
+use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::rt::Executor;
-use hyper::server::conn::{http1, http2};
-use hyper::upgrade::OnUpgrade;
+use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
@@ -31,24 +27,25 @@ use crate::exchange::{Conn, Exchange, OwnStack, ResponseBody};
 use crate::local::LocalBox;
 use crate::rescue;
 use crate::stack::{HttpService, Requests};
-use crate::transport::framing::{Guard, HeadLimits, Position};
-use crate::upgrade::Upgrade;
+use crate::transport::framing::HeadLimits;
+use crate::upgrade::Tunnel;
 use crate::worker::context::{OpenConnection, WorkerContext};
 use crate::worker::deadlines::{Ended, Phase, Watch, Watched};
-use crate::worker::io::{Command, Io, Link, Stream};
+use crate::worker::http1::{Connection, Date, End, Engine};
+use crate::worker::io::{Io, Link, Stream};
 
 /// What an HTTP/2 connection begins with.
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Bytes read at once while no engine holds the connection.
+pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Bytes read at once before it is known what they are.
 const PIECE: usize = 16 * 1024;
 /// While draining, a connection that was quiet for this many ticks is closed; a busier one gets its close with the
 /// next answer, so that no request crosses it on the way.
-const QUIET: u32 = 2;
-/// Buffered bytes of one HTTP/1 connection in each direction.
-const BUFFER: usize = 64 * 1024;
+pub(crate) const QUIET: u32 = 2;
+/// Engines that a worker keeps for its next requests over HTTP/1.
+const ENGINES: usize = 128;
 
 thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; PIECE].into());
+    pub(crate) static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; PIECE].into());
 }
 
 /// Limits of HTTP/2 connections.
@@ -110,27 +107,27 @@ pub enum Speaks {
     Either,
 }
 
-/// The engines and the stack of one worker.
-pub struct Server<S> {
+/// The stack of one worker, and what its engines need.
+pub struct Server<S: HttpService> {
     stack: RefCell<S>,
     context: Rc<WorkerContext>,
     settings: ServeSettings,
-    http1: http1::Builder,
+    /// Without work.
+    #[expect(clippy::vec_box, reason = "the same box goes to a connection and comes back")]
+    engines: RefCell<Vec<Box<Engine<S::Future>>>>,
+    date: RefCell<Date>,
 }
 
 impl<S: HttpService> Server<S> {
     /// With the worker's own stack.
     pub fn new(context: &Rc<WorkerContext>, stack: S, settings: ServeSettings) -> Rc<Self> {
-        let mut http1 = http1::Builder::new();
-        http1
-            .half_close(settings.half_close)
-            // The deadlines see to it, without a timer per connection.
-            .header_read_timeout(None)
-            .max_buf_size(BUFFER.max(settings.head.head + 8 * 1024));
-        if settings.head.fields > 100 {
-            http1.max_headers(settings.head.fields);
-        }
-        Rc::new(Self { stack: RefCell::new(stack), context: context.clone(), settings, http1 })
+        Rc::new(Self {
+            stack: RefCell::new(stack),
+            context: context.clone(),
+            settings,
+            engines: RefCell::default(),
+            date: RefCell::new(Date::new(context.clock().clone())),
+        })
     }
 
     /// Serves a connection to its end. `watched` has its deadlines so far.
@@ -148,109 +145,68 @@ impl<S: HttpService> Server<S> {
             conn: Rc::from(conn),
             context: self.context.clone(),
             watch: watched.watch().clone(),
-            link: Arc::default(),
-            calls: Cell::new(0),
+            tunnel: Rc::default(),
             next_stream: Cell::new(None),
         });
-        // Boxed, and handed over as a box: every place it may be in would count in the size of the task.
-        let mut client =
-            Box::new(Client { stream, guard: Guard::new(self.settings.head), early: Vec::new() });
-        let mut speaks = speaks;
-        watched.park(Phase::Head);
-        loop {
-            let served = match client.first_bytes(&watched, &self.context, speaks).await {
-                First::Http1 => {
-                    speaks = Speaks::Http1;
-                    watched.unpark();
-                    self.http1(client, &shared, &watched).await
-                }
-                First::Http2 => {
-                    watched.unpark();
-                    return self.http2(client, &shared, &watched).await;
-                }
-                First::Quiet | First::Ended(Ended::IdleTimeout) => Served::Close(client),
-                First::Ended(cause) => return shared.ended(cause),
-                First::Closed => return,
-            };
-            match served {
-                Served::Idle(idle) => {
-                    self.context.stats().parked.add(1);
-                    watched.park(Phase::Idle);
-                    client = idle;
-                }
-                Served::Close(client) => return client.close(&watched, &self.context).await,
-                Served::Tunnel => return tunnel(&shared, &watched).await,
-                Served::Gone => return,
+        // Boxed: every place it may be in would count in the size of the task.
+        let mut connection = Box::new(Connection::new(&self, &shared, stream, speaks, watched));
+        match poll_fn(|cx| connection.poll(cx)).await {
+            End::Http2(early) => {
+                let Some(stream) = connection.take_stream() else { return };
+                connection.watched().unpark();
+                self.http2(stream, early, &shared, connection.watched()).await;
             }
+            End::Close { sending } => {
+                let Some(stream) = connection.take_stream() else { return };
+                close(Box::new(stream), sending, connection.watched(), &self.context).await;
+            }
+            End::Tunnel => tunnel(&shared, connection.watched()).await,
+            End::Gone => {}
         }
     }
 
-    async fn http1(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>, watched: &Watched) -> Served {
-        let link = &shared.link;
-        link.restart();
-        let mut engine = self.http1_engine(client, shared);
-        watched.allow_parking(true);
-        let mut excused = false;
-        let end = poll_fn(|cx| {
-            let idle = watched.phase() == Phase::Idle && link.is_sent() && watched.in_flight() == 0;
-            match watched.ended() {
-                None => {}
-                Some(Ended::IdleTimeout) if idle => return Poll::Ready(End::Quiet),
-                // These are answered, once.
-                Some(Ended::HeaderTimeout) if !excused => {
-                    excused = true;
-                    link.command(Command::SlowHead);
-                    watched.pardon();
-                    shared.context.count_ended(Ended::HeaderTimeout);
-                }
-                Some(Ended::BodyTimeout) if !excused => {
-                    excused = true;
-                    link.command(Command::SlowBody);
-                    watched.pardon();
-                    shared.context.count_ended(Ended::BodyTimeout);
-                }
-                Some(cause) => return Poll::Ready(End::Ended(cause)),
-            }
-            if idle && watched.wants_parking() {
-                return Poll::Ready(End::Idle);
-            }
-            if idle && self.context.is_draining() && watched.waited() >= QUIET {
-                return Poll::Ready(End::Quiet);
-            }
-            Pin::new(&mut *engine).poll(cx).map(End::Served)
-        })
-        .await;
-        watched.allow_parking(false);
-        match &end {
-            End::Ended(cause) => {
-                shared.ended(*cause);
-                return Served::Gone;
-            }
-            End::Served(Err(error)) => tracing::debug!(%error, peer = %shared.conn.peer, "connection ended"),
-            _ => {}
-        }
-        let Some(parts) = engine.into_parts() else { return Served::Tunnel };
-        let (stream, Some(mut guard)) = parts.io.into_inner().into_parts() else { return Served::Gone };
-        guard.put_back(&parts.read_buf);
-        let client = Box::new(Client { stream, guard, early: Vec::new() });
-        match end {
-            End::Idle => Served::Idle(client),
-            End::Quiet => Served::Close(client),
-            // The engine has said goodbye. While the client may still be sending, closing would take the answer
-            // from it: the kernel answers unread bytes with a reset.
-            _ if !link.is_eof() && client.may_send() => Served::Close(client),
-            _ => Served::Gone,
+    /// How large a head may be.
+    pub(crate) fn limits(&self) -> HeadLimits {
+        self.settings.head
+    }
+
+    /// Whether a client that closes its sending side still gets its answer.
+    pub(crate) fn half_close(&self) -> bool {
+        self.settings.half_close
+    }
+
+    /// Passes an exchange on to the stack.
+    pub(crate) fn call(&self, x: Exchange) -> S::Future {
+        self.stack.borrow_mut().call(x)
+    }
+
+    /// Lets `write` write the date.
+    pub(crate) fn date<T>(&self, write: impl FnOnce(&str) -> T) -> T {
+        write(self.date.borrow_mut().text())
+    }
+
+    /// An engine for a request over HTTP/1.
+    pub(crate) fn engine(&self) -> Box<Engine<S::Future>> {
+        let kept = self.engines.borrow_mut().pop();
+        kept.unwrap_or_else(|| Box::new(Engine::new(self.settings.head)))
+    }
+
+    /// An engine that has no work.
+    pub(crate) fn give_back(&self, engine: Box<Engine<S::Future>>) {
+        let mut engines = self.engines.borrow_mut();
+        if engines.len() < ENGINES {
+            engines.push(engine);
         }
     }
 
-    fn http1_engine(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>) -> Box<Http1Engine<S>> {
-        let io = Io::http1(client.stream, client.guard, shared.watch.clone(), shared.link.clone());
-        let bridge = Bridge { server: self.clone(), shared: shared.clone(), http2: false };
-        Box::new(self.http1.serve_connection(TokioIo::new(io), bridge).with_upgrades())
-    }
-
-    fn http2_engine(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>) -> Pin<Box<Http2Engine<S>>> {
-        let io = Io::http2(client.stream, client.early, shared.watch.clone(), shared.link.clone());
+    fn http2_engine(
+        self: &Rc<Self>,
+        stream: Stream,
+        early: Vec<u8>,
+        shared: &Rc<Shared>,
+        link: &Rc<Link>,
+    ) -> Pin<Box<Http2Engine<S>>> {
+        let io = Io::new(stream, early, shared.watch.clone(), link.clone());
         let limits = &self.settings.http2;
         let mut builder = http2::Builder::new(StreamExecutor(shared.clone()));
         builder
@@ -262,13 +218,13 @@ impl<S: HttpService> Server<S> {
             .max_send_buf_size(limits.send_buffer)
             .max_local_error_reset_streams(limits.local_resets)
             .max_header_list_size(u32::try_from(self.settings.head.head).unwrap_or(u32::MAX));
-        let bridge = Bridge { server: self.clone(), shared: shared.clone(), http2: true };
+        let bridge = Bridge { server: self.clone(), shared: shared.clone() };
         Box::pin(builder.serve_connection(TokioIo::new(io), bridge))
     }
 
-    async fn http2(self: &Rc<Self>, client: Box<Client>, shared: &Rc<Shared>, watched: &Watched) {
-        let link = &shared.link;
-        let mut engine = self.http2_engine(client, shared);
+    async fn http2(self: &Rc<Self>, stream: Stream, early: Vec<u8>, shared: &Rc<Shared>, watched: &Watched) {
+        let link = Rc::default();
+        let mut engine = self.http2_engine(stream, early, shared, &link);
         let mut leaving = false;
         let end = poll_fn(|cx| {
             if let Some(flood) = link.flood() {
@@ -306,7 +262,6 @@ impl<S: HttpService> Server<S> {
     }
 }
 
-type Http1Engine<S> = http1::UpgradeableConnection<TokioIo<Io>, Bridge<S>>;
 type Http2Engine<S> = http2::Connection<TokioIo<Io>, Bridge<S>, StreamExecutor>;
 
 /// Waits for the end of a tunnel; whoever took it over moves the bytes.
@@ -315,14 +270,14 @@ async fn tunnel(shared: &Shared, watched: &Watched) {
     stats.tunnels.add(1);
     let mut told = false;
     poll_fn(|_| {
-        if shared.link.is_closed() {
+        if shared.tunnel.is_closed() {
             return Poll::Ready(());
         }
         if let Some(cause) = watched.ended()
             && !std::mem::replace(&mut told, true)
         {
             shared.ended(cause);
-            shared.link.wake_tunnel();
+            shared.tunnel.wake();
         }
         Poll::Pending
     })
@@ -343,152 +298,41 @@ pub(crate) async fn until_ended<F: Future>(watched: &Watched, future: F) -> Resu
     .await
 }
 
-/// A connection that no engine holds.
-struct Client {
-    stream: Stream,
-    guard: Guard,
-    /// What came of a preface.
-    early: Vec<u8>,
-}
-
-/// What a connection began with.
-enum First {
-    Http1,
-    Http2,
-    Closed,
-    Ended(Ended),
-    /// Nothing for a while, and the worker drains.
-    Quiet,
-}
-
-/// How an engine came to its end.
-enum End {
-    Idle,
-    Quiet,
-    Ended(Ended),
-    Served(hyper::Result<()>),
-}
-
-/// What is left of a connection after an engine had it.
-enum Served {
-    Idle(Box<Client>),
-    Close(Box<Client>),
-    Tunnel,
-    Gone,
-}
-
-impl Client {
-    /// Waits until there is something for an engine to do.
-    async fn first_bytes(&mut self, watched: &Watched, context: &WorkerContext, speaks: Speaks) -> First {
+/// Says goodbye, and reads what still comes until the client has closed too, so that nothing is reset.
+async fn close(mut stream: Box<Stream>, sending: bool, watched: &Watched, context: &WorkerContext) {
+    if !sending && matches!(*stream, Stream::Plain(_)) {
+        return;
+    }
+    watched.pardon();
+    watched.enter(Phase::Linger);
+    watched.unpark();
+    if until_ended(watched, stream.shutdown()).await.is_err() {
+        return context.count_ended(Ended::LingerTimeout);
+    }
+    if !sending {
+        return;
+    }
+    let end = until_ended(
+        watched,
         poll_fn(|cx| {
-            watched.attach(cx);
             loop {
-                if self.guard.is_ready() {
-                    return Poll::Ready(First::Http1);
+                if context.is_draining() && watched.waited() >= QUIET {
+                    return Poll::Ready(());
                 }
-                match watched.ended() {
-                    Some(Ended::HeaderTimeout) if self.guard.position() == Position::Head => {
-                        watched.pardon();
-                        context.count_ended(Ended::HeaderTimeout);
-                        self.guard.expire();
-                        continue;
-                    }
-                    Some(cause) => return Poll::Ready(First::Ended(cause)),
-                    None => {}
-                }
-                let begun = self.guard.position() != Position::Between || !self.early.is_empty();
-                if !begun && context.is_draining() && watched.waited() >= QUIET {
-                    return Poll::Ready(First::Quiet);
-                }
-                let decided = SCRATCH.with_borrow_mut(|scratch| {
+                let read = SCRATCH.with_borrow_mut(|scratch| {
                     let mut buf = ReadBuf::new(scratch);
-                    match ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf)) {
-                        Ok(()) if !buf.filled().is_empty() => Poll::Ready(self.take(buf.filled(), speaks)),
-                        _ => Poll::Ready(Some(First::Closed)),
-                    }
+                    let read = ready!(Pin::new(&mut *stream).poll_read(cx, &mut buf));
+                    Poll::Ready(read.is_ok() && !buf.filled().is_empty())
                 });
-                match ready!(decided) {
-                    Some(first) => return Poll::Ready(first),
-                    None if watched.phase() == Phase::Idle => {
-                        // The next request has begun; from here on it is to be complete in time.
-                        watched.enter(Phase::Head);
-                        watched.reschedule();
-                    }
-                    None => {}
+                if !ready!(read) {
+                    return Poll::Ready(());
                 }
             }
-        })
-        .await
+        }),
+    );
+    if let Err(cause) = end.await {
+        context.count_ended(cause);
     }
-
-    fn take(&mut self, bytes: &[u8], speaks: Speaks) -> Option<First> {
-        match speaks {
-            Speaks::Http1 => self.guard.push(bytes),
-            Speaks::Http2 => {
-                self.early.extend_from_slice(bytes);
-                return Some(First::Http2);
-            }
-            Speaks::Either => {
-                self.early.extend_from_slice(bytes);
-                if self.early.starts_with(PREFACE) {
-                    return Some(First::Http2);
-                }
-                if !PREFACE.starts_with(&self.early) {
-                    let early = std::mem::take(&mut self.early);
-                    if is_neither(&early) {
-                        return Some(First::Closed);
-                    }
-                    self.guard.push(&early);
-                }
-            }
-        }
-        None
-    }
-
-    /// Whether more may come from the client than was read.
-    fn may_send(&self) -> bool {
-        self.guard.position() != Position::Between || self.guard.refusal().is_some() || !self.guard.is_empty()
-    }
-
-    /// Says goodbye, and reads what still comes until the client has closed too, so that nothing is reset.
-    async fn close(mut self: Box<Self>, watched: &Watched, context: &WorkerContext) {
-        watched.pardon();
-        watched.enter(Phase::Linger);
-        watched.unpark();
-        if until_ended(watched, self.stream.shutdown()).await.is_err() {
-            return context.count_ended(Ended::LingerTimeout);
-        }
-        let end = until_ended(
-            watched,
-            poll_fn(|cx| {
-                loop {
-                    if context.is_draining() && watched.waited() >= QUIET {
-                        return Poll::Ready(());
-                    }
-                    let read = SCRATCH.with_borrow_mut(|scratch| {
-                        let mut buf = ReadBuf::new(scratch);
-                        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf));
-                        Poll::Ready(read.is_ok() && !buf.filled().is_empty())
-                    });
-                    if !ready!(read) {
-                        return Poll::Ready(());
-                    }
-                }
-            }),
-        );
-        if let Err(cause) = end.await {
-            context.count_ended(cause);
-        }
-    }
-}
-
-/// Whether bytes begin neither protocol: an answer in the one would be noise in the other.
-fn is_neither(bytes: &[u8]) -> bool {
-    let begin = bytes.iter().position(|byte| !matches!(byte, b'\r' | b'\n')).unwrap_or(bytes.len());
-    let line = bytes.get(begin..).unwrap_or_default();
-    memchr::memchr(b'\n', line)
-        .and_then(|end| line.get(..end))
-        .is_some_and(|line| memchr::memmem::find(line, b" HTTP/1.").is_none())
 }
 
 impl<S: HttpService> Requests for Server<S> {
@@ -513,19 +357,18 @@ impl<S: HttpService> Requests for Server<S> {
 }
 
 /// What the requests of one connection share.
-struct Shared {
-    conn: Rc<Conn>,
-    context: Rc<WorkerContext>,
+pub(crate) struct Shared {
+    pub conn: Rc<Conn>,
+    pub context: Rc<WorkerContext>,
     watch: Arc<Watch>,
-    link: Arc<Link>,
-    /// Requests that the engine has passed on.
-    calls: Cell<u32>,
+    pub tunnel: Rc<Tunnel>,
     /// From the call for an HTTP/2 request to the task that the engine makes of it.
     next_stream: Cell<Option<Rc<StreamState>>>,
 }
 
 impl Shared {
-    fn ended(&self, cause: Ended) {
+    /// The connection was ended from outside.
+    pub fn ended(&self, cause: Ended) {
         self.context.count_ended(cause);
         let in_flight = self.watch.in_flight();
         if cause == Ended::Drain {
@@ -534,46 +377,50 @@ impl Shared {
             tracing::debug!(peer = %self.conn.peer, in_flight, cause = cause.code(), "connection ended");
         }
     }
-}
 
-/// Counts a request while it is at work.
-struct Flight {
-    shared: Rc<Shared>,
-    http2: bool,
-}
-
-impl Flight {
-    fn new(shared: &Rc<Shared>, http2: bool) -> Self {
-        shared.watch.set_in_flight(shared.watch.in_flight() + 1);
-        shared.watch.busy();
-        shared.link.answering();
-        let stats = shared.context.stats();
+    /// A request begins to count.
+    pub fn begins(&self) {
+        self.conn.requests.set(self.conn.requests.get() + 1);
+        let stats = self.context.stats();
         stats.requests.add(1);
         stats.in_flight.add(1);
-        Self { shared: shared.clone(), http2 }
+    }
+
+    /// It counts no more.
+    pub fn ends(&self) {
+        let in_flight = &self.context.stats().in_flight;
+        in_flight.set(in_flight.get().saturating_sub(1));
+    }
+}
+
+/// Counts an HTTP/2 request while it is at work.
+struct Flight(Rc<Shared>);
+
+impl Flight {
+    fn new(shared: &Rc<Shared>) -> Self {
+        shared.watch.set_in_flight(shared.watch.in_flight() + 1);
+        shared.watch.busy();
+        shared.begins();
+        Self(shared.clone())
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        let Shared { watch, link, context, .. } = &*self.shared;
+        let watch = &self.0.watch;
         let left = watch.in_flight().saturating_sub(1);
         watch.set_in_flight(left);
-        let in_flight = &context.stats().in_flight;
-        in_flight.set(in_flight.get().saturating_sub(1));
-        link.answered();
-        // The engine has asked for the next request before this one was over, and will not ask again.
-        if left == 0 && (self.http2 || link.waits()) {
+        self.0.ends();
+        if left == 0 {
             watch.enter(Phase::Idle);
         }
     }
 }
 
-/// The engine's way to the stack.
-struct Bridge<S> {
+/// The way of HTTP/2 requests to the stack.
+struct Bridge<S: HttpService> {
     server: Rc<Server<S>>,
     shared: Rc<Shared>,
-    http2: bool,
 }
 
 impl<S: HttpService> hyper::service::Service<Request<Incoming>> for Bridge<S> {
@@ -581,56 +428,21 @@ impl<S: HttpService> hyper::service::Service<Request<Incoming>> for Bridge<S> {
     type Error = Infallible;
     type Future = BridgeFuture<S::Future>;
 
-    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
         let shared = &self.shared;
-        let flight = Flight::new(shared, self.http2);
-        let calls = shared.calls.get().wrapping_add(1);
-        shared.calls.set(calls);
-        shared.conn.requests.set(shared.conn.requests.get() + 1);
-        let mut stream = None;
-        if self.http2 {
-            let state = StreamState::new(shared);
-            shared.next_stream.set(Some(state.clone()));
-            stream = Some(state);
-        }
-        // Present only if a switch of protocols is asked for, so a plain request pays nothing.
-        let mut upgrade = request.extensions_mut().remove::<OnUpgrade>();
-        let switches = upgrade.is_some();
-        if switches && asks_for_http2(&request) {
-            upgrade = None;
-            request.headers_mut().remove(header::UPGRADE);
-            request.headers_mut().remove(HTTP2_SETTINGS);
-        }
-        let request = request.map(|body| match &stream {
-            Some(state) if !body.is_end_stream() => {
-                Body::boxed(TimedBody { body, state: state.clone(), fresh: true })
+        let flight = Flight::new(shared);
+        let stream = StreamState::new(shared);
+        shared.next_stream.set(Some(stream.clone()));
+        let request = request.map(|body| {
+            if body.is_end_stream() {
+                Body::Empty
+            } else {
+                Body::boxed(TimedBody { body, state: stream.clone(), fresh: true })
             }
-            _ => Body::from(body),
         });
-        let mut x = Exchange::new(request, shared.conn.clone());
-        x.upgrade = upgrade.map(Upgrade::new);
-        if let Some(refusal) = shared.link.refusal()
-            && refusal.request == calls
-        {
-            shared.context.stats().refused.add(1);
-            x.refused = Some(Error::new(refusal.violation.reason()).detail(refusal.violation.text()));
-        }
-        let future = self.server.stack.borrow_mut().call(x);
-        BridgeFuture { future, flight: Some(flight), stream, switches }
+        let future = self.server.call(Exchange::new(request, shared.conn.clone()));
+        BridgeFuture { future, flight: Some(flight), stream: Some(stream) }
     }
-}
-
-const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
-
-/// An upgrade to cleartext HTTP/2 is not offered: its bytes would pass every check unseen.
-fn asks_for_http2(request: &Request<Incoming>) -> bool {
-    let starts_with_h2 =
-        |part: &[u8]| part.trim_ascii().get(..2).is_some_and(|p| p.eq_ignore_ascii_case(b"h2"));
-    request
-        .headers()
-        .get_all(header::UPGRADE)
-        .iter()
-        .any(|value| value.as_bytes().split(|byte| *byte == b',').any(starts_with_h2))
 }
 
 pin_project! {
@@ -640,7 +452,6 @@ pin_project! {
         future: F,
         flight: Option<Flight>,
         stream: Option<Rc<StreamState>>,
-        switches: bool,
     }
 }
 
@@ -657,24 +468,12 @@ impl<F: Future<Output = Result<Exchange, Fault>>> Future for BridgeFuture<F> {
                 exchange
             }
         };
-        let mut response = x.into_response();
-        let flight = this.flight.take();
-        if let Some(Flight { shared, http2: false }) = &flight {
-            if *this.switches {
-                let granted = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-                shared.link.command(if granted { Command::Tunnel } else { Command::Next });
-                shared.watch.wake();
-            }
-            if shared.context.is_draining() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            }
-        }
-        let stream = this.stream.take();
-        Poll::Ready(Ok(response.map(|body| Outgoing { body, stream, _flight: flight })))
+        let (stream, flight) = (this.stream.take(), this.flight.take());
+        Poll::Ready(Ok(x.into_response().map(|body| Outgoing { body, stream, _flight: flight })))
     }
 }
 
-/// A response body on its way out. The request counts until it is gone.
+/// A response body on its way out over HTTP/2. The request counts until it is gone.
 struct Outgoing {
     body: ResponseBody,
     stream: Option<Rc<StreamState>>,

@@ -68,6 +68,44 @@ impl Service<Exchange> for Paths {
                     }
                 },
                 "/early" => status(413),
+                "/trailers" => {
+                    let mut frames = Vec::new();
+                    while let Some(frame) = x.request_body.frame().await {
+                        frames.extend(frame.ok());
+                    }
+                    let mut response = Response::new(Body::boxed(Frames(frames.into())));
+                    response.headers_mut().insert(header::TRAILER, HeaderValue::from_static("x-sum"));
+                    response
+                }
+                "/elsewhere" => {
+                    // Read by a task of its own while this one answers; what it read is the next answer.
+                    let mut body = std::mem::take(&mut x.request_body);
+                    let (sender, receiver) = tokio::sync::oneshot::channel();
+                    tokio::task::spawn_local(async move {
+                        let _ = sender.send(body.collect_up_to(1 << 20).await);
+                    });
+                    match receiver.await {
+                        Ok(Ok(body)) => Response::new(Body::from(body)),
+                        _ => status(400),
+                    }
+                }
+                "/later" => {
+                    // The answer is out before the body is read.
+                    let mut body = std::mem::take(&mut x.request_body);
+                    tokio::task::spawn_local(async move {
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        let _ = body.collect_up_to(1 << 20).await;
+                    });
+                    Response::new(Body::from("early"))
+                }
+                "/broken" => {
+                    let mut response = Response::new(Body::boxed(Broken(true)));
+                    if x.request.uri.query().is_some() {
+                        response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("9"));
+                    }
+                    response
+                }
+                "/nothing" => status(204),
                 "/slow" => {
                     tokio::time::sleep(Duration::from_millis(400)).await;
                     Response::new(Body::from("slow"))
@@ -136,6 +174,37 @@ impl HttpBody for Endless {
         let size = self.0.min(16 * 1024);
         self.0 -= size;
         Poll::Ready((size > 0).then(|| Ok(Frame::data(Bytes::from(vec![b'x'; size])))))
+    }
+}
+
+/// Frames that are all here.
+struct Frames(std::collections::VecDeque<Frame<Bytes>>);
+
+impl HttpBody for Frames {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Poll::Ready(self.0.pop_front().map(Ok))
+    }
+}
+
+/// A piece, and then a failure.
+struct Broken(bool);
+
+impl HttpBody for Broken {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let piece = std::mem::take(&mut self.0).then(|| Frame::data(Bytes::from_static(b"piece")));
+        Poll::Ready(Some(piece.ok_or_else(|| "broken".into())))
     }
 }
 
@@ -260,6 +329,13 @@ impl Client {
         (String::from_utf8_lossy(&all).into_owned(), end.err().map(|error| error.kind()))
     }
 
+    /// The same, of a client that sends nothing more.
+    async fn rest_after_shutdown(&mut self) -> (String, Option<ErrorKind>) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        self.0.shutdown().await.unwrap();
+        self.rest().await
+    }
+
     /// Waits for a clean close without a byte.
     async fn closed(&mut self) {
         assert_eq!(self.rest().await, (String::new(), None));
@@ -362,6 +438,148 @@ async fn an_early_answer_reaches_a_client_that_is_still_sending() {
     let (all, end) = client.rest().await;
     assert!(all.starts_with("HTTP/1.1 413 "), "{all}");
     assert_eq!((all.matches("HTTP/1.1 ").count(), end), (1, None));
+}
+
+#[tokio::test]
+async fn a_small_body_that_nobody_reads_does_not_end_the_connection() {
+    let running = plain();
+    let mut client = running.connect().await;
+    for (head, body) in
+        [("Content-Length: 5", "hello"), ("Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\nX: y\r\n\r\n")]
+    {
+        client.send(&format!("POST /early HTTP/1.1\r\nHost: h\r\n{head}\r\n\r\n{body}{GET}")).await;
+        let refused = client.answer_head().await;
+        assert!(refused.starts_with("HTTP/1.1 413 ") && !refused.contains("close"), "{refused}");
+        assert!(client.answer().await.ends_with("hello /a"));
+    }
+    // A part of it is not enough, nor is one that the client was not told to send.
+    for request in [
+        "POST /early HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhell",
+        "POST /early HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n",
+    ] {
+        let mut client = running.connect().await;
+        client.send(request).await;
+        let (all, end) = client.rest_after_shutdown().await;
+        assert!(all.starts_with("HTTP/1.1 413 ") && all.contains("\r\nconnection: close\r\n"), "{all}");
+        assert_eq!((all.matches("HTTP/1.1 ").count(), end), (1, None));
+    }
+}
+
+#[tokio::test]
+async fn trailers_pass_and_only_to_those_who_want_them() {
+    let running = plain();
+    let body = "3\r\nabc\r\n0\r\nX-Sum: 42\r\nX-Other: 1\r\n\r\n";
+    for (field, end) in [("TE: trailers\r\n", "0\r\nx-sum: 42\r\n\r\n"), ("", "0\r\n\r\n")] {
+        let mut client = running.connect().await;
+        client
+            .send(&format!(
+                "POST /trailers HTTP/1.1\r\nHost: h\r\n{field}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n{body}"
+            ))
+            .await;
+        let (all, _) = client.rest().await;
+        assert!(all.contains("\r\ntransfer-encoding: chunked\r\n"), "{all}");
+        assert!(all.ends_with(&format!("\r\n\r\n3\r\nabc\r\n{end}")), "{all}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_may_be_read_by_another_task() {
+    let running = plain();
+    let mut client = running.connect().await;
+    for path in ["/elsewhere", "/later"] {
+        client.send(&format!("POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\nhello")).await;
+        if path == "/later" {
+            assert!(client.answer().await.ends_with("early"));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        client.send("world").await;
+        if path == "/elsewhere" {
+            assert!(client.answer().await.ends_with("helloworld"));
+        }
+        client.send(GET).await;
+        assert!(client.answer().await.ends_with("hello /a"), "after {path}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_fails_has_no_clean_end() {
+    let running = plain();
+    for (path, end) in [("/broken", "5\r\npiece\r\n"), ("/broken?length", "\r\n\r\npiece")] {
+        let mut client = running.connect().await;
+        client.send(&format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n{GET}")).await;
+        let mut all = Vec::new();
+        // Closing with a request unread is a reset, which says the same.
+        let _ = timeout(PATIENCE, client.0.read_to_end(&mut all)).await.unwrap();
+        let all = String::from_utf8(all).unwrap();
+        assert!(all.ends_with(end), "{path}: {all}");
+    }
+}
+
+#[tokio::test]
+async fn the_version_and_the_method_shape_the_answer() {
+    let running = plain();
+    let old = "GET /a HTTP/1.0\r\n\r\n";
+    let mut client = running.connect().await;
+    client.send(&format!("{old}{old}")).await;
+    let (all, end) = client.rest().await;
+    assert!(all.starts_with("HTTP/1.0 200 OK\r\n") && all.contains("\r\nconnection: close\r\n"), "{all}");
+    assert_eq!((all.matches("hello").count(), end), (1, None));
+
+    let mut client = running.connect().await;
+    for _ in 0..2 {
+        client.send("GET /a HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").await;
+        assert!(client.answer().await.contains("\r\nconnection: keep-alive\r\n"));
+    }
+    client.send("GET /drip HTTP/1.0\r\nConnection: keep-alive\r\n\r\n").await;
+    let (all, _) = client.rest().await;
+    assert!(all.contains("\r\nconnection: close\r\n") && all.ends_with("\r\n\r\ndripdripdripdrip"), "{all}");
+
+    let mut client = running.connect().await;
+    client
+        .send(&format!("HEAD /a HTTP/1.1\r\nHost: h\r\n\r\nGET /nothing HTTP/1.1\r\nHost: h\r\n\r\n{GET}"))
+        .await;
+    let head = client.answer_head().await;
+    assert!(head.contains("\r\ncontent-length: 8\r\n") && head.contains("\r\ndate: "), "{head}");
+    let nothing = client.answer_head().await;
+    assert!(nothing.starts_with("HTTP/1.1 204 No Content\r\n") && !nothing.contains("length"), "{nothing}");
+    assert!(client.answer().await.ends_with("hello /a"));
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_ends_its_request_where_it_may_not_half_close() {
+    let running = start(|settings, _| settings.serve.half_close = false);
+    let mut client = running.connect().await;
+    client.send(&format!("GET /slow HTTP/1.1\r\nHost: h\r\n\r\n{GET}")).await;
+    assert!(client.answer().await.contains("slow"), "what is pipelined is no going away");
+    let mut client = running.connect().await;
+    client.send("GET /never HTTP/1.1\r\nHost: h\r\n\r\n").await;
+    running.until("work", |r| r.stat(|s| s.in_flight.get()) == 1).await;
+    drop(client);
+    running.until("the end of it", |r| r.stat(|s| s.in_flight.get()) == 0).await;
+}
+
+#[tokio::test]
+async fn a_large_body_passes_both_ways_in_both_framings() {
+    let running = plain();
+    let body: String = (0..700_000u32).map(|n| char::from(b'a' + (n % 23) as u8)).collect();
+    let chunked: String = body
+        .as_bytes()
+        .chunks(9001)
+        .map(|piece| format!("{:X}\r\n{}\r\n", piece.len(), String::from_utf8_lossy(piece)))
+        .collect();
+    for (head, bytes) in [
+        (format!("Content-Length: {}", body.len()), body.clone()),
+        ("Transfer-Encoding: chunked".to_owned(), format!("{chunked}0\r\n\r\n")),
+    ] {
+        let client = running.connect().await;
+        let (mut reader, mut writer) = client.0.into_split();
+        let request = format!("POST /echo HTTP/1.1\r\nHost: h\r\n{head}\r\nConnection: close\r\n\r\n{bytes}");
+        let write = tokio::spawn(async move { writer.write_all(request.as_bytes()).await.map(|()| writer) });
+        let mut all = String::new();
+        timeout(PATIENCE, reader.read_to_string(&mut all)).await.unwrap().unwrap();
+        let _writer = write.await.unwrap().unwrap();
+        assert!(all.split_once("\r\n\r\n").unwrap().1 == body, "{head}: {} bytes", all.len());
+    }
 }
 
 #[tokio::test]
