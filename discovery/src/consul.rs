@@ -87,6 +87,10 @@ impl Source for Consul {
         Ok(Box::new(Watch { poll, reading, stand_in, known: Known::default() }))
     }
 
+    fn retires(&self) -> bool {
+        true
+    }
+
     fn retire<'a>(
         &'a self,
         query: &'a Query,

@@ -22,6 +22,7 @@ pub mod nacos;
 mod poll;
 pub mod probe;
 pub mod rpc;
+pub mod retire;
 #[cfg(test)]
 mod simulation;
 mod snapshot;
@@ -47,6 +48,7 @@ pub use backoff::Backoff;
 pub use dns::{Dns, NameOptions, NameView};
 pub use endpoints::{Endpoint, Endpoints, Failure, Node};
 pub use follow::{Followed, Freshness, Held};
+pub use retire::Retired;
 pub use source::{
     Again, Details, Health, Instance, Listing, Query, Retire, Source, SourceError, Standing, Watcher,
 };
@@ -214,6 +216,17 @@ impl Discovery {
     /// Every name under watch, for the Control API: its addresses, age, next refresh and last error.
     pub fn names(&self) -> Vec<NameView> {
         self.0.names.views()
+    }
+
+    fn followed(&self) -> Vec<Arc<Service>> {
+        self.0.followers.services()
+    }
+
+    fn source_of(&self, service: &Service) -> Option<Arc<dyn Source>> {
+        let is_it = |source: &&Arc<dyn Source>| {
+            *source.kind() == *service.kind && *source.name() == *service.registry
+        };
+        self.0.settings.sources.iter().find(is_it).cloned()
     }
 
     fn targets(&self) -> Vec<Arc<Watched>> {

@@ -39,6 +39,11 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
     /// The name of the service is not of the form that this registry needs. Says what to write instead.
     fn open(&self, query: &Query) -> Result<Box<dyn Watcher>, String>;
 
+    /// Whether it can be told that an instance is about to stop. Where it cannot, whoever registered the instance has to.
+    fn retires(&self) -> bool {
+        false
+    }
+
     /// Takes an instance out of the registry, or tells it that the instance is about to stop, so that nobody else finds it
     /// either; `undo` takes that back where it can be. Bounded in time by itself.
     ///
@@ -52,8 +57,7 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
         undo: bool,
     ) -> BoxFuture<'a, Result<(), SourceError>> {
         let _ = (query, instance, how, undo);
-        let kind = self.kind();
-        let why = format!("{kind} takes no instance out on request: whoever registered it has to");
+        let why = format!("{} takes no instance out on request", self.kind());
         Box::pin(async move { Err(SourceError::new(why)) })
     }
 }
