@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use http::Request;
+use http::{Method, Request};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
@@ -21,13 +21,27 @@ const LARGEST: usize = 64 << 20;
 /// # Errors
 /// Nothing listens there, it answers with an error, or not with JSON; the text says what to do.
 pub async fn ask(address: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+    let method = if body.is_some() { Method::POST } else { Method::GET };
+    call(address, path, method, body).await
+}
+
+/// Sends DELETE and returns the JSON answer.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn delete(address: &str, path: &str) -> Result<Value> {
+    call(address, path, Method::DELETE, None).await
+}
+
+async fn call(address: &str, path: &str, method: Method, body: Option<&Value>) -> Result<Value> {
     let base = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     let uri = format!("{}{path}", base.trim_end_matches('/'));
+    let request = Request::builder().method(method).uri(&uri);
     let request = match body {
-        Some(body) => Request::post(&uri)
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body.to_string()))),
-        None => Request::get(&uri).body(Full::default()),
+        Some(body) => {
+            request.header("content-type", "application/json").body(Full::new(Bytes::from(body.to_string())))
+        }
+        None => request.body(Full::default()),
     }
     .with_context(|| format!("{uri} is not a URL: write HOST:PORT of the Control API"))?;
     let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();

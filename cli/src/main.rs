@@ -41,6 +41,8 @@ enum Command {
     Check(cmd::check::Check),
     /// Tell what the gateway would do with a request, and why.
     Explain(cmd::explain::Explain),
+    /// Take a node out of use, and know when nothing uses it any more.
+    Drain(cmd::drain::Drain),
     /// Tell how much of an APISIX configuration runs here as it runs there.
     Import(cmd::import::Import),
     /// Bring the pages about plugins and metrics up to date.
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Up(role) => role.run(),
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),
+        Command::Drain(command) => command.run(),
         Command::Import(command) => command.run(),
         Command::Docs(command) => command.run(),
     };

@@ -88,6 +88,8 @@ pub struct Process {
     pub cpu_affinity: bool,
     /// Where the embedded store, snapshots and generated keys are kept.
     pub data_dir: PathBuf,
+    /// Control APIs of the gateways that serve the same configuration. A name stands for all addresses behind it.
+    pub peers: Vec<HostPort>,
     /// Where `config.yaml` and `apisix.yaml` are.
     pub config_dir: PathBuf,
     /// `plugins`: those that may be used; none means all there are.
@@ -108,6 +110,30 @@ pub struct Process {
     pub graphql_max_size: u64,
     /// Settings that are known and change nothing here. Tell the operator once.
     pub not_applicable: Vec<Notice>,
+}
+
+/// A host and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// A name or an address, an IPv6 one without brackets.
+    pub host: String,
+    /// From 1.
+    pub port: u16,
+}
+
+impl HostPort {
+    /// Reads `gw.example.com:9090`, `10.0.0.1:9090`, `[fd00::1]:9090`.
+    fn parse(text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+        let host = match bare {
+            Some(bare) => bare.parse::<std::net::Ipv6Addr>().ok().map(|_| bare)?,
+            None => (!host.is_empty() && host.chars().all(is_name)).then_some(host)?,
+        };
+        let port = port.parse().ok().filter(|port| *port > 0)?;
+        Some(Self { host: host.to_owned(), port })
+    }
 }
 
 /// `deployment.role`.
@@ -586,6 +612,7 @@ impl Process {
             workers: own.workers,
             cpu_affinity: nginx.cpu_affinity,
             data_dir: own.data_dir,
+            peers: own.peers,
             config_dir: dir.to_owned(),
             plugins: root.texts("plugins"),
             stream_plugins: root.texts("stream_plugins"),
@@ -866,11 +893,14 @@ mod tests {
 postern:
   data_dir: /var/lib/postern
   workers: 2
+  peers: ['gw-2.example.com:9090', '[fd00::1]:9091']
   limits: {header_bytes: 64k, header_count: 50, uri_length: 4096, connections: 1000, header_timeout: 7s, drain_timeout: 1m}
 ";
         let process = read(text);
         assert_eq!(process.workers, Workers::Count(2));
         assert_eq!(process.data_dir, Path::new("/var/lib/postern"));
+        let peers: Vec<_> = process.peers.iter().map(|peer| (peer.host.as_str(), peer.port)).collect();
+        assert_eq!(peers, [("gw-2.example.com", 9090), ("fd00::1", 9091)]);
         assert_eq!(process.limits.header_bytes, 64 << 10);
         assert_eq!(process.limits.header_timeout, Duration::from_secs(7));
         assert_eq!(process.limits.connections, Some(1000));

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use certs::sni::{Protocol, TableSettings};
 use config::Graph;
-use config::process::{Limits, Listener, Process, Provider, TlsVersion};
+use config::process::{HostPort, Limits, Listener, Process, Provider, TlsVersion};
+use discovery::Node;
 use layers::http::access_log::AccessLog;
 use layers::http::in_flight::InFlightCount;
 use layers::plugin::Definition;
@@ -24,6 +25,7 @@ use layers::worker::context::Stats;
 use layers::worker::deadlines::Timeouts;
 use layers::worker::runtime::{WorkerSettings, Workers};
 use layers::worker::serve::{Http2, ServeSettings};
+use layers::worker::turns::Turns;
 use layers::worker::view::{Published, View};
 use plugins::node_status::NodeStatus;
 use plugins::support::http_call::{self, HttpClient};
@@ -32,6 +34,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::certificates::Certificates;
 use crate::compile::{Compiler, Env};
+use crate::drain::{Board, Parts};
 use crate::instance::Instance;
 use crate::interfaces::Interfaces;
 use crate::running::{Configuration, Running};
@@ -190,7 +193,11 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     let mut bound = Addresses::default();
     let listeners =
         if process.serves_traffic() { listen(process, &running, &mut bound)? } else { Vec::new() };
-    let interfaces = Interfaces::start(process, &running, &opened, &metrics, &export, instance).await?;
+    let turns = Turns::default();
+    let drains =
+        process.serves_traffic().then(|| drains(process, &running, &instance, &turns)).transpose()?;
+    let interfaces =
+        Interfaces::start(process, &running, &opened, &metrics, &export, instance, drains).await?;
 
     let events = opened.store.watch();
     let follower = running.clone();
@@ -216,6 +223,7 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     }
     let access_log = open_access_log(process)?;
     let mut workers = start_workers(process, &running, listeners, access_log.as_ref(), &in_flight, &metrics)?;
+    turns.watch(workers.stats());
     interfaces.ready();
     ready(&addresses);
     loop {
@@ -326,6 +334,27 @@ fn running(
     tokio::spawn(running.secrets().clone().run(client, running.clone()));
     tokio::spawn(lookups.run(clusters, running.clone(), process.data_dir.join("lookup_tables")));
     Ok(running)
+}
+
+/// The drains of the process before are in force again before anything is compiled.
+fn drains(
+    process: &Process,
+    running: &Running,
+    instance: &Instance,
+    turns: &Turns,
+) -> Result<Board, StartError> {
+    let node =
+        |peer: &HostPort| Node { host: peer.host.as_str().into(), port: peer.port, weight: 1, priority: 0 };
+    let parts = Parts {
+        name: instance.id.clone(),
+        clusters: running.configuration().compiler.cluster_env().clone(),
+        running: running.clone(),
+        turns: turns.clone(),
+        peers: process.peers.iter().map(node).collect(),
+        file: process.in_data_dir("drains.json"),
+    };
+    Board::new(parts)
+        .map_err(|error| StartError::setting("apisix.ssl.ssl_trusted_certificate", error.to_string()))
 }
 
 fn tls_settings(process: &Process) -> Result<TableSettings, StartError> {

@@ -296,6 +296,19 @@ impl Compiler {
         self.env.attrs.get(plugin)
     }
 
+    /// What clusters are made with.
+    pub fn cluster_env(&self) -> &ClusterEnv {
+        &self.env.clusters
+    }
+
+    /// Every cluster there is, also those that several objects share.
+    pub fn every_cluster(&self) -> Vec<Arc<Cluster>> {
+        let by_key = self.clusters.by_key.borrow();
+        let shared = self.clusters.shared.borrow();
+        let own = by_key.values().cloned().chain(shared.values().filter_map(Weak::upgrade));
+        own.chain(self.env.lookups.clusters().into_iter().map(|(_, cluster)| cluster)).collect()
+    }
+
     /// The clusters that exist, by the key of their owner.
     pub fn clusters(&self) -> Vec<(Box<str>, Arc<Cluster>)> {
         let by_key = self.clusters.by_key.borrow();

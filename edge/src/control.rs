@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 use crate::admin::query::Query;
 use crate::admin::reply::{Reply, ReplyBody};
 use crate::admin::{self, read, redact, segments};
+use crate::drain::{Board, Order, Refusal};
 use crate::endpoint::Handler;
 use crate::instance::Instance;
 use crate::live::{Checker, LiveState};
@@ -38,6 +39,7 @@ pub struct Control {
     live: Arc<dyn LiveState>,
     store: Arc<dyn Store>,
     catalog: Arc<dyn PluginCatalog>,
+    drains: Option<Board>,
     prefix: String,
     instance: Instance,
 }
@@ -52,7 +54,13 @@ impl Control {
         prefix: &str,
         instance: Instance,
     ) -> Control {
-        Control { live, store, catalog, prefix: prefix.to_owned(), instance }
+        Control { live, store, catalog, drains: None, prefix: prefix.to_owned(), instance }
+    }
+
+    /// With drains, which a process that serves traffic has.
+    #[must_use]
+    pub fn with_drains(self, drains: Board) -> Control {
+        Control { drains: Some(drains), ..self }
     }
 
     /// Answer one request. Never fails.
@@ -124,6 +132,10 @@ impl Control {
                     ok(&entry)
                 }
                 None => not_found(&format!("lookup entry[{key}] not found")),
+            },
+            (method, ["drains", rest @ ..]) => match &self.drains {
+                Some(drains) => drains_of(drains, method, rest, read(body, &parts.headers, MAX_BODY)).await,
+                None => not_found("this process serves no traffic, so it drains nothing"),
             },
             (&Method::GET, ["rejected"]) => ok(&self.rejected()),
             (&Method::GET, ["config"]) => ok(&self.config()),
@@ -322,6 +334,47 @@ impl Control {
 impl Handler for Control {
     fn handle(&self, _: SocketAddr, request: Request<Incoming>) -> BoxFuture<'_, Response<ReplyBody>> {
         Box::pin(async move { self.answer(request).await.into_response() })
+    }
+}
+
+/// `/v1/drains`: begin a drain, look at it, undo it.
+async fn drains_of(
+    drains: &Board,
+    method: &Method,
+    path: &[&str],
+    body: impl Future<Output = Result<Bytes, Reply>>,
+) -> Reply {
+    let unknown = |id: &str| not_found(&format!("drain[{id}] not found"));
+    match (method, path) {
+        (&Method::GET, []) => ok(&json!(drains.views())),
+        (&Method::POST, []) => match body.await {
+            Ok(body) => begin(drains, &body).await,
+            Err(refusal) => refusal,
+        },
+        (&Method::GET, [id]) => drains.view(id).map_or_else(|| unknown(id), |view| ok(&json!(view))),
+        (&Method::DELETE, [id]) => match drains.undo(id).await {
+            Some(problems) => ok(&json!({ "id": id, "problems": problems })),
+            None => unknown(id),
+        },
+        _ => Reply::method_not_allowed(
+            "GET and POST /v1/drains, GET and DELETE /v1/drains/ID",
+            "GET, POST, DELETE",
+        ),
+    }
+}
+
+async fn begin(drains: &Board, body: &[u8]) -> Reply {
+    let order: Order = match serde_json::from_slice(body) {
+        Ok(order) => order,
+        Err(error) => {
+            let form = json!({"service": "orders", "node": "10.0.0.3:8080"});
+            return Reply::bad_request(format!("the order to drain: {error}; write {form}"));
+        }
+    };
+    match drains.begin(order).await {
+        Ok(view) => Reply::json(StatusCode::CREATED, &json!(view)),
+        Err(refusal @ (Refusal::NoService(_) | Refusal::NoNode { .. })) => not_found(&refusal.to_string()),
+        Err(refusal) => Reply::bad_request(refusal.to_string()),
     }
 }
 

@@ -26,6 +26,7 @@ use crate::admin::reply::{Reply, ReplyBody};
 use crate::admin::{Admin, AdminParts};
 use crate::app::{Addresses, Opened, StartError};
 use crate::control::Control;
+use crate::drain::Board;
 use crate::endpoint::{Endpoint, Handler, admin_tls};
 use crate::explain::{self, Question, Rules};
 use crate::instance::Instance;
@@ -60,6 +61,7 @@ impl Interfaces {
         metrics: &Arc<Metrics>,
         export: &Export,
         instance: Instance,
+        drains: Option<Board>,
     ) -> Result<Self, StartError> {
         let prefix = match &process.provider {
             Provider::Etcd(etcd) => etcd.prefix.clone(),
@@ -113,6 +115,10 @@ impl Interfaces {
                 &prefix,
                 instance,
             );
+            let control = match drains {
+                Some(drains) => control.with_drains(drains),
+                None => control,
+            };
             let endpoint = bind("apisix.control", address, None).await?;
             started.addresses.control = endpoint.address().ok();
             started.spawn(endpoint, Arc::new(control));

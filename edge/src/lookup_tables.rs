@@ -5,7 +5,7 @@
 //! the server cannot be asked or answers nonsense; since when it is old is shown. Nothing here runs on a worker.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::running::Running;
+use crate::store::keep;
 
 /// How often entries are looked at for whether they are used.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -437,21 +438,6 @@ fn parse(id: &str, bytes: &[u8]) -> Result<Fetched, String> {
         (Arc::from(name), entry)
     };
     Ok(entries.into_iter().map(one).collect())
-}
-
-/// Writes a file for the owner alone, whole beside the old one and renamed over it.
-fn keep(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    if let Some(folder) = file.parent() {
-        crate::store::prepare_data_dir(folder)?;
-    }
-    let new = file.with_extension("new");
-    let mut out =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    out.write_all(bytes)?;
-    out.sync_all()?;
-    std::fs::rename(new, file)
 }
 
 #[cfg(test)]

@@ -2,5 +2,6 @@
 
 pub mod check;
 pub mod docs;
+pub mod drain;
 pub mod explain;
 pub mod import;

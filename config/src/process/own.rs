@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::nginx::Nginx;
 use super::section::Section;
-use super::{Env, Limits, Place, Workers};
+use super::{Env, HostPort, Limits, Place, Workers};
 
 pub(super) struct Own {
     pub(super) data_dir: PathBuf,
     pub(super) workers: Workers,
     pub(super) limits: Limits,
     pub(super) place: Place,
+    pub(super) peers: Vec<HostPort>,
 }
 
 pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
@@ -27,6 +28,7 @@ pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
         workers: workers.or(nginx.workers).unwrap_or(Workers::Auto),
         limits: limits(&own, nginx),
         place: place(&own),
+        peers: peers(&own),
     };
     own.finish();
     result
@@ -39,6 +41,21 @@ fn place(own: &Section<'_>) -> Place {
     let place = Place { region: name("region"), zone: name("zone"), machine: name("machine") };
     section.finish();
     place
+}
+
+/// Control APIs of the other gateways.
+fn peers(own: &Section<'_>) -> Vec<HostPort> {
+    let elements = own.list("peers").unwrap_or_default();
+    let read = |element| {
+        let text = own.element_text(&element)?;
+        let peer = HostPort::parse(text);
+        if peer.is_none() {
+            let problem = format!("`{text}` is no HOST:PORT of a Control API: write `gw-2.example.com:9090`");
+            own.element_invalid(&element, problem);
+        }
+        peer
+    };
+    elements.into_iter().filter_map(read).collect()
 }
 
 fn limits(own: &Section<'_>, nginx: &Nginx) -> Limits {

@@ -5,10 +5,10 @@
 //! set aside by the graph. Every store keeps a last-good snapshot on disk, so that the process starts and
 //! serves while the store is away. Nothing here runs on a worker.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::future::Future;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
@@ -276,6 +276,18 @@ pub(crate) fn prepare_data_dir(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Writes a file for the owner alone, whole beside the old one and renamed over it. Blocks.
+pub(crate) fn keep(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    if let Some(folder) = file.parent() {
+        prepare_data_dir(folder)?;
+    }
+    let new = file.with_extension("new");
+    let mut out = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    out.write_all(bytes)?;
+    out.sync_all()?;
+    fs::rename(new, file)
 }
 
 /// The data directory holds keys. One that others may read keeps its mode, because somebody gave it that mode.
