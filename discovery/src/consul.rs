@@ -188,3 +188,45 @@ impl Watcher for Watch {
         self.poll.restart();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_question_that_waits_is_small() {
+        let settings: settings::Consul = config::typed::parse(&json!({"servers": ["http://a"]})).unwrap();
+        let source = sources(&settings).unwrap().remove(0);
+        let query = Query { service: "orders".into(), args: Default::default() };
+        let mut watcher = source.open(&query).unwrap();
+        let size = size_of_val(&*watcher.next());
+        assert!(size <= 2048, "{size} bytes for each service that is followed");
+    }
+
+    #[test]
+    fn details_that_consul_does_not_have_are_refused_with_advice() {
+        let settings = json!({"servers": ["http://a"], "filter": "a == b", "skip_services": ["internal"]});
+        let settings: settings::Consul = config::typed::parse(&settings).unwrap();
+        let source = sources(&settings).unwrap().remove(0);
+        for (service, name, value, advice) in [
+            ("orders", "tags", "a,b", None),
+            ("orders", "filter", "c == d", None),
+            ("orders", "passing", "yes", Some("write true or false")),
+            ("orders", "group_name", "g", Some("write datacenter,")),
+            ("internal", "tags", "a", Some("skip_services")),
+            ("http://a/v1/health/service/orders", "tags", "a", None),
+            ("http://b/v1/health/service/orders", "tags", "a", Some("another cluster")),
+        ] {
+            let args = [(name.into(), value.into())].into();
+            let refused = source.open(&Query { service: service.into(), args }).err();
+            let fits = refused
+                .as_deref()
+                .map_or(advice.is_none(), |text| advice.is_some_and(|it| text.contains(it)));
+            assert!(fits, "{service} {name}: {refused:?}");
+        }
+    }
+}

@@ -509,7 +509,8 @@ async fn exchange(
             },
         }
     }
-    let mut kept = server.connect().await?;
+    // Apart, for it is large and over before the long wait begins.
+    let mut kept = Box::pin(server.connect()).await?;
     let head = kept.sender.send_request(request).await.map_err(Problem::Broken)?;
     receive(server, kept, head).await
 }

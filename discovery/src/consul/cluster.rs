@@ -27,6 +27,8 @@ const BRIEF: usize = 8;
 /// Those who were waiting for a cluster ask again spread over this long, for each that waits; and over half a second at most.
 const SPREAD: Duration = Duration::from_micros(200);
 const MAX_SPREAD: Duration = Duration::from_millis(500);
+/// What a token has to be allowed.
+const RIGHTS: &str = "it needs service:read and node:read, or key:read for keys";
 /// How long nobody asks a cluster that seems to be gone.
 const ASK_ANYWAY: Duration = Duration::from_secs(30);
 
@@ -256,6 +258,12 @@ impl Poll {
             return Err(SourceError::new(format!(
                 "{name}: the server that answered heard of its leader {ago:?} ago"
             )));
+        }
+        // What a token may not see is left out in silence: by newer versions with a word about it.
+        let filtered = answer.field("x-consul-results-filtered-by-acls") == Some("true");
+        if filtered && answer.body.trim_ascii() == b"[]" {
+            let name = server.name();
+            return Err(SourceError::new(format!("{name}: the token may not see the service: {RIGHTS}")));
         }
         // Without an index there is nothing to wait beyond but the beginning: answers come at once.
         let index: u64 = answer.field("x-consul-index").and_then(|text| text.parse().ok()).unwrap_or(0);

@@ -42,6 +42,8 @@ pub fn is_there() -> bool {
 pub struct Consul {
     folder: TempDir,
     http: Port,
+    /// The token of everything that this asks.
+    token: Option<String>,
     process: Process,
     _others: Vec<Port>,
 }
@@ -65,10 +67,16 @@ impl Consul {
             "performance": {"raft_multiplier": 1},
             "disable_update_check": true, "log_level": "warn",
         });
-        all.as_object_mut().expect("an object").extend(settings.as_object().expect("an object").clone());
+        for (name, value) in settings.as_object().expect("an object") {
+            match (&mut all[name], value) {
+                (Value::Object(ours), Value::Object(more)) => ours.extend(more.clone()),
+                (place, value) => *place = value.clone(),
+            }
+        }
         std::fs::write(folder.path().join("consul.json"), all.to_string()).expect("a configuration file");
         let process = launch(folder.path());
-        let consul = Consul { folder, http, process, _others: vec![server, serf] };
+        let token = settings.pointer("/acl/tokens/master").and_then(Value::as_str).map(str::to_owned);
+        let consul = Consul { folder, http, token, process, _others: vec![server, serf] };
         consul.until_ready().await;
         consul
     }
@@ -118,7 +126,8 @@ impl Consul {
         eventually_within(Duration::from_secs(60), "Consul answers", || async {
             let stream = TcpStream::connect(self.addr()).await.ok()?;
             let mut connection = Connection::http1_over(stream, self.addr().to_string(), "http").await;
-            let answer = connection.try_send(Call::get(&format!("/v1/health/node/{NODE}"))).await.ok()?;
+            let call = self.call("GET", &format!("/v1/health/node/{NODE}"));
+            let answer = connection.try_send(call).await.ok()?;
             (answer.status == 200 && !answer.json().as_array()?.is_empty()).then_some(())
         })
         .await;
@@ -147,11 +156,24 @@ impl Consul {
     /// A PUT that has to succeed.
     pub async fn put(&self, path: &str, body: &Value) {
         let body = if body.is_null() { String::new() } else { body.to_string() };
-        Call::new("PUT", path).body(body).send_to(self.addr()).await.expect_status(200);
+        self.call("PUT", path).body(body).send_to(self.addr()).await.expect_status(200);
+    }
+
+    /// A DELETE that has to succeed.
+    pub async fn delete(&self, path: &str) {
+        self.call("DELETE", path).send_to(self.addr()).await.expect_status(200);
     }
 
     pub async fn get(&self, path: &str) -> Answer {
-        Call::get(path).send_to(self.addr()).await
+        self.call("GET", path).send_to(self.addr()).await
+    }
+
+    fn call(&self, method: &str, path: &str) -> Call {
+        let call = Call::new(method, path);
+        match &self.token {
+            Some(token) => call.header("x-consul-token", token),
+            None => call,
+        }
     }
 
     /// What the process wrote.
