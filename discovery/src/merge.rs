@@ -119,6 +119,7 @@ pub(crate) fn merge(target: &Target, pieces: &[Piece<'_>], names: &Names, now: I
                 for (item, node) in nodes.iter().enumerate() {
                     each(
                         node,
+                        target.port,
                         literal(&node.host),
                         Health::Healthy,
                         None,
@@ -165,6 +166,7 @@ pub(crate) fn merge(target: &Target, pieces: &[Piece<'_>], names: &Names, now: I
                     let (node, details) = (&instance.node, instance.details.as_ref());
                     each(
                         node,
+                        target.port,
                         held.ip,
                         instance.health,
                         details,
@@ -192,8 +194,10 @@ pub(crate) fn merge(target: &Target, pieces: &[Piece<'_>], names: &Names, now: I
 }
 
 /// The endpoints of one node: one if its host is an address, else one for each address behind the name.
+#[expect(clippy::too_many_arguments, reason = "what a node and an instance have in common")]
 fn each(
     node: &Node,
+    default_port: u16,
     ip: Option<IpAddr>,
     health: Health,
     details: Option<&Arc<Details>>,
@@ -202,7 +206,7 @@ fn each(
     found: &mut dyn FnMut(&mut Merged, Endpoint),
 ) {
     let endpoint = |ip: IpAddr, siblings: u32| Endpoint {
-        addr: SocketAddr::new(ip, node.port),
+        addr: SocketAddr::new(ip, if node.port == 0 { default_port } else { node.port }),
         host: Arc::clone(&node.host),
         weight: node.weight,
         siblings,

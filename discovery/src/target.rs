@@ -21,6 +21,8 @@ pub struct Target {
     pub guards: Guards,
     /// How names among the nodes are asked for, where it is not as the settings say.
     pub names: NameOptions,
+    /// The port of instances whose registry knows none: that of the upstream's scheme.
+    pub port: u16,
 }
 
 impl Target {
@@ -42,6 +44,7 @@ impl Target {
             merge: Merge::default(),
             guards: Guards::default(),
             names: NameOptions::default(),
+            port: 80,
         }
     }
 }

@@ -126,6 +126,21 @@ async fn the_suite_of_conduct() {
 }
 
 #[tokio::test]
+async fn a_service_without_a_port_has_that_of_the_scheme() {
+    let server = Server::start().await;
+    server.numbered("a.test", 60, &[1]);
+    let sources: Vec<Arc<dyn Source>> = vec![Arc::new(Dns::services(settings(&server)))];
+    let all = crate::Settings { sources, ..crate::Settings::default() };
+    let discovery = crate::Discovery::new(Handle::current(), all);
+    let query = Query { service: "a.test".into(), args: BTreeMap::new() };
+    let target = crate::Target { port: 443, ..crate::Target::service("upstreams/1", "dns", query) };
+    let mut watch = discovery.watch(&target);
+    let endpoints =
+        timeout(Duration::from_secs(5), watch.wait_for(|it| !it.list.is_empty())).await.unwrap().unwrap();
+    assert_eq!(endpoints.list[0].addr.to_string(), "10.0.0.1:443");
+}
+
+#[tokio::test]
 async fn records_become_instances() {
     let server = Server::start().await;
     server.numbered("a.test", 60, &[2, 1]);

@@ -1,12 +1,15 @@
 //! Where the endpoints of an upstream come from: what is written in it, as discovery wants it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use config::error::ConfigError;
 use config::upstream::discovery::{Merge as WireMerge, Origin as WireOrigin, Part as WirePart};
 use config::upstream::{Nodes, Upstream};
-use discovery::{Details, Discovery, Endpoints, Guards, Merge, Node, Part, Query, Target, TargetError};
+use discovery::{
+    Details, Discovery, Endpoints, Guards, Merge, NameOptions, Node, Part, Query, Target, TargetError,
+};
 use hashbrown::HashMap;
 use serde_json::Value;
 
@@ -50,12 +53,19 @@ pub(super) fn services(parts: &[Part]) -> impl Iterator<Item = &Arc<str>> + Clon
 }
 
 fn target(key: &str, upstream: &Upstream, parts: &[WirePart<'_>]) -> Target {
+    let names: NameOptions = upstream.dns.as_deref().map(Into::into).unwrap_or_default();
     let parts = parts.iter().map(|part| {
         let origin = match part.origin {
             WireOrigin::Nodes(written) => discovery::Origin::Nodes(nodes(upstream, written)),
             WireOrigin::Service { kind, service, args } => {
                 let args = args.into_iter().flat_map(|args| args.iter());
-                let args = args.map(|(name, value)| (name.into(), value.into())).collect();
+                let mut args: BTreeMap<Arc<str>, Arc<str>> =
+                    args.map(|(name, value)| (name.into(), value.into())).collect();
+                if kind == "dns" {
+                    for (name, value) in names.to_args() {
+                        args.entry(name).or_insert(value);
+                    }
+                }
                 discovery::Origin::Service {
                     kind: kind.into(),
                     query: Query { service: service.into(), args },
@@ -71,9 +81,8 @@ fn target(key: &str, upstream: &Upstream, parts: &[WirePart<'_>]) -> Target {
         WireMerge::Prefer => Merge::Prefer,
         WireMerge::Intersect => Merge::Intersect,
     };
-    if let Some(names) = upstream.dns.as_deref() {
-        target.names = names.into();
-    }
+    target.names = names;
+    target.port = upstream.scheme.default_port();
     if let Some(options) = options {
         let guards = Guards::default();
         target.guards = Guards {
