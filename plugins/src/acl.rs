@@ -200,7 +200,12 @@ impl Access for Acl {
                 Some(Reading::Guessed.text(value))
             })
         } else if let Some(user) = x.slot::<ExternalUser>() {
-            let value = at(&user.0, &self.path);
+            let (first, rest) = self.path.split_first().unzip();
+            let value = match first {
+                Some(Step::Name(name)) => user.0.get(&**name).and_then(|value| at(value, rest.unwrap_or_default())),
+                // A user has names, no numbers.
+                Some(Step::Number(_)) | None => None,
+            };
             self.lets_in(|name| value.filter(|_| name == &*self.label).map(|value| self.reading.values(value)))
         } else {
             return self.nobody.flow();
@@ -342,7 +347,8 @@ mod tests {
             ("the path is the label", json!({"deny_labels": {"groups": ["a"]}}), json!({"groups": "b"}), 200),
         ];
         for (name, config, user, status) in cases {
-            let x = run(&config, |x| x.put_slot(ExternalUser(user))).await;
+            let user = user.as_object().unwrap().clone();
+            let x = run(&config, |x| x.put_slot(ExternalUser(user.into()))).await;
             assert_eq!(x.status(), status, "{name}");
         }
     }

@@ -29,6 +29,7 @@ pub use self::settings::Config;
 use self::settings::{AudienceRule, SameSite, SessionConfig, Storage, Unauthenticated};
 use crate::support::answers::{self, Answers};
 use crate::support::http_call::{self, HttpClient};
+use crate::support::consumer::ExternalUser;
 use crate::support::identity::User;
 use crate::support::jwk::{self, KeySet};
 use crate::support::jwt::{Algorithm, Key, Token};
@@ -543,6 +544,7 @@ impl OpenidConnect {
         if let Some(user) = text(&claims, "sub").or_else(|| text(&claims, "username")) {
             x.put_slot(User(user.into()));
         }
+        x.put_slot(ExternalUser(claims));
         Flow::Next
     }
 
@@ -650,6 +652,7 @@ impl OpenidConnect {
             x.put_slot(Cookies(cookies));
         }
         self.tell(x, &session, &claims);
+        x.put_slot(ExternalUser(session.user.unwrap_or(claims).into()));
         Ok(Flow::Next)
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use http::{HeaderName, HeaderValue};
 use layers::consumer::Consumer;
 use layers::exchange::Exchange;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 const USERNAME: HeaderName = HeaderName::from_static("x-consumer-username");
 const CREDENTIAL: HeaderName = HeaderName::from_static("x-credential-identifier");
@@ -13,7 +13,7 @@ const CUSTOM_ID: HeaderName = HeaderName::from_static("x-consumer-custom-id");
 
 /// What an identity provider says of whoever calls: the claims of a token, an answer of its user endpoint. A plugin that
 /// recognises users without consumers keeps it on the exchange.
-pub struct ExternalUser(pub Value);
+pub struct ExternalUser(pub Arc<Map<String, Value>>);
 
 /// Makes `consumer` the request's. What a client wrote into these fields goes in any case.
 pub fn attach(x: &mut Exchange, consumer: Arc<Consumer>) {
