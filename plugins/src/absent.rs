@@ -8,7 +8,7 @@ pub const HARMLESS: &[(&str, &str)] =
     &[("ai", "it caches route matches inside APISIX; looking up a route here needs no cache")];
 
 /// Plugins that APISIX does not have.
-pub const OURS: &[&str] = &["jwt-issue"];
+pub const OURS: &[&str] = &["jwt-issue", "upstream-lookup"];
 
 /// Names that are no plugin of APISIX either, and what is meant.
 const MISNOMERS: &[(&str, &str)] = &[

@@ -25,6 +25,7 @@ logger_settings! {
     uri: String,
     /// The value of `Authorization`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-encrypted" = true))]
     auth_header: Option<Sensitive<0>>,
     /// Seconds that a call may take.
     #[serde(default = "timeout")]

@@ -31,6 +31,7 @@ const ENTERPRISE: u32 = 41_058;
 logger_settings! {
     queue_name: "loggly";
     /// The token of the customer.
+    #[schemars(extend("x-encrypted" = true))]
     customer_token: Sensitive,
     /// The severity of messages.
     #[serde(default)]

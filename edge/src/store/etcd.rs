@@ -252,7 +252,7 @@ impl Store for Etcd {
         Box::pin(async move {
             let json = serde_json::to_vec(&value)
                 .map_err(|error| StoreError::Corrupt { what: key.to_string(), why: error.to_string() })?;
-            let json = self.shared.encryption.seal(key.kind, json);
+            let json = self.shared.encryption.seal(key, json);
             let size = json.len();
             let name = &self.shared.name(key);
             let (json, options) = (&json, &options);
@@ -512,7 +512,7 @@ impl Shared {
 
     fn stored(&self, key: ResourceKey, found: &KeyValue) -> Stored {
         Stored {
-            value: self.encryption.open(key.kind, found.value()),
+            value: self.encryption.open(&key, found.value()),
             key,
             created_index: number(found.create_revision()),
             modified_index: number(found.mod_revision()),

@@ -52,6 +52,7 @@ pub struct Sasl {
     /// The user.
     user: String,
     /// The password.
+    #[schemars(extend("x-encrypted" = true))]
     password: Sensitive,
 }
 
