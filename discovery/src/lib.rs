@@ -21,8 +21,8 @@ mod merge;
 pub mod nacos;
 mod poll;
 pub mod probe;
-pub mod rpc;
 pub mod retire;
+pub mod rpc;
 #[cfg(test)]
 mod simulation;
 mod snapshot;

@@ -316,7 +316,7 @@ fn running(
     instance: &Instance,
 ) -> Result<Running, StartError> {
     let mut env = Env::new(process, catalog.clone(), metrics.clone(), tokio::runtime::Handle::current())
-        .map_err(|problem| StartError::setting("apisix.ssl.ssl_trusted_certificate", problem))?;
+        .map_err(|bad| StartError::setting(bad.setting, bad.problem))?;
     let (tls, discovery) = (&env.clusters.tls, &env.clusters.discovery);
     let client = HttpClient::alone(&http_call::Settings::default(), tls, discovery, &env.control)
         .map_err(|error| StartError::setting("apisix.ssl.ssl_trusted_certificate", error.to_string()))?;

@@ -29,6 +29,7 @@ use layers::upstream::tls_client::ClientPem;
 use serde_json::Value;
 
 use crate::lookup_tables::Lookups;
+use crate::registries::BadSetting;
 use crate::snapshot::Snapshot;
 use crate::{merge, settings};
 
@@ -62,13 +63,13 @@ impl Env {
     /// What `config.yaml` says, and the plugins of this binary.
     ///
     /// # Errors
-    /// The trusted certificates for upstreams cannot be read.
+    /// The trusted certificates for upstreams, or a file of a registry, cannot be read.
     pub fn new(
         process: &Process,
         catalog: Arc<plugins::Catalog>,
         metrics: Arc<Metrics>,
         control: tokio::runtime::Handle,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, BadSetting> {
         Ok(Self {
             plugins: catalog.all().map(|plugin| (plugin.name, plugin)).collect(),
             attrs: settings::plugin_attrs(process),
@@ -158,6 +159,7 @@ impl Clusters {
             || upstream.tls.is_some()
             || upstream.breaker.is_some()
             || upstream.slow_start.is_some()
+            || upstream.discovery.is_some()
             || discovery::literal(node.bare_host()).is_none()
         {
             return None;

@@ -7,7 +7,7 @@
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use config::{Item, Kind, PluginCatalog, ResourceKey, schema};
@@ -33,6 +33,10 @@ use crate::store::{BoxFuture, Store};
 const MAX_BODY: usize = 1 << 20;
 /// Revisions shown unless more are asked for, and at most.
 const REVISIONS: (usize, usize) = (50, 1000);
+
+/// How long a question for changed endpoints may wait, and how often they are looked at.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(200);
 
 /// The Control API.
 pub struct Control {
@@ -109,6 +113,19 @@ impl Control {
                 Some(dump) => ok(&dump),
                 None => not_found(&format!("discovery {kind} is not in use")),
             },
+            (&Method::GET, ["discovery", kind, "show_dump_file"]) => match self.live.discovery_file(kind) {
+                Some(dump) => ok(&dump),
+                None => not_found(&format!("discovery {kind} is not in use")),
+            },
+            (&Method::GET, ["endpoints", name @ ..]) => self.endpoints(&name.join("/"), &query).await,
+            (&Method::POST, ["endpoints", name @ .., "refresh"]) if !name.is_empty() => {
+                let name = name.join("/");
+                if self.live.refresh_endpoints(&name) {
+                    Reply::empty(StatusCode::ACCEPTED)
+                } else {
+                    not_found(&format!("{name} has no endpoints that could be asked for"))
+                }
+            }
             (&Method::GET, ["server_info"]) if self.catalog.names().contains(&ServerInfo::NAME) => {
                 ok(&self.server_info().await)
             }
@@ -145,6 +162,23 @@ impl Control {
                 Err(refusal) => refusal,
             },
             _ => no_route(),
+        }
+    }
+
+    /// What is known of endpoints; with `since` and `wait`, once it is not what it was.
+    async fn endpoints(&self, name: &str, query: &Query) -> Reply {
+        let name = (!name.is_empty()).then_some(name);
+        if let Some(since) = query.get("since") {
+            let wait = query.get("wait").and_then(|wait| wait.parse().ok()).unwrap_or_default();
+            let until = Instant::now() + Duration::from_secs(wait).min(LONGEST_WAIT);
+            while !self.live.endpoints_changed(name, since) && Instant::now() < until {
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+        let inventory = self.live.endpoints(name);
+        match (name, inventory.upstreams.as_slice()) {
+            (Some(name), []) => not_found(&format!("no upstream has endpoints by the name {name}")),
+            _ => ok(&json!(inventory)),
         }
     }
 
@@ -443,7 +477,7 @@ mod tests {
     use http_body_util::{BodyExt, Full};
 
     use super::*;
-    use crate::live::{Applied, HealthCounter, NodeHealth, Readiness};
+    use crate::live::{Applied, HealthCounter, Inventory, NodeHealth, Readiness};
     use crate::store::PutOptions;
     use crate::store::embedded::Embedded;
 
@@ -521,6 +555,26 @@ mod tests {
             (kind == "dns").then(|| json!({"services": {}}))
         }
 
+        fn discovery_file(&self, kind: &str) -> Option<Value> {
+            self.discovery(kind)
+        }
+
+        fn endpoints(&self, name: Option<&str>) -> Inventory {
+            let upstreams = match name {
+                None | Some("upstreams/1") => vec![json!({"name": "upstreams/1"})],
+                Some(_) => Vec::new(),
+            };
+            Inventory { version: "v1".to_owned(), upstreams }
+        }
+
+        fn endpoints_changed(&self, _: Option<&str>, since: &str) -> bool {
+            since != "v1"
+        }
+
+        fn refresh_endpoints(&self, name: &str) -> bool {
+            name == "upstreams/1"
+        }
+
         fn breakers(&self) -> Value {
             json!([{"route": "1"}])
         }
@@ -578,6 +632,14 @@ mod tests {
             ("POST", "/v1/gc", "", 200, ""),
             ("GET", "/v1/discovery/dns/dump", "", 200, r#"{"services":{}}"#),
             ("GET", "/v1/discovery/nacos/dump", "", 404, "discovery nacos is not in use"),
+            ("GET", "/v1/discovery/dns/show_dump_file", "", 200, r#"{"services":{}}"#),
+            ("GET", "/v1/endpoints", "", 200, r#"{"version":"v1","upstreams":[{"name":"upstreams/1"}]}"#),
+            ("GET", "/v1/endpoints/upstreams/1", "", 200, r#""version":"v1""#),
+            ("GET", "/v1/endpoints/upstreams/1?since=v0&wait=60", "", 200, r#""version":"v1""#),
+            ("GET", "/v1/endpoints/upstreams/1?since=v1&wait=0", "", 200, r#""version":"v1""#),
+            ("GET", "/v1/endpoints/shop", "", 404, "no upstream has endpoints by the name shop"),
+            ("POST", "/v1/endpoints/upstreams/1/refresh", "", 202, ""),
+            ("POST", "/v1/endpoints/shop/refresh", "", 404, "shop has no endpoints that could be asked for"),
             ("GET", "/v1/healthcheck", "", 200, r#""name":"/apisix/upstreams/1""#),
             ("GET", "/v1/healthcheck/upstreams/1", "", 200, r#""http_failure":5"#),
             ("GET", "/v1/healthcheck/routes/1", "", 404, "no checker for routes[1]"),

@@ -2,6 +2,7 @@
 //!
 //! They start before the first configuration is in, so that an operator can ask why the gateway does not serve yet.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use config::process::{Process, Provider};
 use config::{Item, Kind, Rejected, ResourceKey};
+use discovery::Discovery;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use layers::plugin::Definition;
@@ -18,7 +20,7 @@ use layers::telemetry::names::{self, Metric};
 use layers::upstream::breaker::Phase;
 use plugins::prometheus::Export;
 use plugins::proxy_cache::ProxyCache;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
 
 use crate::admin::auth::Access;
@@ -30,7 +32,8 @@ use crate::drain::Board;
 use crate::endpoint::{Endpoint, Handler, admin_tls};
 use crate::explain::{self, Question, Rules};
 use crate::instance::Instance;
-use crate::live::{Applied, Checker, HealthCounter, LiveState, NodeHealth, Readiness};
+use crate::inventory;
+use crate::live::{Applied, Checker, HealthCounter, Inventory, LiveState, NodeHealth, Readiness};
 use crate::lookup_tables::Lookups;
 use crate::running::Running;
 use crate::settings;
@@ -74,6 +77,8 @@ impl Interfaces {
             rules: settings::rules(process),
             provider: provider(process),
             key_prefix: prefix.clone(),
+            discovery: running.configuration().compiler.cluster_env().discovery.clone(),
+            registries: process.discovery_written.clone(),
         });
         let told = state.clone();
         metrics.collector(move |out| told.collect(out));
@@ -219,6 +224,9 @@ struct State {
     provider: &'static str,
     /// Stands before the keys of objects: `/apisix`.
     key_prefix: String,
+    discovery: Discovery,
+    /// `discovery` of config.yaml, as written.
+    registries: Map<String, Value>,
 }
 
 impl State {
@@ -251,6 +259,7 @@ impl State {
         plugins::api_breaker::expose(configuration.compiler.carry(), out);
         drop(configuration);
         self.collect_nodes(prefix, out);
+        inventory::collect(&self.clusters(None), &self.discovery, out);
         self.collect_lookups(out);
         out.family("", &names::CONFIG_REJECTED_ITEMS);
         for kind in Kind::ALL {
@@ -261,6 +270,12 @@ impl State {
 }
 
 impl State {
+    /// The upstreams that are called so, or all of them.
+    fn clusters(&self, name: Option<&str>) -> Vec<inventory::Named> {
+        let clusters = self.running.configuration().compiler.clusters();
+        inventory::called(clusters, name)
+    }
+
     /// Lookup tables and their lists.
     fn collect_lookups(&self, out: &mut Exposition) {
         let views = self.lookups.views();
@@ -422,19 +437,37 @@ impl LiveState for State {
     }
 
     fn discovery(&self, kind: &str) -> Option<Value> {
-        if kind != "dns" {
-            return None;
+        let config = self.registries.get(kind);
+        inventory::dump(&self.discovery, kind, config)
+    }
+
+    fn discovery_file(&self, kind: &str) -> Option<Value> {
+        inventory::dump_file(&self.discovery, kind)
+    }
+
+    fn endpoints(&self, name: Option<&str>) -> Inventory {
+        let clusters = self.clusters(name);
+        let version = inventory::version(&clusters, &self.discovery);
+        let upstreams = match name {
+            None => inventory::summaries(&clusters, &self.discovery),
+            Some(name) => inventory::details(&clusters, &self.discovery, name),
+        };
+        Inventory { version, upstreams }
+    }
+
+    fn endpoints_changed(&self, name: Option<&str>, since: &str) -> bool {
+        inventory::version(&self.clusters(name), &self.discovery) != since
+    }
+
+    fn refresh_endpoints(&self, name: &str) -> bool {
+        // Under the name of an upstream, discovery knows its services, and its hosts under theirs.
+        let mut names: BTreeSet<String> = [name.to_owned()].into();
+        for (key, cluster) in self.clusters(Some(name)) {
+            names.insert(key.to_string());
+            names.extend(cluster.endpoints().iter().map(|endpoint| endpoint.host.to_string()));
+            names.extend(cluster.unresolved().into_iter().map(|(host, _)| host));
         }
-        let clusters = self.running.configuration().compiler.clusters();
-        let services: serde_json::Map<_, _> = clusters
-            .iter()
-            .map(|(owner, cluster)| {
-                let unresolved: serde_json::Map<_, _> =
-                    cluster.unresolved().into_iter().map(|(name, why)| (name, why.into())).collect();
-                (owner.to_string(), json!({ "nodes": cluster.endpoints(), "unresolved": unresolved }))
-            })
-            .collect();
-        Some(json!({ "services": services }))
+        names.iter().filter(|name| self.discovery.refresh(Some(name))).count() > 0
     }
 
     fn breakers(&self) -> Value {

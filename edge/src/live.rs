@@ -39,8 +39,21 @@ pub trait LiveState: Send + Sync + 'static {
     /// What is wrong with `request`.
     fn explain(&self, request: Value) -> BoxFuture<'_, Result<Value, String>>;
 
-    /// The endpoints one kind of discovery knows; nothing if it is not in use.
+    /// The endpoints one kind of discovery knows, in APISIX's words; nothing if it is not in use.
     fn discovery(&self, kind: &str) -> Option<Value>;
+
+    /// The same as APISIX keeps it in a file.
+    fn discovery_file(&self, kind: &str) -> Option<Value>;
+
+    /// What is known of the endpoints of upstreams: of all in a few words, or everything about those that are called so.
+    /// `version` is another word when something has changed.
+    fn endpoints(&self, name: Option<&str>) -> Inventory;
+
+    /// Whether the word is another one by now.
+    fn endpoints_changed(&self, name: Option<&str>, since: &str) -> bool;
+
+    /// Asks for what the endpoints of the upstreams of this name come from, now. False if there is nothing to ask.
+    fn refresh_endpoints(&self, name: &str) -> bool;
 
     /// Circuits of `api-breaker` that have seen failures.
     fn breakers(&self) -> Value;
@@ -59,6 +72,15 @@ pub trait LiveState: Send + Sync + 'static {
 
     /// Read the list of plugins again.
     fn reload_plugins(&self);
+}
+
+/// What is known of the endpoints of upstreams.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Inventory {
+    /// Another word when something has changed.
+    pub version: String,
+    /// The upstreams, in the order of their names.
+    pub upstreams: Vec<Value>,
 }
 
 /// Whether requests should be sent here.

@@ -33,7 +33,8 @@ pub fn explain(dir: &Path, question: &Question) -> Result<Explanation, String> {
     let catalog = Arc::new(settings::catalog(&process));
     let mut graph = Graph::new();
     let changed = graph.replace_all(changes, &*catalog);
-    let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone())?;
+    let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone())
+        .map_err(|bad| bad.to_string())?;
     let snapshot = Compiler::new(env).compile(&graph, changed);
     explain::explain(question, &settings::rules(&process), &snapshot)
 }

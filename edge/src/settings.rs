@@ -23,6 +23,7 @@ use tokio::runtime::Handle;
 
 use crate::admin::auth;
 use crate::explain::Rules;
+use crate::registries::{self, BadSetting};
 
 /// The most of a body that routes look into when nothing is configured: APISIX `max_post_args_readable_size`, 64 MiB.
 const READABLE_BODY: u64 = 64 << 20;
@@ -148,25 +149,25 @@ fn session_key(process: &Process) -> OwnKey {
 /// What upstreams are made with.
 ///
 /// # Errors
-/// The trusted certificates cannot be read.
-pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, String> {
-    let dns = &process.dns;
-    let dns = discovery::dns::Settings {
-        servers: dns.servers.clone(),
-        valid: dns.valid,
-        timeout: dns.timeout,
-        ipv6: dns.ipv6,
-        search: dns.search,
-        ..discovery::dns::Settings::default()
+/// The trusted certificates, or a file of a registry, cannot be read.
+pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, BadSetting> {
+    let discovery = discovery::Settings {
+        dns: registries::names(process),
+        sources: registries::sources(process)?,
+        data_dir: Some(process.data_dir.clone()),
+        ..discovery::Settings::default()
     };
-    let discovery = discovery::Settings { dns, ..discovery::Settings::default() };
     let roots = match &process.tls.trusted_certificate {
         Some(path) => certs::files::trusted_roots(path),
         None => certs::files::system_roots(),
     };
+    let roots = roots.map_err(|error| BadSetting {
+        setting: "apisix.ssl.ssl_trusted_certificate".to_owned(),
+        problem: error.to_string(),
+    })?;
     Ok(ClusterEnv {
         discovery: Discovery::new(control.clone(), discovery),
-        tls: Arc::new(TlsClients::new(roots.map_err(|error| error.to_string())?)),
+        tls: Arc::new(TlsClients::new(roots)),
         checks: process.upstream_health_checks,
         keepalive: keepalive(process),
         session_key: session_key(process),

@@ -68,7 +68,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::live::{Applied, Checker};
+    use crate::live::{Applied, Checker, Inventory};
 
     struct Fake(Mutex<Readiness>);
 
@@ -103,6 +103,26 @@ mod tests {
 
         fn discovery(&self, _: &str) -> Option<Value> {
             None
+        }
+
+        fn discovery_file(&self, kind: &str) -> Option<Value> {
+            self.discovery(kind)
+        }
+
+        fn endpoints(&self, name: Option<&str>) -> Inventory {
+            let upstreams = match name {
+                None | Some("upstreams/1") => vec![json!({"name": "upstreams/1"})],
+                Some(_) => Vec::new(),
+            };
+            Inventory { version: "v1".to_owned(), upstreams }
+        }
+
+        fn endpoints_changed(&self, _: Option<&str>, since: &str) -> bool {
+            since != "v1"
+        }
+
+        fn refresh_endpoints(&self, name: &str) -> bool {
+            name == "upstreams/1"
         }
 
         fn breakers(&self) -> Value {

@@ -385,6 +385,11 @@ impl Cluster {
         self.state.load().settings.breaker.is_some()
     }
 
+    /// Another number when anything about its endpoints has changed.
+    pub fn version(&self) -> u64 {
+        self.state.load().number
+    }
+
     /// Its endpoints as they are now.
     pub fn endpoints(&self) -> Vec<EndpointView> {
         view::of(&self.state.load())

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use config::error::ConfigError;
 use config::upstream::discovery::{Merge as WireMerge, Origin as WireOrigin, Part as WirePart};

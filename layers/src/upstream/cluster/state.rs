@@ -1,6 +1,7 @@
 //! What workers read of an upstream: its settings, its endpoints and the picker made of them. Immutable.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use discovery::{Endpoint, Endpoints, Health};
@@ -28,6 +29,8 @@ const LEAVING: Duration = Duration::from_millis(250);
 pub struct State {
     /// The compiled settings.
     pub settings: Arc<Settings>,
+    /// Counts the states of the process.
+    pub(super) number: u64,
     picker: Picker,
     pub(super) peers: Vec<Peer>,
     /// Endpoints that take no new request. They are known still, for what is under way on them.
@@ -42,6 +45,11 @@ pub struct State {
     left_out: Box<[u64]>,
     /// There where sessions stay at their endpoint.
     sessions: Option<Arc<Sessions>>,
+}
+
+fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// What is known of endpoints that are not there.
@@ -80,6 +88,7 @@ impl State {
     pub(super) fn new(settings: Arc<Settings>) -> Self {
         Self {
             settings,
+            number: next_number(),
             picker: Picker::default(),
             peers: Vec::new(),
             draining: Box::default(),
@@ -155,6 +164,7 @@ impl State {
             _ => Missing::Unknown,
         };
         let state = Self {
+            number: next_number(),
             picker,
             peers,
             draining: draining.into(),
