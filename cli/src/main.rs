@@ -43,6 +43,8 @@ enum Command {
     Explain(cmd::explain::Explain),
     /// Take a node out of use, and know when nothing uses it any more.
     Drain(cmd::drain::Drain),
+    /// Show the endpoints of upstreams: from whom, since when, used or not and why; or ask for them anew.
+    Endpoints(cmd::endpoints::Endpoints),
     /// Tell how much of an APISIX configuration runs here as it runs there.
     Import(cmd::import::Import),
     /// Bring the pages about plugins and metrics up to date.
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),
         Command::Drain(command) => command.run(),
+        Command::Endpoints(command) => command.run(),
         Command::Import(command) => command.run(),
         Command::Docs(command) => command.run(),
     };

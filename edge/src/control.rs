@@ -121,7 +121,7 @@ impl Control {
             (&Method::POST, ["endpoints", name @ .., "refresh"]) if !name.is_empty() => {
                 let name = name.join("/");
                 if self.live.refresh_endpoints(&name) {
-                    Reply::empty(StatusCode::ACCEPTED)
+                    Reply::json(StatusCode::ACCEPTED, &json!({ "asked": name }))
                 } else {
                     not_found(&format!("{name} has no endpoints that could be asked for"))
                 }
@@ -638,7 +638,7 @@ mod tests {
             ("GET", "/v1/endpoints/upstreams/1?since=v0&wait=60", "", 200, r#""version":"v1""#),
             ("GET", "/v1/endpoints/upstreams/1?since=v1&wait=0", "", 200, r#""version":"v1""#),
             ("GET", "/v1/endpoints/shop", "", 404, "no upstream has endpoints by the name shop"),
-            ("POST", "/v1/endpoints/upstreams/1/refresh", "", 202, ""),
+            ("POST", "/v1/endpoints/upstreams/1/refresh", "", 202, r#"{"asked":"upstreams/1"}"#),
             ("POST", "/v1/endpoints/shop/refresh", "", 404, "shop has no endpoints that could be asked for"),
             ("GET", "/v1/healthcheck", "", 200, r#""name":"/apisix/upstreams/1""#),
             ("GET", "/v1/healthcheck/upstreams/1", "", 200, r#""http_failure":5"#),

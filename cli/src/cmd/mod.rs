@@ -3,5 +3,6 @@
 pub mod check;
 pub mod docs;
 pub mod drain;
+pub mod endpoints;
 pub mod explain;
 pub mod import;
