@@ -33,7 +33,7 @@ fi
 # The sample WASM plugin is built by the tests.
 if [ ! -d "$(rustc --print sysroot)/lib/rustlib/wasm32-wasip1" ]; then
     echo "installing Rust's target wasm32-wasip1"
-    rustup target add wasm32-wasip1 || echo "it cannot be had here: the tests of WASM plugins are not run"
+    rustup target add wasm32-wasip1 || echo "it cannot be had here: WASM plugins are tested with the module in text form alone"
 fi
 
 # The last Consul in Debian.

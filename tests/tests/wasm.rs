@@ -1,27 +1,53 @@
-//! WASM plugins: a sample module is built, and does what a module can do and what it must not be able to do.
+//! WASM plugins: a sample module does what a module can do, and what it must not be able to do. There are two of it, one
+//! in Rust and one in the text form of WebAssembly.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
 use e2e::client::Call;
 use e2e::origin::{Origin, echo};
 use e2e::{Edge, Value, eventually, json};
 use tempfile::TempDir;
 
-/// Whether modules can be built here: `tests/needs.sh` installs the target where it can be had.
-fn has_target() -> bool {
-    let asked = Command::new("rustc").args(["--print", "sysroot"]).output().expect("rustc");
-    let sysroot = String::from_utf8_lossy(&asked.stdout);
-    let found = Path::new(sysroot.trim()).join("lib/rustlib/wasm32-wasip1").is_dir();
-    if !found {
-        eprintln!("Rust's target wasm32-wasip1 is not installed: WASM plugins are not tested");
-    }
-    found
+/// Where the sample comes from.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// Text of WebAssembly, which is always there.
+    Text,
+    /// Rust, where its target for WebAssembly is installed.
+    Rust,
 }
 
-/// Builds the sample, which says `version` of itself.
+/// Both, or the one that can be had: `tests/needs.sh` installs the target where it can.
+fn sources() -> Vec<Source> {
+    let asked = Command::new("rustc").args(["--print", "sysroot"]).output().expect("rustc");
+    let sysroot = String::from_utf8_lossy(&asked.stdout);
+    if Path::new(sysroot.trim()).join("lib/rustlib/wasm32-wasip1").is_dir() {
+        return vec![Source::Text, Source::Rust];
+    }
+    eprintln!("Rust's target wasm32-wasip1 is not installed: only the module in text form is tested");
+    vec![Source::Text]
+}
+
+impl Source {
+    /// The sample, which says `version` of itself, as a module.
+    fn module(self, version: &'static str) -> Vec<u8> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        match self {
+            Self::Text => {
+                let text = std::fs::read_to_string(root.join("wasm/sample.wat")).expect("the sample");
+                wat::parse_str(text.replace("\"one\"", &format!("\"{version}\""))).expect("a module")
+            }
+            Self::Rust => std::fs::read(build(version)).expect("the module"),
+        }
+    }
+}
+
+/// Builds the sample in Rust; once for each version.
 fn build(version: &'static str) -> PathBuf {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _one = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let target = root.join("../target/wasm").join(version);
     let output = Command::new(env!("CARGO"))
@@ -36,11 +62,6 @@ fn build(version: &'static str) -> PathBuf {
     target.join("wasm32-wasip1/release/sample.wasm")
 }
 
-fn sample() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| build("one"))
-}
-
 struct Setting {
     edge: Edge,
     origin: Origin,
@@ -48,10 +69,10 @@ struct Setting {
     _folder: TempDir,
 }
 
-async fn gateway() -> Setting {
+async fn gateway(source: Source) -> Setting {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("sample.wasm");
-    std::fs::copy(sample(), &file).expect("a copy");
+    std::fs::write(&file, source.module("one")).expect("a file");
     let origin = echo::start().await;
     let edge = Edge::embedded()
         .config(json!({"wasm": {"plugins": [
@@ -75,12 +96,15 @@ async fn ask(edge: &Edge, name: &str, value: &str) -> (u16, Value) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_module_sees_and_changes_requests_and_answers() {
-    if !has_target() {
-        return;
+    for source in sources() {
+        sees_and_changes(source).await;
     }
-    let Setting { edge, origin, .. } = gateway().await;
+}
+
+async fn sees_and_changes(source: Source) {
+    let Setting { edge, origin, .. } = gateway(source).await;
     let answer = edge.get("/a").await;
-    assert_eq!(answer.header("x-sample"), Some("one"));
+    assert_eq!(answer.header("x-sample"), Some("one"), "{source:?}");
     let seen = answer.json();
     assert_eq!(seen["headers"]["x-mark"][0], "blue", "its configuration: {seen}");
     assert_eq!(seen["headers"]["x-from"][0], "127.0.0.1", "a variable");
@@ -125,14 +149,17 @@ async fn a_module_sees_and_changes_requests_and_answers() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_module_that_misbehaves_fails_its_own_request_only() {
-    if !has_target() {
-        return;
+    for source in sources() {
+        misbehaves(source).await;
     }
-    let setting = gateway().await;
+}
+
+async fn misbehaves(source: Source) {
+    let setting = gateway(source).await;
     let edge = &setting.edge;
     for fault in ["x-spin", "x-panic", "x-eat"] {
         let (status, _) = ask(edge, fault, "1").await;
-        assert_eq!(status, 500, "{fault}");
+        assert_eq!(status, 500, "{source:?} {fault}");
         let (status, seen) = ask(edge, "x-fine", "1").await;
         assert_eq!((status, &seen["headers"]["x-mark"][0]), (200, &json!("blue")), "after {fault}: {seen}");
     }
@@ -140,16 +167,19 @@ async fn a_module_that_misbehaves_fails_its_own_request_only() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_changed_module_takes_effect_and_a_broken_one_does_not() {
-    if !has_target() {
-        return;
+    for source in sources() {
+        changes(source).await;
     }
-    let setting = gateway().await;
+}
+
+async fn changes(source: Source) {
+    let setting = gateway(source).await;
     let (edge, file) = (&setting.edge, &setting.file);
     std::fs::write(file, "no module").expect("a file");
     eventually("the broken file is told", async || edge.output().contains("the module stays").then_some(()))
         .await;
     assert_eq!(edge.get("/a").await.header("x-sample"), Some("one"));
-    std::fs::copy(build("two"), file).expect("a copy");
+    std::fs::write(file, source.module("two")).expect("a file");
     eventually("the changed module is used", async || {
         let answer = edge.get("/a").await;
         assert_eq!(answer.status, 200);
