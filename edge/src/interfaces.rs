@@ -70,14 +70,19 @@ impl Interfaces {
             Provider::Etcd(etcd) => etcd.prefix.clone(),
             _ => "/apisix".to_owned(),
         };
+        // Asked once: a second guard in the same statement would wait for the first for ever.
+        let (lookups, discovery) = {
+            let compiler = &running.configuration().compiler;
+            (compiler.lookups().clone(), compiler.cluster_env().discovery.clone())
+        };
         let state = Arc::new(State {
             stage: AtomicU8::new(STARTING),
-            lookups: running.configuration().compiler.lookups().clone(),
+            lookups,
             running: running.clone(),
             rules: settings::rules(process),
             provider: provider(process),
             key_prefix: prefix.clone(),
-            discovery: running.configuration().compiler.cluster_env().discovery.clone(),
+            discovery,
             registries: process.discovery_written.clone(),
         });
         let told = state.clone();
