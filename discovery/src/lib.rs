@@ -12,6 +12,7 @@ pub mod dns;
 pub mod endpoints;
 mod error;
 pub mod eureka;
+pub mod file;
 pub mod fixed;
 pub mod follow;
 mod guard;

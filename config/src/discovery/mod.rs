@@ -8,6 +8,7 @@ pub mod consul;
 pub mod consul_kv;
 pub mod dns;
 pub mod eureka;
+pub mod file;
 pub mod kubernetes;
 pub mod nacos;
 pub mod polled;
@@ -92,6 +93,8 @@ registries! {
     dns: dns::Dns,
     /// Eureka.
     eureka: eureka::Eureka,
+    /// A file or a folder of services.
+    file: file::File,
     /// The clusters of Kubernetes.
     kubernetes: kubernetes::Kubernetes,
     /// Nacos.
