@@ -324,3 +324,6 @@ impl Merged {
         kept.map(|(_, endpoint)| endpoint).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -284,3 +284,6 @@ fn forget_old(directory: &Path) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
