@@ -422,10 +422,6 @@ impl Driver {
                 Event::Unused if self.followers.release(&self.key, &self.service) => return,
                 Event::Wanted => {
                     at = Instant::now();
-                    if self.member.fails() {
-                        // The watcher forgets where it was, and with it how to tell that the registry did.
-                        self.service.ledger().doubt();
-                    }
                     Fate::StartsOver
                 }
                 Event::Answer(answer) => {

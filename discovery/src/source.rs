@@ -91,8 +91,8 @@ pub trait Watcher: Send {
     /// changed. The same list twice is no harm. Has to be safe to drop before it is ready; a call after that goes on.
     fn next(&mut self) -> BoxFuture<'_, Result<Listing, SourceError>>;
 
-    /// Forgets what was read so far (an index, a version), so that the next call asks at once: somebody wants to
-    /// know now.
+    /// The next call asks at once and waits for no change: somebody wants to know now. What tells that the registry began
+    /// anew (the last index, a version) is not forgotten.
     fn restart(&mut self);
 }
 

@@ -10,6 +10,7 @@ use config::env::{Env, ProcessEnv};
 use config::process::Process;
 use discovery::dns::Dns;
 use discovery::eureka::Eureka;
+use discovery::file::File;
 use discovery::nacos::Nacos;
 use discovery::{Source, consul, consul_kv, kubernetes};
 
@@ -62,6 +63,9 @@ pub fn sources(process: &Process) -> Result<Vec<Arc<dyn Source>>, BadSetting> {
     sources.push(Arc::new(Dns::services(dns)));
     if let Some(settings) = &written.eureka {
         sources.push(Arc::new(Eureka::new(settings).map_err(bad("eureka"))?));
+    }
+    if let Some(settings) = &written.file {
+        sources.push(Arc::new(File::new(settings)));
     }
     if let Some(settings) = &written.kubernetes {
         let clusters = kubernetes::sources(settings, |name| ProcessEnv.var(name));

@@ -195,7 +195,7 @@ impl Source for FakeRegistry {
             registry: self.clone(),
             service: query.service.clone(),
             seen: None,
-            epoch: 0,
+            epoch: None,
             connected: false,
             told: Vec::new(),
             dead: false,
@@ -208,7 +208,8 @@ struct FakeWatcher {
     service: Arc<str>,
     /// The index of the last answer.
     seen: Option<u64>,
-    epoch: u64,
+    /// What tells that the registry began anew; not forgotten by a restart.
+    epoch: Option<u64>,
     connected: bool,
     told: Vec<Instance>,
     dead: bool,
@@ -252,7 +253,7 @@ impl FakeWatcher {
             let seen = if defect == Some(Defect::TrustsTheIndex) {
                 self.seen.is_some_and(|seen| state.index <= seen)
             } else {
-                self.seen == Some(state.index) && self.epoch == state.epoch
+                self.seen == Some(state.index) && self.epoch == Some(state.epoch)
             };
             !seen || state.conduct.is_some()
         };
@@ -291,7 +292,7 @@ impl FakeWatcher {
 
     fn listing(&mut self, defect: Option<Defect>) -> Listing {
         let state = self.registry.state();
-        let began_anew = self.seen.is_some() && self.epoch != state.epoch;
+        let began_anew = self.epoch.is_some_and(|epoch| epoch != state.epoch);
         if defect != Some(Defect::TrustsTheIndex) || self.seen.is_none_or(|seen| seen < state.index) {
             let found = state.services.get(&self.service);
             let mut instances: Vec<Instance> =
@@ -307,7 +308,7 @@ impl FakeWatcher {
             }
             self.told = instances;
             self.seen = Some(state.index);
-            self.epoch = state.epoch;
+            self.epoch = Some(state.epoch);
         }
         let standing = match began_anew && defect != Some(Defect::HidesRestarts) {
             true => Standing::Restarted,
