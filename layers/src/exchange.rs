@@ -298,6 +298,11 @@ impl Exchange {
     /// Takes the response out to be sent; the exchange goes with its body.
     pub fn into_response(mut self) -> Response<ResponseBody> {
         self.head_sent = self.head_length();
+        self.leave()
+    }
+
+    /// As [`into_response`](Self::into_response), for a connection that counts what it writes of the head.
+    pub(crate) fn leave(mut self) -> Response<ResponseBody> {
         let (parts, body) = std::mem::take(&mut self.response).into_parts();
         *self.response.status_mut() = parts.status;
         if self.keeps_head {
@@ -423,6 +428,13 @@ impl Drop for Exchange {
 pub struct ResponseBody {
     body: Body,
     exchange: Exchange,
+}
+
+impl ResponseBody {
+    /// The head of the answer has left, in so many bytes.
+    pub(crate) fn head_left(&mut self, bytes: usize) {
+        self.exchange.head_sent = bytes as u64;
+    }
 }
 
 impl HttpBody for ResponseBody {

@@ -105,29 +105,60 @@ pub fn settle(x: &mut State, forwarding: &Forwarding) {
     {
         x.remote_addr = client;
     }
-    if !forwarding.underscores {
+    // One look at the names tells of nearly every request that it has neither.
+    let names = Names::of(&x.request.headers);
+    if names.underscores && !forwarding.underscores {
         remove(&mut x.request.headers, |name| name.contains('_'));
     }
-    let trusted = contains(&forwarding.trusted, peer);
-    set_apart(x, trusted);
-    if !trusted {
-        remove(&mut x.request.headers, is_ours);
+    let mut before = None;
+    let mut trusted = false;
+    if names.ours {
+        trusted = contains(&forwarding.trusted, peer);
+        set_apart(x, trusted);
+        if trusted {
+            before = joined(&x.request.headers, &X_FORWARDED_FOR);
+        } else {
+            remove(&mut x.request.headers, is_ours);
+        }
     }
-    let same = x.remote_addr == peer;
-    let conn = x.conn.clone();
-    let real_ip = if same { conn.forwarded.peer.clone() } else { address(x.remote_addr) };
-    let proto = HeaderValue::from_static(conn.scheme());
-    let host = x.request.headers.get(header::HOST).cloned();
-    let headers = &mut x.request.headers;
-    let before = joined(headers, &X_FORWARDED_FOR);
+    let State { request, conn, remote_addr, .. } = x;
+    let headers = &mut request.headers;
+    let real_ip = if *remote_addr == peer { conn.forwarded.peer.clone() } else { address(*remote_addr) };
+    let host = headers.get(header::HOST).cloned();
     headers.insert(X_FORWARDED_FOR, appended(before.as_ref(), &real_ip));
     headers.insert(X_REAL_IP, real_ip);
     // A trusted proxy in front of us knows better than we do how the client came.
-    headers.entry(X_FORWARDED_PROTO).or_insert(proto);
+    let mut settle = |name: HeaderName, value: HeaderValue| {
+        if trusted {
+            headers.entry(name).or_insert(value);
+        } else {
+            headers.insert(name, value);
+        }
+    };
+    settle(X_FORWARDED_PROTO, HeaderValue::from_static(conn.scheme()));
     if let Some(host) = host {
-        headers.entry(X_FORWARDED_HOST).or_insert(host);
+        settle(X_FORWARDED_HOST, host);
     }
-    headers.entry(X_FORWARDED_PORT).or_insert_with(|| conn.forwarded.port.clone());
+    settle(X_FORWARDED_PORT, conn.forwarded.port.clone());
+}
+
+/// What the names of a request's fields are about.
+#[derive(Clone, Copy, Debug, Default)]
+struct Names {
+    underscores: bool,
+    ours: bool,
+}
+
+impl Names {
+    fn of(headers: &HeaderMap) -> Self {
+        headers.keys().fold(Self::default(), |names, name| {
+            let name = name.as_str();
+            Self {
+                underscores: names.underscores || name.as_bytes().contains(&b'_'),
+                ours: names.ours || is_ours(name),
+            }
+        })
+    }
 }
 
 /// What the client, or who stood before it, said of its address, and nobody is told any more. The plugin `real-ip` may

@@ -108,14 +108,16 @@ fn settle_fields(x: &State, limits: &Limits) -> Result<(), Error> {
     if headers.len() > limits.header_count {
         return Err(Error::new(Reason::HeadersTooLarge).detail("too many header fields"));
     }
-    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let (mut bytes, mut chunked, mut length) = (0, false, false);
+    for (name, value) in headers {
+        bytes += name.as_str().len() + value.len();
+        chunked |= *name == header::TRANSFER_ENCODING;
+        length |= *name == header::CONTENT_LENGTH;
+    }
     if bytes > limits.header_bytes {
         return Err(Error::new(Reason::HeadersTooLarge).detail("header fields too large"));
     }
-    if x.request.version < Version::HTTP_2
-        && headers.contains_key(header::TRANSFER_ENCODING)
-        && (headers.contains_key(header::CONTENT_LENGTH) || x.request.version == Version::HTTP_10)
-    {
+    if x.request.version < Version::HTTP_2 && chunked && (length || x.request.version == Version::HTTP_10) {
         return Err(
             Error::new(Reason::BadRequest).detail("Transfer-Encoding with Content-Length or HTTP/1.0")
         );
@@ -160,7 +162,7 @@ fn settle_host(x: &mut State) -> Result<(), Error> {
 
 /// The host of `host[:port]` in lower case, without port and trailing dot. None when it is malformed.
 fn host_of(authority: &str) -> Option<Box<str>> {
-    if authority.len() > 255 + 6 || authority.contains('@') {
+    if authority.len() > 255 + 6 || authority.as_bytes().contains(&b'@') {
         return None;
     }
     let (host, port) = match authority.strip_prefix('[') {
@@ -170,21 +172,27 @@ fn host_of(authority: &str) -> Option<Box<str>> {
             let host = authority.get(..address.len() + 2)?;
             (host, if after.is_empty() { None } else { Some(after.strip_prefix(':')?) })
         }
-        None => match authority.split_once(':') {
-            Some((host, port)) => (host, Some(port)),
+        None => match authority.bytes().position(|byte| byte == b':') {
+            Some(colon) => (authority.get(..colon)?, Some(authority.get(colon + 1..)?)),
             None => (authority, None),
         },
     };
-    if let Some(port) = port {
-        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
-        if !digits || (!port.is_empty() && port.parse::<u16>().is_err()) {
-            return None;
-        }
+    if port.is_some_and(|port| !is_port(port)) {
+        return None;
     }
     let host = host.strip_suffix('.').unwrap_or(host);
     let valid = host.starts_with('[')
         || host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~'));
     (!host.is_empty() && valid && host.len() <= 255).then(|| host.to_ascii_lowercase().into())
+}
+
+/// Digits that make a port, or none at all.
+fn is_port(text: &str) -> bool {
+    let digit = |number: u16, byte: u8| {
+        let digit = byte.checked_sub(b'0').filter(|digit| *digit < 10)?;
+        number.checked_mul(10)?.checked_add(u16::from(digit))
+    };
+    text.bytes().try_fold(0, digit).is_some()
 }
 
 fn settle_target(x: &mut State, limits: &Limits, options: normalize::Options) -> Result<(), Error> {

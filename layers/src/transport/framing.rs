@@ -592,12 +592,13 @@ fn is_control(byte: u8) -> bool {
 
 /// How many control bytes there are. In blocks that a byte can count, so that the compiler looks at sixteen at once.
 fn controls(bytes: &[u8]) -> usize {
-    let block = |block: &[u8]| {
+    fn count(block: &[u8]) -> u8 {
         block
             .iter()
             .fold(0u8, |count, byte| count + u8::from(((*byte < b' ') & (*byte != b'\t')) | (*byte == 0x7f)))
-    };
-    bytes.chunks(128).map(|bytes| usize::from(block(bytes))).sum()
+    }
+    let (blocks, rest) = bytes.as_chunks::<32>();
+    blocks.iter().map(|block| usize::from(count(block))).sum::<usize>() + usize::from(count(rest))
 }
 
 /// A byte that a method or field name may have (`tchar` of RFC 9110).

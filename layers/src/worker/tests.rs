@@ -1203,6 +1203,70 @@ async fn tls_is_served_by_name_and_follows_the_table() {
     assert_eq!(running.stat(|s| s.handshakes_failed.get()), 2);
 }
 
+/// Keeps a copy of everything that is read.
+struct Tapped(TcpStream, Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl tokio::io::AsyncRead for Tapped {
+    fn poll_read(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let before = buf.filled().len();
+        let read = std::pin::Pin::new(&mut self.0).poll_read(cx, buf);
+        self.1.lock().unwrap().extend_from_slice(&buf.filled()[before..]);
+        read
+    }
+}
+
+impl tokio::io::AsyncWrite for Tapped {
+    fn poll_write(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        std::pin::Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test]
+async fn an_answer_over_tls_is_one_record() {
+    let ca = Ca::new();
+    let (table, errors) = SniTable::build(TableSettings::default(), [ca.ssl("a.test", None)]);
+    assert_eq!(errors, []);
+    let table = Arc::new(ArcSwap::from_pointee(table));
+    let running = start(|_, options| options.tls = Some(TlsListen { table, http2: false }));
+    let read = Arc::<std::sync::Mutex<Vec<u8>>>::default();
+    let tcp = Tapped(TcpStream::connect(running.address).await.unwrap(), read.clone());
+    let name = ServerName::try_from("a.test").unwrap();
+    let mut client = ca.connector(&[], None).connect(name, tcp).await.unwrap();
+    let mut answer = [0; 1024];
+    for round in 0..3 {
+        client.write_all(GET.as_bytes()).await.unwrap();
+        let mut length = 0;
+        while !answer[..length].ends_with(b"hello /a") {
+            length += timeout(PATIENCE, client.read(&mut answer[length..])).await.unwrap().unwrap();
+        }
+        let bytes = std::mem::take(&mut *read.lock().unwrap());
+        let mut rest = bytes.as_slice();
+        let mut records = 0;
+        while let Some((head, behind)) = rest.split_first_chunk::<5>() {
+            rest = &behind[usize::from(u16::from_be_bytes([head[3], head[4]]))..];
+            records += 1;
+        }
+        // With the first answer comes what is left of the handshake.
+        assert!(records == 1 || round == 0, "{records}");
+    }
+}
+
 /// Answers 421 and 400 as the edge does with what a connection proved.
 #[derive(Clone)]
 struct Judge(Arc<ArcSwap<SniTable>>);

@@ -469,7 +469,7 @@ impl<S: HttpService> Connection<S> {
         });
         // Who has not taken it by now does not want it.
         x.request_body = Body::Empty;
-        let (mut head, body) = x.into_response().into_parts();
+        let (mut head, mut body) = x.leave().into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             engine.asked.keep_alive = false;
         } else {
@@ -484,8 +484,10 @@ impl<S: HttpService> Connection<S> {
         wire.answer_begins();
         let empty = body.is_end_stream();
         let length = if empty { SizeHint::with_exact(0) } else { body.size_hint() };
+        let before = engine.out.text().len();
         engine.framing = server
             .date(|date| answer::write_head(&head, &length, &mut engine.asked, date, engine.out.text()));
+        body.head_left(engine.out.text().len() - before);
         if head.headers.capacity() <= SPARE {
             head.headers.clear();
             engine.spare = head.headers;

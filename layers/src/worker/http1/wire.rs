@@ -177,9 +177,11 @@ impl Wire {
         }
     }
 
-    /// Lets the connection's task look when the body has ended or nobody wants it any more.
+    /// Lets the connection's task look when the body has ended or nobody wants it any more. From now on its reader has
+    /// to get on with it.
     pub fn await_body(&self) {
         self.awaited.set(true);
+        self.watch.enter(Phase::Body);
     }
 
     /// Reads on without waiting, up to a bound, in a body that nobody wants. Whether that was its end.
@@ -230,11 +232,13 @@ impl Wire {
                 }
             }
             Poll::Ready(read) => {
-                self.watch.busy();
                 state.fresh = true;
-                let over = matches!(read, Err(_) | Ok(None)) || matches!(state.rest, Rest::Nothing);
-                if over && self.awaited.get() {
+                if !self.awaited.get() {
+                    self.watch.busy();
+                } else if matches!(read, Err(_) | Ok(None)) || matches!(state.rest, Rest::Nothing) {
                     self.watch.wake();
+                } else {
+                    self.watch.enter(Phase::Body);
                 }
             }
         }
