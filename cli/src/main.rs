@@ -37,6 +37,8 @@ enum Command {
     Edge(role::edge::Edge),
     /// Run the edge gateway with sample upstreams, to try it.
     Up(role::up::Up),
+    /// Watch registries for many gateways.
+    Discovery(role::discovery::Discovery),
     /// Find every error in a configuration directory, without starting anything.
     Check(cmd::check::Check),
     /// Tell what the gateway would do with a request, and why.
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),
+        Command::Discovery(role) => role.run(),
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),
         Command::Drain(command) => command.run(),

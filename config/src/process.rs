@@ -6,6 +6,7 @@
 
 mod apisix;
 mod deployment;
+mod discovery_server;
 mod nginx;
 mod own;
 mod section;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::{Map, Value};
 
+pub use self::discovery_server::DiscoveryServer;
 use self::section::Reader;
 pub use self::wasm::{WasmPhase, WasmPlugin};
 use crate::discovery::Discovery;
@@ -102,6 +104,8 @@ pub struct Process {
     pub wasm: Vec<WasmPlugin>,
     /// `discovery`: the registries in which upstreams find their nodes.
     pub discovery: Discovery,
+    /// What `postern discovery serve` listens on.
+    pub discovery_server: Option<DiscoveryServer>,
     /// `discovery` as written, for those who ask.
     pub discovery_written: Map<String, Value>,
     /// `postern.locality`: where this process runs.
@@ -621,6 +625,7 @@ impl Process {
             discovery,
             discovery_written,
             place: own.place,
+            discovery_server: own.discovery_server,
             graphql_max_size,
             not_applicable: Vec::new(),
         };

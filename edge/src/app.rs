@@ -160,7 +160,7 @@ pub fn run(process: Process, ready: impl FnOnce(&Addresses)) -> Result<(), Start
 }
 
 /// No core dump holds keys, and the soft limit of open files is no limit.
-fn harden() {
+pub(crate) fn harden() {
     if let Err(error) = nix::sys::prctl::set_dumpable(false) {
         tracing::debug!(%error, "core dumps cannot be switched off");
     }
@@ -514,7 +514,7 @@ struct Signals {
 }
 
 /// SIGTERM, SIGINT and SIGQUIT.
-struct Stop {
+pub(crate) struct Stop {
     term: Signal,
     int: Signal,
     quit: Signal,
@@ -522,20 +522,24 @@ struct Stop {
 
 impl Signals {
     fn listen() -> Result<Self, StartError> {
-        let on = |kind| signal(kind).map_err(StartError::system("signals cannot be listened to"));
-        Ok(Self {
-            stop: Stop {
-                term: on(SignalKind::terminate())?,
-                int: on(SignalKind::interrupt())?,
-                quit: on(SignalKind::quit())?,
-            },
-            reopen: on(SignalKind::user_defined1())?,
-        })
+        Ok(Self { stop: Stop::listen()?, reopen: on(SignalKind::user_defined1())? })
     }
 }
 
+fn on(kind: SignalKind) -> Result<Signal, StartError> {
+    signal(kind).map_err(StartError::system("signals cannot be listened to"))
+}
+
 impl Stop {
-    async fn told(&mut self) {
+    pub(crate) fn listen() -> Result<Self, StartError> {
+        Ok(Self {
+            term: on(SignalKind::terminate())?,
+            int: on(SignalKind::interrupt())?,
+            quit: on(SignalKind::quit())?,
+        })
+    }
+
+    pub(crate) async fn told(&mut self) {
         tokio::select! {
             _ = self.term.recv() => {}
             _ = self.int.recv() => {}

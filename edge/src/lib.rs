@@ -8,6 +8,7 @@ pub mod app;
 mod certificates;
 mod compile;
 pub mod control;
+pub mod discovery_server;
 pub mod drain;
 pub mod endpoint;
 pub mod explain;

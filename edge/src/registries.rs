@@ -12,7 +12,11 @@ use discovery::dns::Dns;
 use discovery::eureka::Eureka;
 use discovery::file::File;
 use discovery::nacos::Nacos;
+use discovery::rpc::{client, proto};
 use discovery::{Source, consul, consul_kv, kubernetes};
+use layers::vars::hostname;
+
+use crate::instance::Instance;
 
 /// A setting of `config.yaml` that cannot work here.
 #[derive(Debug)]
@@ -73,6 +77,15 @@ pub fn sources(process: &Process) -> Result<Vec<Arc<dyn Source>>, BadSetting> {
     }
     if let Some(settings) = &written.nacos {
         sources.push(Arc::new(Nacos::new(settings).map_err(bad("nacos"))?));
+    }
+    if let Some(settings) = &written.postern {
+        let hello = proto::Hello {
+            name: Instance::starting(process).id,
+            node: process.place.machine.clone().unwrap_or_else(|| hostname().to_owned()),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let servers = client::Settings::new(settings, hello).map_err(bad("postern"))?;
+        sources.extend(client::sources(servers));
     }
     Ok(sources)
 }

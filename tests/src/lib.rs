@@ -9,6 +9,7 @@ pub mod certs;
 pub mod client;
 pub mod compat;
 pub mod consul;
+pub mod discovery_server;
 pub mod edge;
 pub mod etcd;
 pub mod eureka;

@@ -1,5 +1,6 @@
 //! Commands that run until they are told to stop.
 
+pub mod discovery;
 pub mod edge;
 mod sample;
 pub mod up;

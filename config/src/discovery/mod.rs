@@ -12,6 +12,7 @@ pub mod file;
 pub mod kubernetes;
 pub mod nacos;
 pub mod polled;
+pub mod postern;
 pub mod tls;
 
 use schemars::JsonSchema;
@@ -99,6 +100,8 @@ registries! {
     kubernetes: kubernetes::Kubernetes,
     /// Nacos.
     nacos: nacos::Nacos,
+    /// Discovery servers.
+    postern: postern::Postern,
 }
 
 /// The settings of a registry, unless they are wrong.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::discovery_server::{self, DiscoveryServer};
 use super::nginx::Nginx;
 use super::section::Section;
 use super::{Env, HostPort, Limits, Place, Workers};
@@ -13,6 +14,7 @@ pub(super) struct Own {
     pub(super) limits: Limits,
     pub(super) place: Place,
     pub(super) peers: Vec<HostPort>,
+    pub(super) discovery_server: Option<DiscoveryServer>,
 }
 
 pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
@@ -29,6 +31,7 @@ pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
         limits: limits(&own, nginx),
         place: place(&own),
         peers: peers(&own),
+        discovery_server: discovery_server::read(own.section("discovery_server")),
     };
     own.finish();
     result

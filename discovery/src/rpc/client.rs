@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use config::discovery::postern::Postern;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 use http::Uri;
@@ -63,6 +64,30 @@ pub struct Settings {
     pub gate: Option<Arc<dyn Gate>>,
     /// How long the server may take to answer a connection. Shorter in tests.
     pub patience: Option<Duration>,
+}
+
+impl Settings {
+    /// As written in `config.yaml`.
+    ///
+    /// # Errors
+    /// A file that the settings name cannot be read or used.
+    pub fn new(written: &Postern, hello: proto::Hello) -> Result<Self, String> {
+        let tls = match &written.tls {
+            None => None,
+            Some(tls) => {
+                let identity = tls.cert_file.as_deref().zip(tls.key_file.as_deref());
+                Some(super::tls::client(tls.ca_file.as_deref(), identity)?)
+            }
+        };
+        Ok(Self {
+            servers: written.servers.clone(),
+            tls,
+            server_name: written.tls.as_ref().and_then(|tls| tls.server_name.clone()),
+            hello,
+            kinds: written.kinds.iter().filter_map(|kind| Postern::kind(kind)).collect(),
+            ..Self::default()
+        })
+    }
 }
 
 /// Knows when what discovery has published is in use.

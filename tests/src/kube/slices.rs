@@ -64,6 +64,11 @@ impl Slice {
         self.object.clone()
     }
 
+    /// Namespace and name.
+    pub fn place(&self) -> (&str, &str) {
+        (&self.namespace, &self.name)
+    }
+
     pub fn put(&self, api: &KubeApi) {
         api.put(Kind::SLICE, self.object.clone());
     }
