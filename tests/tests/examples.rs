@@ -13,6 +13,7 @@ use config::document::Document;
 use e2e::certs::Authority;
 use e2e::client::{Call, Connection, connect};
 use e2e::compat::{self, check};
+use e2e::consul::{self, Consul};
 use e2e::edge::{binary, run};
 use e2e::etcd::Etcd;
 use e2e::origin::grpc::{WordsClient, word};
@@ -70,7 +71,7 @@ fn all() -> BTreeSet<String> {
 
 #[test]
 fn every_example_is_tested_and_passes_the_check() {
-    let tested = ["canary", "etcd", "grpc", "key-auth", "quickstart", "tls-sni", "websocket"];
+    let tested = ["canary", "consul", "etcd", "grpc", "key-auth", "quickstart", "tls-sni", "websocket"];
     assert_eq!(all().iter().map(String::as_str).collect::<Vec<_>>(), tested);
     let ca = Authority::new("ca");
     let leaf = ca.server(&["shop.example.com", "*.internal.example.com"]);
@@ -163,6 +164,30 @@ async fn websocket_messages_pass() {
         tokio_tungstenite::client_async("ws://a/chat", connect(edge.http).await).await.expect("an upgrade");
     socket.send(Message::text("hello")).await.expect("a message sent");
     assert_eq!(socket.next().await.expect("an answer").expect("a message"), Message::text("hello"));
+}
+
+#[tokio::test]
+async fn consul_has_the_nodes() {
+    if !consul::is_there() {
+        return;
+    }
+    let (one, two) = (echo::named("one").await, echo::named("two").await);
+    let consul = Consul::start().await;
+    for (file, origin) in [("one.json", &one), ("two.json", &two)] {
+        let mut registration: Value = serde_json::from_str(&read("consul", file)).expect("JSON");
+        registration["Port"] = origin.addr.port().into();
+        consul.put("/v1/agent/service/register", &registration).await;
+    }
+    let mut own = settings("consul");
+    own["discovery"]["consul"]["servers"][0] = consul.url().into();
+    let edge = Edge::file().example(own).text(&read("consul", "apisix.yaml")).start().await;
+    edge.until_status("/", 200).await;
+    requests("consul", &edge).await;
+    eventually("both are used", async || {
+        edge.get("/").await;
+        (one.requests() > 0 && two.requests() > 0).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
