@@ -4,7 +4,6 @@
 //! the ones a `Connection` field names. A peer cannot use that to strip what the gateway itself added, nor the
 //! fields that frame the message. Whatever crosses is already valid: the parser on each side saw to it.
 
-use http::StatusCode;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use smallvec::SmallVec;
 
@@ -16,20 +15,46 @@ fn is_protected(name: &str) -> bool {
     NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// A field of one connection or of its framing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Own {
+    Connection,
+    ContentLength,
+    KeepAlive,
+    TransferEncoding,
+    Upgrade,
+    /// One that nobody asks what it says.
+    Hop,
+}
+
+/// Which of these a field is, whatever the case of its name.
+pub(crate) fn own(name: &[u8]) -> Option<Own> {
+    // The length and the first letter tell nearly all others apart.
+    match (name.len(), name.first()? | 0x20) {
+        (2, b't') => is(name, b"te", Own::Hop),
+        (7, b'u') => is(name, b"upgrade", Own::Upgrade),
+        (10, b'c') => is(name, b"connection", Own::Connection),
+        (10, b'k') => is(name, b"keep-alive", Own::KeepAlive),
+        (14, b'c') => is(name, b"content-length", Own::ContentLength),
+        (14, b'h') => is(name, b"http2-settings", Own::Hop),
+        (16, b'p') => is(name, b"proxy-connection", Own::Hop),
+        (17, b't') => is(name, b"transfer-encoding", Own::TransferEncoding),
+        (18, b'p') => is(name, b"proxy-authenticate", Own::Hop),
+        (19, b'p') => is(name, b"proxy-authorization", Own::Hop),
+        _ => None,
+    }
+}
+
+/// `own` if the name is this one. A length that is known lets it be compared at once.
+fn is<const N: usize>(name: &[u8], wanted: &[u8; N], own: Own) -> Option<Own> {
+    let name: &[u8; N] = name.try_into().ok()?;
+    let lower = name.map(|byte| byte.to_ascii_lowercase());
+    (lower == *wanted).then_some(own)
+}
+
 /// Fields of one connection. `content-length` and `host` are settled elsewhere, `te` and `upgrade` too.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection"
-            | "keep-alive"
-            | "proxy-connection"
-            | "proxy-authenticate"
-            | "proxy-authorization"
-            | "te"
-            | "transfer-encoding"
-            | "upgrade"
-            | "http2-settings"
-    )
+    own(name.as_str().as_bytes()).is_some_and(|own| own != Own::ContentLength)
 }
 
 /// The tokens of every `Connection` field.
@@ -42,17 +67,21 @@ fn connection_tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
         .map(str::trim)
 }
 
-/// The fields that `Connection` names. Nearly always it says `keep-alive` or `close`, and then nothing is looked up;
-/// `upgrade` is settled elsewhere.
-fn named(headers: &HeaderMap) -> SmallVec<[HeaderName; 2]> {
-    let option = |token: &str| {
-        ["keep-alive", "close", "upgrade"].iter().any(|known| token.eq_ignore_ascii_case(known))
-    };
-    connection_tokens(headers)
-        .filter(|token| !option(token))
-        .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
-        .filter(|name| !is_protected(name.as_str()))
-        .collect()
+/// The field that an option of `Connection` takes off the message. Nearly always it is `keep-alive` or `close`, and then
+/// nothing is looked up; `upgrade` is settled elsewhere.
+pub(crate) fn droppable(option: &[u8]) -> Option<HeaderName> {
+    if [&b"keep-alive"[..], b"close", b"upgrade"].iter().any(|known| option.eq_ignore_ascii_case(known)) {
+        return None;
+    }
+    HeaderName::from_bytes(option).ok().filter(|name| !is_protected(name.as_str()))
+}
+
+/// The fields that `Connection` names.
+pub(crate) fn named(headers: &HeaderMap) -> SmallVec<[HeaderName; 2]> {
+    if !headers.contains_key(header::CONNECTION) {
+        return SmallVec::new();
+    }
+    connection_tokens(headers).filter_map(|token| droppable(token.as_bytes())).collect()
 }
 
 /// Take off the fields that a client's `Connection` names, and the names themselves. Done before anything is
@@ -113,36 +142,27 @@ pub(crate) fn sanitize_response(headers: &mut HeaderMap) {
     own.iter().for_each(|name| drop(headers.remove(name)));
 }
 
-/// What is wrong with the head of an answer in a way that hyper lets pass. `switch` says whether a protocol switch was
-/// asked for.
-///
-/// # Errors
-/// The defect, in words for the log.
-pub(crate) fn check_response(
-    status: StatusCode,
-    headers: &HeaderMap,
-    switch: bool,
-) -> Result<(), &'static str> {
-    if status == StatusCode::SWITCHING_PROTOCOLS && !(switch && headers.contains_key(header::UPGRADE)) {
-        return Err("a protocol switch that nobody asked for");
-    }
-    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
-    let Some(coding) = codings.next() else { return Ok(()) };
-    if headers.contains_key(header::CONTENT_LENGTH) {
-        // Which one the peer means cannot be known.
-        return Err("Transfer-Encoding with Content-Length");
-    }
-    if codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked") {
-        // The coding would be taken off the head and left on the body.
-        return Err("a Transfer-Encoding besides chunked");
-    }
-    Ok(())
+/// `timeout=N` of a `Keep-Alive` field, in seconds: how long the peer keeps an idle connection.
+pub(crate) fn keep_alive_timeout(value: &[u8]) -> Option<u64> {
+    let value = std::str::from_utf8(value).ok()?;
+    value.split(',').find_map(|part| part.trim().strip_prefix("timeout=")?.trim().parse().ok())
 }
 
-/// `timeout=N` of a `Keep-Alive` field, in seconds: how long the peer keeps an idle connection.
-pub(crate) fn keep_alive_timeout(headers: &HeaderMap) -> Option<u64> {
-    let value = headers.get("keep-alive")?.to_str().ok()?;
-    value.split(',').find_map(|part| part.trim().strip_prefix("timeout=")?.trim().parse().ok())
+/// Whether a field may stand behind a body. What frames a message, says how to read it or carries trust has no
+/// business there (RFC 9110, section 6.5.1).
+pub(crate) fn is_trailer(name: &HeaderName) -> bool {
+    let refused = matches!(
+        *name,
+        header::AUTHORIZATION
+            | header::CACHE_CONTROL
+            | header::CONTENT_ENCODING
+            | header::CONTENT_RANGE
+            | header::EXPECT
+            | header::MAX_FORWARDS
+            | header::SET_COOKIE
+            | header::TRAILER
+    );
+    !refused && own(name.as_str().as_bytes()).is_none() && !is_protected(name.as_str())
 }
 
 #[cfg(test)]
@@ -236,7 +256,7 @@ mod tests {
     fn small_facts_are_read() {
         assert!(takes_trailers(&fields("te: gzip, Trailers;q=0.5")));
         assert!(!takes_trailers(&fields("te: gzip")));
-        assert_eq!(keep_alive_timeout(&fields("keep-alive: max=10, timeout=5")), Some(5));
-        assert_eq!(keep_alive_timeout(&fields("keep-alive: timeout=soon")), None);
+        assert_eq!(keep_alive_timeout(b"max=10, timeout=5"), Some(5));
+        assert_eq!(keep_alive_timeout(b"timeout=soon"), None);
     }
 }

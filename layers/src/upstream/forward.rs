@@ -5,11 +5,11 @@
 //! A request that is not idempotent and of which bytes were sent is never repeated, unless the upstream's `retry` block
 //! says so. A budget keeps retries from becoming a storm.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{HeaderName, Response, StatusCode};
 use hyper::body::Incoming;
@@ -21,11 +21,13 @@ use super::connect::{self, Io};
 use super::endpoint::{EndpointState, Picked};
 use super::fields;
 use super::health::Report;
+use super::http1::connection::{Http1, Upgraded};
+use super::http1::head::Head;
 use super::picker::{PickKey, Tried};
 use super::pool::{Claim, Key, Pool};
 use super::request_body::Outgoing;
-use super::response_body::{self, Lease, Leased};
-use super::send::{self, Failure, Http1, Http2, Http2Stream, Protocol, Route, Wait};
+use super::response_body::{self, Home};
+use super::send::{self, Failure, Http2, Http2Stream, Protocol, Route, Wait};
 use super::settings::PassHost;
 use super::tls_client;
 use super::tunnel;
@@ -163,30 +165,35 @@ impl UpstreamService {
         let until = state.settings.retry_timeout.map(|limit| started + limit);
         let mut peer = Peer::new(x, &state, choice);
         loop {
-            let outcome = self.attempt(x, &state, &job, peer, key.now).await;
+            let timeouts = x
+                .target
+                .as_ref()
+                .and_then(|target| target.timeout.as_deref().copied())
+                .unwrap_or(state.settings.timeouts);
+            let outcome = self.attempt(x, &state, &job, &mut peer, &timeouts, key.now).await;
             let retry = &state.settings.retry;
             let may = match &outcome {
-                Ok(served) => job.idempotent && retry.after_status(served.status()),
+                Ok(answer) => job.idempotent && retry.after_status(answer.status().as_u16()),
                 Err(error) => error.is_retryable() && retry.after(error.reason()),
             };
             if !may || left == 0 || !job.outgoing.replayable() {
-                return self.conclude(x, &state, &mut job, outcome);
+                return self.conclude(x, &state, &mut job, peer, outcome, &timeouts);
             }
             let now = Instant::now();
             if until.is_some_and(|until| until <= now) {
                 let outcome = outcome.map_err(|error| Error::new(Reason::RetryTimeout).because(error));
-                return self.conclude(x, &state, &mut job, outcome);
+                return self.conclude(x, &state, &mut job, peer, outcome, &timeouts);
             }
             // What has become known since then counts: a verdict, another address, an edit.
             let next = cluster.state();
             key.now = now;
             let Some(choice) = next.again(&key, &tried) else {
-                return self.conclude(x, &state, &mut job, outcome);
+                return self.conclude(x, &state, &mut job, peer, outcome, &timeouts);
             };
             if !job.cluster.budget.retry(now, next.settings.allowance) {
                 self.metrics.retry_budget_exhausted.inc();
                 let outcome = outcome.map_err(|error| error.detail("the retry budget is used up"));
-                return self.conclude(x, &state, &mut job, outcome);
+                return self.conclude(x, &state, &mut job, peer, outcome, &timeouts);
             }
             self.metrics.retries.inc();
             left -= 1;
@@ -202,11 +209,13 @@ impl UpstreamService {
         x: &mut Exchange,
         state: &State,
         job: &mut Job,
-        outcome: Result<Served, Error>,
+        peer: Peer,
+        outcome: Result<Answer, Error>,
+        timeouts: &Timeouts,
     ) -> Result<(), Error> {
-        let Served { answer, peer, timeouts } = outcome?;
+        let answer = outcome?;
         job.outgoing.settle();
-        self.answer(x, state, job, peer, answer, &timeouts);
+        self.answer(x, state, job, peer, answer, timeouts);
         Ok(())
     }
 
@@ -217,20 +226,15 @@ impl UpstreamService {
         x: &mut Exchange,
         state: &State,
         job: &Job,
-        mut peer: Peer,
+        peer: &mut Peer,
+        timeouts: &Timeouts,
         started: Instant,
-    ) -> Result<Served, Error> {
-        let endpoint = peer.picked.endpoint().clone();
-        let timeouts = x
-            .target
-            .as_ref()
-            .and_then(|target| target.timeout.as_deref().copied())
-            .unwrap_or(state.settings.timeouts);
+    ) -> Result<Answer, Error> {
         let mut fresh = None;
         let mut connect = Duration::ZERO;
         let result = loop {
             let mut begun = fresh.unwrap_or(started);
-            let connected = match self.connect(state, &peer, &timeouts, fresh, begun).await {
+            let connected = match self.connect(state, peer, timeouts, fresh, begun).await {
                 Ok(connected) => connected,
                 Err(error) => break Err(error),
             };
@@ -243,8 +247,8 @@ impl UpstreamService {
                 }
                 begun = now;
             }
-            let wait = Wait { outgoing: &job.outgoing, timeouts: &timeouts, started: begun };
-            match self.exchange(x, state, job, &peer, connected, &wait).await {
+            let wait = Wait { outgoing: &job.outgoing, timeouts, started: begun };
+            match self.exchange(x, state, job, peer, connected, &wait).await {
                 Ok(answer) => break Ok(answer),
                 // The peer closed an idle connection just as it was used: nothing was lost, so nothing is counted.
                 Err(failure) if reused && fresh.is_none() && job.may_go_again(&failure) => {
@@ -253,21 +257,22 @@ impl UpstreamService {
                 Err(failure) => break Err(job.judge(failure)),
             }
         };
+        let endpoint = peer.picked.endpoint();
         let now = Instant::now();
         let took = now - started;
-        let status = result.as_ref().ok().map(|answer| answer.response.status().as_u16());
+        let status = result.as_ref().ok().map(|answer| answer.status().as_u16());
         let failed = result.as_ref().err().map(Error::reason);
         x.attempts.push(Attempt { address: endpoint.addr(), status, started, took, connect, failed });
         let leave = peer.leave.take();
         match result {
             Ok(answer) => {
-                let status = answer.response.status().as_u16();
+                let status = answer.status().as_u16();
                 endpoint.latency.observe(took, now);
-                job.cluster.report_status(state, &endpoint, status);
+                job.cluster.report_status(state, endpoint, status);
                 if let Some(leave) = leave {
-                    job.cluster.breaker_status(&endpoint, leave, status, now);
+                    job.cluster.breaker_status(endpoint, leave, status, now);
                 }
-                Ok(Served { answer, peer, timeouts })
+                Ok(answer)
             }
             Err(error) => {
                 let reason = error.reason();
@@ -279,9 +284,9 @@ impl UpstreamService {
                         reason == Reason::TlsCertificate && state.settings.pass_host == PassHost::Pass;
                     if !clients {
                         let report = if is_timeout(reason) { Report::Timeout } else { Report::TcpFailure };
-                        job.cluster.report(state, &endpoint, report);
+                        job.cluster.report(state, endpoint, report);
                         if let Some(leave) = leave {
-                            job.cluster.breaker_failed(&endpoint, leave, Instant::now());
+                            job.cluster.breaker_failed(endpoint, leave, Instant::now());
                         }
                     }
                 }
@@ -295,22 +300,18 @@ fn is_timeout(reason: Reason) -> bool {
     matches!(reason, Reason::ConnectTimeout | Reason::SendTimeout | Reason::ReadTimeout)
 }
 
-/// A response head, and the connection it came over.
-struct Answer {
-    response: Response<Incoming>,
-    connection: Connected,
+/// A response head, and what its body comes over.
+enum Answer {
+    Http1 { head: Head, connection: Http1 },
+    Http2 { response: Response<Incoming>, stream: Http2Stream },
 }
 
-/// An answer, and what is needed to take it over.
-struct Served {
-    answer: Answer,
-    peer: Peer,
-    timeouts: Timeouts,
-}
-
-impl Served {
-    fn status(&self) -> u16 {
-        self.answer.response.status().as_u16()
+impl Answer {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Http1 { head, .. } => head.status,
+            Self::Http2 { response, .. } => response.status(),
+        }
     }
 }
 
@@ -353,12 +354,12 @@ impl UpstreamService {
         let key = Key { endpoint: endpoint.id(), transport: settings.transport(), name };
         if settings.protocol() == Protocol::Http1 {
             if fresh.is_none()
-                && let Some(connection) = self.pool.take(key, now)
+                && let Some(connection) = poll_fn(|cx| Poll::Ready(self.pool.take(key, now, cx))).await
             {
                 return Ok(Connected::Http1 { connection, reused: true });
             }
             let io = open(state, endpoint, name, timeouts.connect).await?;
-            return Ok(Connected::Http1 { connection: Http1::start(io).await?, reused: false });
+            return Ok(Connected::Http1 { connection: Http1::new(io), reused: false });
         }
         let timeout = || Error::new(Reason::ConnectTimeout).retryable(true);
         let until = tokio::time::Instant::now() + timeouts.connect;
@@ -402,31 +403,20 @@ impl UpstreamService {
         state: &State,
         job: &Job,
         peer: &Peer,
-        mut connected: Connected,
+        connected: Connected,
         wait: &Wait<'_>,
     ) -> Result<Answer, Failure> {
-        let route = Route {
-            host: &peer.host,
-            tls: state.settings.tls().is_some(),
-            protocol: state.settings.protocol(),
-            upgrade: job.upgrade.as_ref(),
-        };
-        let request = send::request(x, &route, &job.outgoing, wait.started).map_err(|error| Failure {
-            error,
-            unsent: false,
-            silent: true,
-        })?;
-        let response = match &mut connected {
-            Connected::Http1 { connection, .. } => connection.send(request, wait).await?,
-            Connected::Http2 { stream, .. } => stream.send(request, wait).await?,
-        };
-        let switched = job.upgrade.is_some() && matches!(connected, Connected::Http1 { .. });
-        // An answer that cannot be trusted ends its connection.
-        match fields::check_response(response.status(), response.headers(), switched) {
-            Ok(()) => Ok(Answer { response, connection: connected }),
-            Err(defect) => {
-                let error = Error::new(Reason::UpstreamProtocol).detail(defect);
-                Err(Failure { error, unsent: false, silent: false })
+        let tls = state.settings.tls().is_some();
+        let mut route = Route { host: &peer.host, tls, upgrade: None };
+        match connected {
+            Connected::Http1 { mut connection, .. } => {
+                route.upgrade = job.upgrade.as_ref();
+                let head = connection.send(x, &route, wait).await?;
+                Ok(Answer::Http1 { head, connection })
+            }
+            Connected::Http2 { mut stream, .. } => {
+                let response = stream.send(x, &route, wait).await?;
+                Ok(Answer::Http2 { response, stream })
             }
         }
     }
@@ -441,31 +431,42 @@ impl UpstreamService {
         answer: Answer,
         timeouts: &Timeouts,
     ) {
-        let (mut head, incoming) = answer.response.into_parts();
-        let connection = match answer.connection {
-            Connected::Http1 { connection, .. } if head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                return self.switch(x, state, job, peer, head, connection, timeouts);
-            }
-            Connected::Http1 { connection, .. } => Leased::Http1 {
-                connection,
-                transport: state.settings.transport(),
-                name: tls_name(state, &peer.host).map(Into::into),
-                keepalive: state.settings.keepalive,
-                pool: self.pool.clone(),
-            },
-            Connected::Http2 { stream, .. } => Leased::Http2(stream),
-        };
-        fields::sanitize_response(&mut head.headers);
-        if let Some(statuses) = self.statuses(x) {
-            head.headers.insert(UPSTREAM_STATUS, statuses);
-        }
-        if let Some(cookie) = state.cookie(x, peer.picked.endpoint()) {
-            head.headers.append(header::SET_COOKIE, cookie.clone());
-        }
-        let body = response_body::body(incoming, Lease { picked: peer.picked, connection }, timeouts.read);
-        head.version = http::Version::default();
-        x.response = Response::from_parts(head, body);
         x.answered = Answered::Upstream;
+        x.response = Response::new(Body::Empty);
+        *x.response.status_mut() = answer.status();
+        let cookie = state.cookie(x, peer.picked.endpoint()).cloned();
+        match answer {
+            Answer::Http1 { head, connection } => {
+                *x.response.headers_mut() = head.headers;
+                if let Some(reason) = head.reason {
+                    x.response.extensions_mut().insert(reason);
+                }
+                if let Some(protocol) = head.upgrade {
+                    switch(x, job, peer.picked, protocol, connection, timeouts.read);
+                } else {
+                    let home = Home {
+                        pool: self.pool.clone(),
+                        transport: state.settings.transport(),
+                        name: tls_name(state, &peer.host).map(Into::into),
+                        keepalive: state.settings.keepalive,
+                    };
+                    *x.response.body_mut() =
+                        response_body::http1(connection, peer.picked, home, timeouts.read);
+                }
+            }
+            Answer::Http2 { response, stream } => {
+                let (head, incoming) = response.into_parts();
+                *x.response.headers_mut() = head.headers;
+                fields::sanitize_response(x.response.headers_mut());
+                *x.response.body_mut() = response_body::http2(incoming, stream, peer.picked, timeouts.read);
+            }
+        }
+        if let Some(statuses) = self.statuses(x) {
+            x.response.headers_mut().insert(UPSTREAM_STATUS, statuses);
+        }
+        if let Some(cookie) = cookie {
+            x.response.headers_mut().append(header::SET_COOKIE, cookie);
+        }
     }
 
     /// `X-APISIX-Upstream-Status`: the statuses of all attempts, if the last one is an error or they are always shown.
@@ -484,47 +485,37 @@ impl UpstreamService {
         let all: Vec<String> = x.attempts.iter().map(|attempt| status(attempt).to_string()).collect();
         HeaderValue::try_from(all.join(", ")).ok()
     }
+}
 
-    /// The upstream agreed to another protocol: from here on bytes go both ways.
-    #[expect(clippy::too_many_arguments, reason = "all of what is known of the attempt")]
-    fn switch(
-        &self,
-        x: &mut Exchange,
-        state: &State,
-        job: &mut Job,
-        peer: Peer,
-        mut head: http::response::Parts,
-        connection: Http1,
-        timeouts: &Timeouts,
-    ) {
-        let protocol = head.headers.get(header::UPGRADE).cloned();
-        fields::sanitize_response(&mut head.headers);
-        head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        head.headers.extend(protocol.map(|protocol| (header::UPGRADE, protocol)));
-        if let Some(cookie) = state.cookie(x, peer.picked.endpoint()) {
-            head.headers.append(header::SET_COOKIE, cookie.clone());
-        }
-        if let Some(client) = job.on_upgrade.take() {
-            let tunnel = carry(client, connection, peer.picked, timeouts.read);
-            let kept = x.take_kept();
-            tokio::task::spawn_local(async move {
-                tunnel.await;
-                drop(kept);
-            });
-        }
-        x.response = Response::from_parts(head, Body::Empty);
-        x.answered = Answered::Upstream;
+/// The upstream agreed to another protocol: from here on bytes go both ways.
+fn switch(
+    x: &mut Exchange,
+    job: &mut Job,
+    picked: Picked,
+    protocol: HeaderValue,
+    connection: Http1,
+    idle: Duration,
+) {
+    let headers = x.response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, protocol);
+    if let (Some(client), Some(upstream)) = (job.on_upgrade.take(), connection.upgraded()) {
+        let tunnel = carry(client, upstream, picked, idle);
+        let kept = x.take_kept();
+        tokio::task::spawn_local(async move {
+            tunnel.await;
+            drop(kept);
+        });
     }
 }
 
 /// Carries a tunnel from the moment both sides have switched. The endpoint counts as active for as long.
-async fn carry(client: Upgrade, upstream: Http1, picked: Picked, idle: Duration) {
-    let (Some(client), Some(upstream)) = tokio::join!(client, upstream.upgraded()) else {
+async fn carry(client: Upgrade, upstream: Upgraded, picked: Picked, idle: Duration) {
+    let Some(client) = client.await else {
         tracing::debug!(endpoint = %picked.endpoint(), "a protocol switch came to nothing");
         return;
     };
-    let early: Bytes = upstream.early;
-    let ended = tunnel::run(client, upstream.io, early, idle).await;
+    let ended = tunnel::run(client, upstream.io, upstream.early, idle).await;
     tracing::debug!(endpoint = %picked.endpoint(), ?ended, "tunnel ended");
 }
 

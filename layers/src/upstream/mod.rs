@@ -1,6 +1,5 @@
 //! Upstreams: which node, over which connection, how often.
 
-mod bell;
 pub mod breaker;
 pub mod budget;
 pub mod chash;
@@ -13,6 +12,7 @@ pub mod failover;
 pub mod fields;
 pub mod forward;
 pub mod health;
+pub mod http1;
 pub mod least_conn;
 pub mod locality;
 pub mod panic;

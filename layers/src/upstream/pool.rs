@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
@@ -16,7 +17,8 @@ use tokio::sync::Notify;
 use tokio::task::unconstrained;
 
 use super::endpoint::EndpointState;
-use super::send::{Http1, Http2, Http2Stream};
+use super::http1::connection::Http1;
+use super::send::{Http2, Http2Stream};
 use crate::error::Reason;
 
 /// How often idle connections are looked at while there are any.
@@ -187,14 +189,14 @@ impl Drop for Dialing {
 }
 
 impl Pool {
-    /// The most recently used idle connection that is still open.
-    pub(crate) fn take(&self, key: Key<'_>, now: Instant) -> Option<Http1> {
+    /// The most recently used idle connection that is still open. What comes over it wakes the task of `cx`.
+    pub(crate) fn take(&self, key: Key<'_>, now: Instant, cx: &mut Context<'_>) -> Option<Http1> {
         let mut inner = self.0.borrow_mut();
         let idle = &mut inner.idle.get_mut(&key.place())?.list;
         while let Some(youngest) = idle.iter().rposition(|idle| idle.name.as_deref() == key.name) {
             let mut candidate = idle.remove(youngest);
             let expired = candidate.expires.is_some_and(|at| at <= now);
-            if !expired && candidate.connection.is_still_ready() {
+            if !expired && candidate.connection.is_still_ready(cx) {
                 return Some(candidate.connection);
             }
         }
@@ -215,9 +217,8 @@ impl Pool {
             || connection.served() >= keepalive.requests
             || keepalive.size == 0
         {
-            return;
+            return connection.part();
         }
-        connection.rest();
         let now = Instant::now();
         let limit = [keepalive.idle, connection.idle_limit()].into_iter().flatten().min();
         let idle = Idle {
@@ -231,7 +232,8 @@ impl Pool {
         let resting = resting.or_insert_with(|| Resting { endpoint: Arc::clone(endpoint), list: Vec::new() });
         let list = &mut resting.list;
         if list.len() >= keepalive.size {
-            list.retain(|idle| !idle.connection.is_closed());
+            let cx = &mut Context::from_waker(Waker::noop());
+            list.retain_mut(|idle| idle.connection.is_still_ready(cx));
         }
         if list.len() >= keepalive.size {
             // The oldest are the least likely to be needed. An edit may have made the pool smaller.
@@ -289,12 +291,13 @@ impl Pool {
 
 impl Inner {
     fn expire(&mut self, now: Instant) {
+        let cx = &mut Context::from_waker(Waker::noop());
         self.idle.retain(|_, Resting { endpoint, list }| {
             if endpoint.has_left() {
                 return false;
             }
             list.retain_mut(|idle| {
-                idle.connection.is_still_ready() && idle.expires.is_none_or(|expires| expires > now)
+                idle.connection.is_still_ready(cx) && idle.expires.is_none_or(|expires| expires > now)
             });
             debug_assert!(list.is_sorted_by_key(|idle| idle.since), "the oldest is first");
             !list.is_empty()
@@ -334,11 +337,15 @@ mod tests {
         Arc::new(EndpointState::new(key))
     }
 
+    fn quiet() -> Context<'static> {
+        Context::from_waker(Waker::noop())
+    }
+
     async fn connection(listener: &TcpListener) -> Http1 {
         let addr = listener.local_addr().unwrap();
         let io = connect::connect(addr, None, Duration::from_secs(5)).await.unwrap();
-        let mut connection = Http1::start(io).await.unwrap();
-        assert!(connection.is_still_ready());
+        let mut connection = Http1::new(io);
+        assert!(connection.is_still_ready(&mut quiet()));
         connection
     }
 
@@ -347,18 +354,21 @@ mod tests {
         let test = async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let pool = Pool::default();
-            let now = Instant::now();
+            let (now, cx) = (Instant::now(), &mut quiet());
             let keepalive = Keepalive { size: 2, idle: None, requests: 10 };
             let key = |name| Key { endpoint: 1, transport: 1, name: Some(name) };
             for name in ["a", "b", "c"] {
                 pool.put(&endpoint(), key(name), connection(&listener).await, keepalive);
             }
-            assert!(pool.take(key("a"), now).is_none(), "the oldest had to go");
-            assert!(pool.take(Key { name: None, ..key("b") }, now).is_none(), "a name is never another's");
-            assert!(pool.take(Key { transport: 2, ..key("b") }, now).is_none(), "nor is an identity");
-            assert!(pool.take(Key { endpoint: 2, ..key("b") }, now).is_none(), "nor is an endpoint");
-            assert!(pool.take(key("b"), now).is_some() && pool.take(key("c"), now).is_some());
-            assert!(pool.take(key("b"), now).is_none(), "one is taken once");
+            assert!(pool.take(key("a"), now, cx).is_none(), "the oldest had to go");
+            assert!(
+                pool.take(Key { name: None, ..key("b") }, now, cx).is_none(),
+                "a name is never another's"
+            );
+            assert!(pool.take(Key { transport: 2, ..key("b") }, now, cx).is_none(), "nor is an identity");
+            assert!(pool.take(Key { endpoint: 2, ..key("b") }, now, cx).is_none(), "nor is an endpoint");
+            assert!(pool.take(key("b"), now, cx).is_some() && pool.take(key("c"), now, cx).is_some());
+            assert!(pool.take(key("b"), now, cx).is_none(), "one is taken once");
         };
         LocalSet::new().run_until(test).await;
     }

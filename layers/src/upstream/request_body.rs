@@ -125,17 +125,6 @@ impl Outgoing {
         }
     }
 
-    /// Whether nothing is left that has to be asked for.
-    pub(crate) fn is_spent(&self) -> bool {
-        match self {
-            Self::Empty | Self::Full(_) => true,
-            Self::Streamed(stream) => {
-                let state = stream.state.borrow();
-                state.ended || state.body.is_end_stream()
-            }
-        }
-    }
-
     /// Who is waited for; none for a body that has been here from the start.
     pub(crate) fn progress(&self) -> Option<Progress> {
         match self {
@@ -173,6 +162,32 @@ enum Source {
     Streamed { stream: Rc<Stream>, attempt: u32, place: usize, trailers_sent: bool },
 }
 
+impl RequestBody {
+    fn note(&self, progress: Progress) {
+        if let Source::Streamed { stream, attempt, .. } = &self.0
+            && stream.attempt.get() == *attempt
+        {
+            stream.progress.set(progress);
+        }
+    }
+
+    /// The upstream does not take what was handed over; `moved` says that it has taken something until now.
+    pub(crate) fn held_up(&self, moved: bool) {
+        if let Source::Streamed { stream, .. } = &self.0
+            && (moved || !matches!(stream.progress.get(), Progress::Upstream(_)))
+        {
+            self.note(Progress::Upstream(Instant::now()));
+        }
+    }
+
+    /// The upstream has taken everything.
+    pub(crate) fn sent(&self) {
+        if matches!(self.0, Source::Streamed { .. }) {
+            self.note(Progress::Done(Instant::now()));
+        }
+    }
+}
+
 /// A handle of an attempt that was given up.
 #[derive(Debug, thiserror::Error)]
 #[error("the attempt was given up")]
@@ -207,7 +222,7 @@ impl HttpBody for RequestBody {
                             *slot = Bytes::new();
                         }
                     }
-                    stream.progress.set(Progress::Upstream(Instant::now()));
+                    stream.progress.set(state.handed_over(*place));
                     return Poll::Ready(Some(Ok(Frame::data(piece))));
                 }
                 if state.ended {
@@ -218,21 +233,20 @@ impl HttpBody for RequestBody {
                 }
                 stream.progress.set(Progress::Client);
                 let frame = ready!(Pin::new(&mut state.body).poll_frame(cx));
-                let now = Instant::now();
-                stream.progress.set(Progress::Upstream(now));
-                match frame {
+                let frame = match frame {
                     None => {
                         state.ended = true;
-                        stream.progress.set(Progress::Done(now));
-                        Poll::Ready(None)
+                        None
                     }
                     Some(Err(error)) => {
                         let large = error.is::<TooLarge>();
                         state.failed = Some(if large { Reason::BodyTooLarge } else { Reason::RequestBody });
-                        Poll::Ready(Some(Err(error)))
+                        Some(Err(error))
                     }
-                    Some(Ok(frame)) => Poll::Ready(Some(Ok(state.pass(frame, place, trailers_sent)))),
-                }
+                    Some(Ok(frame)) => Some(Ok(state.pass(frame, place, trailers_sent))),
+                };
+                stream.progress.set(state.handed_over(*place));
+                Poll::Ready(frame)
             }
         }
     }
@@ -261,6 +275,16 @@ impl HttpBody for RequestBody {
 }
 
 impl State {
+    /// Who is waited for after a piece: the reader may have no reason to ask for the end.
+    fn handed_over(&self, place: usize) -> Progress {
+        let now = Instant::now();
+        let ended = self.ended || self.body.is_end_stream();
+        match ended && place >= self.kept.len() && self.trailers.is_none() {
+            true => Progress::Done(now),
+            false => Progress::Upstream(now),
+        }
+    }
+
     fn pass(&mut self, frame: Frame<Bytes>, place: &mut usize, trailers_sent: &mut bool) -> Frame<Bytes> {
         match frame.into_data() {
             Ok(data) => {

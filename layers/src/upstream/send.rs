@@ -1,4 +1,5 @@
-//! One request over one connection, and its response. The only file that knows hyper's client.
+//! One request over one connection, and its response: what both protocols have in common, and HTTP/2 by hyper. This is
+//! the only file that knows hyper's client; HTTP/1 is our own (`http1/`).
 //!
 //! An HTTP/1 connection has no task: whoever waits for its answer drives it, so that a request is one task from the
 //! client's first byte to the last; an HTTP/2 connection, which many share, has one. What a caller gets back of a
@@ -12,20 +13,17 @@ use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker, ready};
-use std::time::{Duration, Instant};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
-use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{Method, Request, Response, Uri, Version};
+use http::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::TokioIo;
-use tokio::task::unconstrained;
 use tokio::time::{Sleep, sleep_until};
 
-use super::bell::Bell;
 use super::connect::{Io, Traffic};
 use super::fields;
 use super::request_body::{Outgoing, Progress, RequestBody};
@@ -79,7 +77,7 @@ impl Wait<'_> {
 
     /// `response`, unless the upstream lets time pass. One timer, which is looked at only when it fires: it may have been
     /// set for an earlier request on the connection.
-    async fn head<T>(
+    pub(crate) async fn head<T>(
         &self,
         timer: &mut Option<Pin<Box<Sleep>>>,
         response: impl Future<Output = T>,
@@ -112,16 +110,15 @@ impl Wait<'_> {
 pub(crate) struct Route<'a> {
     pub(crate) host: &'a HeaderValue,
     pub(crate) tls: bool,
-    pub(crate) protocol: Protocol,
-    /// The protocol to switch to, if the route allows it.
+    /// The protocol to switch to, if the route allows it. HTTP/1 only.
     pub(crate) upgrade: Option<&'a HeaderValue>,
 }
 
-/// The request of one attempt.
+/// The request of one attempt over HTTP/2.
 ///
 /// # Errors
-/// The host cannot be written as the authority of an HTTP/2 request.
-pub(crate) fn request(
+/// The host cannot be written as the authority.
+fn request(
     x: &State,
     route: &Route<'_>,
     outgoing: &Outgoing,
@@ -130,28 +127,16 @@ pub(crate) fn request(
     let mut headers = fields::forwarded(&x.request.headers);
     let target = x.forward.uri.as_ref().or(x.request.uri.path_and_query());
     let target = target.cloned().unwrap_or(PathAndQuery::from_static("/"));
-    let uri = match route.protocol {
-        Protocol::Http1 => {
-            headers.insert(header::HOST, route.host.clone());
-            if let Some(upgrade) = route.upgrade {
-                headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-                headers.insert(header::UPGRADE, upgrade.clone());
-            }
-            Uri::from(target)
-        }
-        Protocol::Http2 => {
-            if fields::takes_trailers(&x.request.headers) || is_grpc(&x.request.headers) {
-                headers.insert(header::TE, HeaderValue::from_static("trailers"));
-            }
-            let mut parts = http::uri::Parts::default();
-            parts.scheme = Some(if route.tls { Scheme::HTTPS } else { Scheme::HTTP });
-            parts.authority = Some(Authority::try_from(route.host.as_bytes()).map_err(bad_host)?);
-            parts.path_and_query = Some(target);
-            headers.remove(header::HOST);
-            Uri::from_parts(parts).map_err(bad_host)?
-        }
-    };
-    // The length is said where the client said it or the body has one; a body of unknown length is chunked.
+    if fields::takes_trailers(&x.request.headers) || is_grpc(&x.request.headers) {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = Some(if route.tls { Scheme::HTTPS } else { Scheme::HTTP });
+    parts.authority = Some(Authority::try_from(route.host.as_bytes()).map_err(bad_host)?);
+    parts.path_and_query = Some(target);
+    headers.remove(header::HOST);
+    let uri = Uri::from_parts(parts).map_err(bad_host)?;
+    // The length is said where the client said it or the body has one.
     let said = headers.contains_key(header::CONTENT_LENGTH);
     match outgoing.exact_length() {
         Some(length) if length > 0 || said => {
@@ -165,10 +150,7 @@ pub(crate) fn request(
     let mut request = Request::new(outgoing.attempt(now));
     *request.method_mut() = x.forward.method.as_ref().unwrap_or(&x.request.method).clone();
     *request.uri_mut() = uri;
-    *request.version_mut() = match route.protocol {
-        Protocol::Http1 => Version::HTTP_11,
-        Protocol::Http2 => Version::HTTP_2,
-    };
+    *request.version_mut() = Version::HTTP_2;
     *request.headers_mut() = headers;
     Ok(request)
 }
@@ -187,207 +169,6 @@ pub(crate) fn is_idempotent(method: &Method) -> bool {
         *method,
         Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS | Method::TRACE
     )
-}
-
-/// The settings of HTTP/1 connections.
-fn http1_settings() -> http1::Builder {
-    let mut settings = http1::Builder::new();
-    settings.max_buf_size(BUFFER);
-    settings
-}
-
-/// What hyper makes of an HTTP/1 connection.
-type Engine = http1::Connection<TokioIo<Io>, RequestBody>;
-
-/// An HTTP/1 connection: one request at a time.
-#[derive(Debug)]
-pub(crate) struct Http1 {
-    sender: http1::SendRequest<RequestBody>,
-    engine: Driven,
-    bell: Bell,
-    timer: Option<Pin<Box<Sleep>>>,
-    traffic: Rc<Traffic>,
-    served: u32,
-    /// A switch of protocols was asked for.
-    switching: bool,
-    /// How long the peer said it keeps an idle connection.
-    idle_limit: Option<Duration>,
-}
-
-/// Who lets the engine read and write.
-#[derive(Debug)]
-enum Driven {
-    /// Whoever waits for something of it.
-    ByWaiting(Box<Engine>),
-    /// A task of its own.
-    ByTask,
-    /// It has ended. The stream is kept if it was asked for.
-    Ended(Option<Box<Upgraded>>),
-}
-
-/// The stream behind a connection that has switched protocols, and what was read from it already.
-#[derive(Debug)]
-pub(crate) struct Upgraded {
-    pub(crate) io: Io,
-    pub(crate) early: Bytes,
-}
-
-impl Http1 {
-    /// Start HTTP/1 on a new connection.
-    ///
-    /// # Errors
-    /// None in practice; nothing is written yet.
-    pub(crate) async fn start(io: Io) -> Result<Self, Error> {
-        let traffic = Rc::clone(io.traffic());
-        let (sender, engine) =
-            http1_settings().handshake(TokioIo::new(io)).await.map_err(|error| classify(error, None))?;
-        let engine = Driven::ByWaiting(Box::new(engine));
-        let bell = Bell::default();
-        Ok(Self { sender, engine, bell, timer: None, traffic, served: 0, switching: false, idle_limit: None })
-    }
-
-    /// Ready for a request: the last one was finished by both sides, and no end of the connection was seen.
-    pub(crate) fn is_ready(&self) -> bool {
-        self.sender.is_ready() && !self.sender.is_closed()
-    }
-
-    /// Nobody uses it: what happens to it wakes nobody.
-    pub(crate) fn rest(&self) {
-        self.bell.detach();
-    }
-
-    /// As [`is_ready`](Self::is_ready), after a look whether the peer has closed it or sent what nobody asked for.
-    pub(crate) fn is_still_ready(&mut self) -> bool {
-        if self.bell.answer() {
-            self.drive();
-        }
-        self.is_ready()
-    }
-
-    pub(crate) fn is_closed(&self) -> bool {
-        self.sender.is_closed()
-    }
-
-    /// Requests sent on it.
-    pub(crate) fn served(&self) -> u32 {
-        self.served
-    }
-
-    pub(crate) fn idle_limit(&self) -> Option<Duration> {
-        self.idle_limit
-    }
-
-    /// Let the engine read and write what it can.
-    fn drive(&mut self) {
-        let Driven::ByWaiting(engine) = &mut self.engine else { return };
-        self.bell.answer();
-        let cx = &mut self.bell.context();
-        // A connection that may switch protocols must not be shut down when hyper is done with it.
-        let end = match self.switching {
-            true => engine.poll_without_shutdown(cx),
-            false => Pin::new(&mut **engine).poll(cx),
-        };
-        let Poll::Ready(end) = end else { return };
-        if let Err(error) = &end {
-            tracing::debug!(%error, "upstream connection failed");
-        }
-        if let Driven::ByWaiting(engine) = std::mem::replace(&mut self.engine, Driven::Ended(None))
-            && self.switching
-            && end.is_ok()
-        {
-            let parts = engine.into_parts();
-            let upgraded = Upgraded { io: parts.io.into_inner(), early: parts.read_buf };
-            self.engine = Driven::Ended(Some(Box::new(upgraded)));
-        }
-    }
-
-    /// Poll `fed`, which waits for something that the engine brings. Where nobody else drives the engine it is driven
-    /// here, and then only the engine wakes the task: `fed` would do so a second time, for what is at hand already.
-    pub(crate) fn poll_fed<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        mut fed: impl FnMut(&mut Context<'_>) -> Poll<T>,
-    ) -> Poll<T> {
-        if matches!(self.engine, Driven::ByTask) {
-            return fed(cx);
-        }
-        let quiet = &mut Context::from_waker(Waker::noop());
-        if let Poll::Ready(value) = self.bell.unheard(|| fed(quiet)) {
-            return Poll::Ready(value);
-        }
-        self.bell.attach(cx);
-        self.drive();
-        self.bell.unheard(|| fed(quiet))
-    }
-
-    /// Send `request` and wait for the head of its response.
-    pub(crate) async fn send(
-        &mut self,
-        request: Request<RequestBody>,
-        wait: &Wait<'_>,
-    ) -> Result<Response<Incoming>, Failure> {
-        self.served += 1;
-        self.switching = request.headers().contains_key(header::UPGRADE);
-        let (written, read) = (self.traffic.written.get(), self.traffic.read.get());
-        let mut timer = self.timer.take();
-        // Without a budget, because whoever has used up his is promised a wake-up that a quiet context does not give.
-        let mut response = pin!(unconstrained(self.sender.try_send_request(request)));
-        let response = poll_fn(|cx| self.poll_fed(cx, |cx| response.as_mut().poll(cx)));
-        let result = wait.head(&mut timer, response).await;
-        self.timer = timer;
-        let silent = self.traffic.read.get() == read;
-        match result {
-            Ok(Ok(response)) => {
-                if let Some(seconds) = fields::keep_alive_timeout(response.headers()) {
-                    // Closing first by a margin avoids the race with the peer's own timer.
-                    let margin = Duration::from_millis(500);
-                    self.idle_limit = Some(Duration::from_secs(seconds).saturating_sub(margin));
-                }
-                if !wait.outgoing.is_spent() {
-                    self.drive_by_task();
-                }
-                Ok(response)
-            }
-            Ok(Err(mut failure)) => {
-                let unsent = failure.take_message().is_some() || self.traffic.written.get() == written;
-                let error = classify(failure.into_error(), Some(wait.outgoing));
-                Err(Failure { error, unsent, silent })
-            }
-            Err(reason) => {
-                let unsent = self.traffic.written.get() == written;
-                Err(Failure { error: Error::new(reason), unsent, silent })
-            }
-        }
-    }
-
-    /// The answer has begun before the request has ended. The request must go on even while the client does not take
-    /// the answer, so nobody can be waited for.
-    fn drive_by_task(&mut self) {
-        match std::mem::replace(&mut self.engine, Driven::ByTask) {
-            Driven::ByWaiting(engine) if !self.switching => {
-                tokio::task::spawn_local(async move {
-                    if let Err(error) = engine.await {
-                        tracing::debug!(%error, "upstream connection failed");
-                    }
-                });
-            }
-            other => self.engine = other,
-        }
-    }
-
-    /// After a 101: the stream, once hyper is done with it.
-    pub(crate) async fn upgraded(mut self) -> Option<Upgraded> {
-        poll_fn(|cx| {
-            self.bell.attach(cx);
-            self.drive();
-            match &mut self.engine {
-                Driven::ByWaiting(_) => Poll::Pending,
-                Driven::ByTask => Poll::Ready(None),
-                Driven::Ended(upgraded) => Poll::Ready(upgraded.take().map(|upgraded| *upgraded)),
-            }
-        })
-        .await
-    }
 }
 
 /// An HTTP/2 connection that requests of this worker share.
@@ -527,14 +308,25 @@ impl Http2Stream {
         self.finished = true;
     }
 
+    /// Sends the request of `x` and waits for the head of its answer.
     pub(crate) async fn send(
         &mut self,
-        request: Request<RequestBody>,
+        x: &State,
+        route: &Route<'_>,
         wait: &Wait<'_>,
     ) -> Result<Response<Incoming>, Failure> {
+        let request = request(x, route, wait.outgoing, wait.started).map_err(|error| Failure {
+            error,
+            unsent: false,
+            silent: true,
+        })?;
         let read = self.connection.link.traffic.read.get();
         let result = wait.head(&mut None, self.connection.sender.try_send_request(request)).await;
         match result {
+            Ok(Ok(response)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                let error = Error::new(Reason::UpstreamProtocol).detail("a protocol switch over HTTP/2");
+                Err(Failure { error, unsent: false, silent: false })
+            }
             Ok(Ok(response)) => Ok(response),
             Ok(Err(mut failure)) => {
                 let returned = failure.take_message().is_some();

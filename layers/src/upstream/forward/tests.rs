@@ -7,6 +7,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
+use bytes::Bytes;
 use discovery::Discovery;
 use http_body::Frame;
 use http_body_util::StreamBody;
