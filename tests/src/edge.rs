@@ -188,6 +188,17 @@ impl Edge {
         .await
     }
 
+    /// `postern COMMAND` with these arguments, asked of this gateway's Control API: the exit code, the JSON it prints, and
+    /// what it tells beside.
+    pub async fn command(&self, name: &str, args: &[&str]) -> (i32, Value, String) {
+        let control = self.control.to_string();
+        let fixed = [name, "--control", &control, "-o", "json"];
+        let args: Vec<String> = fixed.into_iter().chain(args.iter().copied()).map(str::to_owned).collect();
+        let run = move || run(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let (code, out, err) = tokio::task::spawn_blocking(run).await.expect("the command runs");
+        (code, serde_json::from_str(&out).unwrap_or_default(), err)
+    }
+
     /// Everything the process has written to its output.
     pub fn output(&self) -> String {
         self.process.output()

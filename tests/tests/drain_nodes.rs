@@ -2,26 +2,12 @@
 
 use bytes::Bytes;
 use e2e::client::Call;
-use e2e::edge::run;
 use e2e::load::Load;
 use e2e::origin::{Origin, echo};
 use e2e::{Edge, Value, eventually, json};
 use http::Response;
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
-
-/// `postern drain` with these arguments at the Control API of `edge`: the exit code, the JSON and the progress.
-async fn drain(edge: &Edge, args: &[&str]) -> (i32, Value, String) {
-    let control = edge.control.to_string();
-    let args: Vec<String> = ["drain", "--control", &control, "-o", "json"]
-        .into_iter()
-        .chain(args.iter().copied())
-        .map(str::to_owned)
-        .collect();
-    let run = move || run(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    let (code, out, err) = tokio::task::spawn_blocking(run).await.expect("the command runs");
-    (code, serde_json::from_str(&out).unwrap_or_default(), err)
-}
 
 fn upstream(origins: &[Origin]) -> Value {
     let nodes: serde_json::Map<_, _> = origins.iter().map(|origin| (origin.node(), json!(1))).collect();
@@ -47,7 +33,7 @@ async fn a_deployment_that_drains_node_by_node_loses_nothing() {
     for index in 0..NODES {
         let old = origins.remove(index);
         let target = format!("shop/{}", old.node());
-        let (code, view, err) = drain(&edge, &[&target, "--wait", "--timeout", "20"]).await;
+        let (code, view, err) = edge.command("drain", &[&target, "--wait", "--timeout", "20"]).await;
         assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
         let served = old.requests();
         let before: usize = origins.iter().map(Origin::requests).sum();
@@ -58,7 +44,7 @@ async fn a_deployment_that_drains_node_by_node_loses_nothing() {
         assert_eq!(old.requests(), served, "a node that may be stopped gets nothing");
         let addr = old.stop().await;
         let new = echo::named_at(addr, &format!("new-{index}")).await;
-        let (code, ..) = drain(&edge, &["--undo", &target]).await;
+        let (code, ..) = edge.command("drain", &["--undo", &target]).await;
         assert_eq!(code, 0);
         eventually("the new one is used", || async { (new.requests() > 0).then_some(()) }).await;
         origins.insert(index, new);
@@ -87,7 +73,7 @@ async fn what_is_under_way_is_waited_for_and_counted() {
     eventually("one of them waits at the slow node", || async { (origins[0].requests() == 1).then_some(()) })
         .await;
     let target = format!("shop/{}", origins[0].node());
-    let (code, view, err) = drain(&edge, &[&target, "--wait", "--timeout", "1"]).await;
+    let (code, view, err) = edge.command("drain", &[&target, "--wait", "--timeout", "1"]).await;
     assert_eq!((code, &view["stage"]), (1, &json!("in_flight")), "{view} {err}");
     assert_eq!(view["observers"][0]["in_flight"], 1, "{view}");
     assert!(err.contains("1 of 1 gateways confirmed, 1 request under way"), "{err}");
@@ -99,7 +85,7 @@ async fn what_is_under_way_is_waited_for_and_counted() {
     for call in calls {
         call.await.expect("a call").expect_status(200);
     }
-    let (code, view, err) = drain(&edge, &[&target, "--wait"]).await;
+    let (code, view, err) = edge.command("drain", &[&target, "--wait"]).await;
     assert_eq!(
         (code, &view["stage"]),
         (0, &json!("drained")),
@@ -115,7 +101,7 @@ async fn every_gateway_confirms_and_the_one_that_does_not_is_named() {
     let first = edge_with(&origins, json!({"apisix": {"id": "first"}, "postern": {"peers": peers}})).await;
     let target = format!("shop/{}", origins[0].node());
     let (code, view, err) =
-        drain(&first, &[&target, "--wait", "--timeout", "20", "--reason", "an upgrade"]).await;
+        first.command("drain", &[&target, "--wait", "--timeout", "20", "--reason", "an upgrade"]).await;
     assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
     let names: Vec<_> =
         view["observers"].as_array().expect("a list").iter().map(|one| &one["name"]).collect();
@@ -127,19 +113,19 @@ async fn every_gateway_confirms_and_the_one_that_does_not_is_named() {
         }
         assert_eq!(origins[0].requests(), served, "neither uses it");
     }
-    let (code, ..) = drain(&first, &["--undo", &target]).await;
+    let (code, ..) = first.command("drain", &["--undo", &target]).await;
     assert_eq!(code, 0);
     let list = second.call_control("/v1/drains").await.expect_status(200);
     assert_eq!(list.json(), json!([]), "the other one uses it again too");
 
     second.signal(Signal::SIGSTOP);
-    let (code, view, err) = drain(&first, &[&target, "--wait", "--timeout", "1"]).await;
+    let (code, view, err) = first.command("drain", &[&target, "--wait", "--timeout", "1"]).await;
     second.signal(Signal::SIGCONT);
     assert_eq!((code, &view["stage"]), (1, &json!("confirming")), "{view} {err}");
     let late = &view["observers"][1];
     assert!(late["name"].as_str().is_some_and(|name| name.contains(&second.control.to_string())), "{view}");
     assert!(late["problem"].as_str().is_some_and(|why| why.contains("no answer")), "{view}");
-    let (code, view, err) = drain(&first, &[&target, "--wait", "--timeout", "20"]).await;
+    let (code, view, err) = first.command("drain", &[&target, "--wait", "--timeout", "20"]).await;
     assert_eq!((code, &view["stage"]), (0, &json!("drained")), "it came back and confirmed: {view} {err}");
 }
 
@@ -148,7 +134,7 @@ async fn a_drain_outlives_the_process_and_an_edit() {
     let origins = [echo::start().await, echo::start().await];
     let mut edge = edge_with(&origins, json!({})).await;
     let target = format!("shop/{}", origins[0].node());
-    let (code, ..) = drain(&edge, &[&target, "--wait"]).await;
+    let (code, ..) = edge.command("drain", &[&target, "--wait"]).await;
     assert_eq!(code, 0);
     let served = origins[0].requests();
     edge.start_again().await;
@@ -177,7 +163,7 @@ async fn a_node_that_leaves_and_comes_back_is_a_new_one() {
     edge.put("upstreams/shop", upstream(&origins)).await;
     edge.put("routes/r", json!({"uri": "/*", "upstream_id": "shop"})).await;
     edge.until_status("/", 200).await;
-    let (code, ..) = drain(&edge, &[&format!("shop/{}", origins[0].node()), "--wait"]).await;
+    let (code, ..) = edge.command("drain", &[&format!("shop/{}", origins[0].node()), "--wait"]).await;
     assert_eq!(code, 0);
     edge.put("upstreams/shop", upstream(&origins[1..])).await;
     // What comes back before it was seen to be gone is the same node.
@@ -205,13 +191,13 @@ async fn what_names_nothing_is_refused_with_what_there_is() {
         ("shop//a:b", "names no node: write its address".to_owned()),
     ];
     for (target, said) in cases {
-        let (code, _, err) = drain(&edge, &[target]).await;
+        let (code, _, err) = edge.command("drain", &[target]).await;
         assert_eq!(code, 3, "{target}");
         assert!(err.contains(&said), "{target}: {err}");
     }
-    let (code, _, err) = drain(&edge, &["--undo", "shop"]).await;
+    let (code, _, err) = edge.command("drain", &["--undo", "shop"]).await;
     assert_eq!(code, 3);
     assert!(err.contains("shop is not drained"), "{err}");
-    let (code, view, _) = drain(&edge, &[&format!("*/{node}")]).await;
+    let (code, view, _) = edge.command("drain", &[&format!("*/{node}")]).await;
     assert_eq!((code, view["observers"][0]["nodes"].clone()), (0, json!([node])), "whoever has it: {view}");
 }

@@ -315,20 +315,15 @@ impl Board {
         let inner = &*self.0;
         let id = order.led.as_ref().map_or_else(|| uuid::Uuid::now_v7().to_string(), |led| led.id.clone());
         let mark = mark(&id, &order)?;
+        if let Some(same) = inner.same(&order) {
+            return Ok(same);
+        }
         // Another gateway may know nodes that this one does not: whoever leads has looked.
         if order.led.is_none() {
             inner.is_known(&order, &mark)?;
         }
         let view = {
             let mut drains = inner.drains();
-            let same = |drain: &Drain| {
-                drain.order.service == order.service
-                    && drain.order.node == order.node
-                    && drain.order.led == order.led
-            };
-            if let Some((id, drain)) = drains.iter().find(|(_, drain)| same(drain)) {
-                return Ok(drain.view(id, &inner.name));
-            }
             if drains.len() >= MOST {
                 return Err(Refusal::TooMany);
             }
@@ -478,6 +473,18 @@ impl Inner {
             drain.looked = Some((published, Instant::now()));
         });
         Some((mark, clusters))
+    }
+
+    /// The drain that was begun by the same order.
+    fn same(&self, order: &Order) -> Option<View> {
+        let drains = self.drains();
+        let is_same = |drain: &Drain| {
+            drain.order.service == order.service
+                && drain.order.node == order.node
+                && drain.order.led == order.led
+        };
+        let (id, drain) = drains.iter().find(|(_, drain)| is_same(drain))?;
+        Some(drain.view(id, &self.name))
     }
 
     /// Refuses what names nothing.
