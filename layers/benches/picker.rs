@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use config::process::Place;
 use config::upstream::Upstream;
 use discovery::Discovery;
 use divan::{AllocProfiler, Bencher};
@@ -15,6 +16,7 @@ use layers::upstream::Keepalive;
 use layers::upstream::budget::{Allowance, Budget};
 use layers::upstream::chash;
 use layers::upstream::cluster::{Cluster, ClusterEnv};
+use layers::upstream::drains::{Drains, Mark};
 use layers::upstream::endpoint::{EndpointKey, EndpointState};
 use layers::upstream::health::{Health, Limits, Report, Source};
 use layers::upstream::picker::{Algorithm, Peer, PickKey, Picker, Selection, Tried};
@@ -111,6 +113,44 @@ fn build(bencher: Bencher<'_, '_>, endpoints: usize) {
     bencher.bench_local(|| Picker::new(Algorithm::RoundRobin, &peers, &Selection::default(), &cursor));
 }
 
+/// One endpoint among ten thousand begins or ceases to drain: what the control side does for it, the new picker included.
+/// With `chash` the ring is made again, and with sessions their table.
+#[divan::bench(args = ["roundrobin", "least_conn", "ewma", "random", "chash", "sticky", "locality"])]
+fn one_of_ten_thousand(bencher: Bencher<'_, '_>, kind: &str) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let Ok(runtime) = runtime else { return };
+    let env = env(runtime.handle().clone());
+    let nodes: Vec<_> = (0..10_000)
+        .map(|n: usize| {
+            let zone = serde_json::json!({"zone": if n % 3 == 0 { "a" } else { "b" }});
+            serde_json::json!({"host": format!("10.0.{}.{}", n >> 8, n & 255), "port": 8080, "weight": 1, "metadata": zone})
+        })
+        .collect();
+    let mut upstream = serde_json::json!({"type": kind, "nodes": nodes});
+    match kind {
+        "chash" => upstream["key"] = "remote_addr".into(),
+        "sticky" => {
+            upstream["type"] = "roundrobin".into();
+            upstream["sticky"] = serde_json::json!({});
+        }
+        "locality" => {
+            upstream["type"] = "roundrobin".into();
+            upstream["locality"] = serde_json::json!({"prefer": "zone"});
+        }
+        _ => {}
+    }
+    let Ok(upstream) = serde_json::from_value::<Upstream>(upstream) else { return };
+    let Ok(cluster) = Cluster::build("upstreams/1", &upstream, None, &env) else { return };
+    let Ok(node) = "10.0.20.7:8080".parse() else { return };
+    let mark = Mark { id: "1".into(), service: "1".into(), node: Some(node) };
+    let mut drains = false;
+    bencher.bench_local(|| {
+        drains = !drains;
+        env.drains.set(if drains { vec![mark.clone()] } else { Vec::new() });
+        cluster.refresh(&env.control);
+    });
+}
+
 #[divan::bench]
 fn hash_of_a_key(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| chash::hash(black_box(b"203.0.113.77")));
@@ -134,22 +174,26 @@ fn report(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| health.report(Source::Passive, Report::Success(200), &limits));
 }
 
-/// An edit of an upstream with its endpoints kept.
-#[divan::bench(args = SIZES)]
-fn edit(bencher: Bencher<'_, '_>, endpoints: usize) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    let Ok(runtime) = runtime else { return };
-    let control = runtime.handle().clone();
-    let env = ClusterEnv {
+fn env(control: tokio::runtime::Handle) -> ClusterEnv {
+    let place = Place { zone: Some("a".to_owned()), ..Place::default() };
+    ClusterEnv {
         discovery: Discovery::new(control.clone(), discovery::Settings::default()),
         tls: Arc::new(TlsClients::new(Arc::new(RootCertStore::empty()))),
         checks: true,
         keepalive: Keepalive { size: 320, idle: Some(Duration::from_secs(60)), requests: 1000 },
         session_key: layers::upstream::sticky::own_key(Vec::new),
-        drains: layers::upstream::drains::Drains::default(),
-        place: Arc::default(),
+        drains: Drains::default(),
+        place: Arc::new(place),
         control,
-    };
+    }
+}
+
+/// An edit of an upstream with its endpoints kept.
+#[divan::bench(args = SIZES)]
+fn edit(bencher: Bencher<'_, '_>, endpoints: usize) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let Ok(runtime) = runtime else { return };
+    let env = env(runtime.handle().clone());
     let nodes: serde_json::Map<_, _> = (0..endpoints)
         .map(|n| (format!("10.0.{}.{}:8080", n >> 8, n & 255), serde_json::Value::from(1)))
         .collect();
