@@ -10,6 +10,7 @@ need etcd etcd-server
 need /usr/sbin/nginx nginx
 need setpriv util-linux
 need redis-server redis-server
+need /usr/sbin/dnsmasq dnsmasq-base
 need redis-cli redis-tools
 need ip iproute2
 need openssl openssl

@@ -10,6 +10,7 @@ pub mod client;
 pub mod compat;
 pub mod consul;
 pub mod discovery_server;
+pub mod dnsmasq;
 pub mod edge;
 pub mod etcd;
 pub mod eureka;
