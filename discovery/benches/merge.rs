@@ -58,7 +58,7 @@ fn one_of_many_changes(bencher: Bencher<'_, '_>, count: usize) {
     let mut weight = 1;
     bencher
         .with_inputs(|| {
-            runtime.block_on(tokio::time::sleep(Duration::from_millis(120)));
+            runtime.block_on(async { tokio::time::sleep(Duration::from_millis(120)).await });
             weight += 1;
             if let Some(one) = list.get_mut(count / 2) {
                 one.node.weight = weight;
