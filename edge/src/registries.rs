@@ -63,7 +63,10 @@ pub fn sources(process: &Process) -> Result<Vec<Arc<dyn Source>>, BadSetting> {
     if let Some(settings) = &written.consul_kv {
         sources.extend(consul_kv::sources(settings).map_err(bad("consul_kv"))?);
     }
-    let dns = written.dns.as_deref().map_or_else(|| names(process), Into::into);
+    let dns = match written.dns.as_deref() {
+        Some(written) => discovery::dns::Settings { ipv6: process.dns.ipv6, ..written.into() },
+        None => names(process),
+    };
     sources.push(Arc::new(Dns::services(dns)));
     if let Some(settings) = &written.eureka {
         sources.push(Arc::new(Eureka::new(settings).map_err(bad("eureka"))?));
