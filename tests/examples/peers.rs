@@ -3,6 +3,7 @@
 //! ```text
 //! peers                        upstreams on loopback: 1980 and 1981 echo, 1982 is a WebSocket, 50051 a gRPC service
 //! peers say ADDR PATH TEXT     sends TEXT over a WebSocket and prints what comes back
+//! peers module TEXT FILE       turns a module in text form into one in binary form
 //! peers call ADDR TEXT         calls the gRPC service: one message, then a stream of three
 //! ```
 
@@ -22,8 +23,12 @@ async fn main() {
         [] => serve().await,
         ["say", addr, path, text] => say(address(addr), path, text).await,
         ["call", addr, text] => call(address(addr), text).await,
+        ["module", text, file] => {
+            let module = wat::parse_file(text).unwrap_or_else(|error| panic!("{error}"));
+            std::fs::write(file, module).unwrap_or_else(|error| panic!("{file}: {error}"));
+        }
         _ => {
-            eprintln!("peers | peers say ADDR PATH TEXT | peers call ADDR TEXT");
+            eprintln!("peers | peers say ADDR PATH TEXT | peers call ADDR TEXT | peers module TEXT FILE");
             std::process::exit(2);
         }
     }

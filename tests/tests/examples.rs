@@ -71,7 +71,18 @@ fn all() -> BTreeSet<String> {
 
 #[test]
 fn every_example_is_tested_and_passes_the_check() {
-    let tested = ["canary", "consul", "etcd", "grpc", "key-auth", "quickstart", "tls-sni", "websocket"];
+    let tested = [
+        "canary",
+        "consul",
+        "etcd",
+        "grpc",
+        "key-auth",
+        "lookup",
+        "quickstart",
+        "tls-sni",
+        "wasm",
+        "websocket",
+    ];
     assert_eq!(all().iter().map(String::as_str).collect::<Vec<_>>(), tested);
     let ca = Authority::new("ca");
     let leaf = ca.server(&["shop.example.com", "*.internal.example.com"]);
@@ -120,6 +131,24 @@ async fn key_auth_tells_who_it_is_and_limits_partners() {
     let one = echo::named("one").await;
     let edge = start("key-auth", &[(1980, &one)], &[]).await;
     requests("key-auth", &edge).await;
+}
+
+#[tokio::test]
+async fn lookup_sends_each_id_to_its_place() {
+    let (one, two) = (echo::named("one").await, echo::named("two").await);
+    let edge = start("lookup", &[(1980, &one), (1981, &two)], &[]).await;
+    requests("lookup", &edge).await;
+}
+
+#[tokio::test]
+async fn wasm_runs_the_module_that_is_made_of_text() {
+    let one = echo::named("one").await;
+    let made = tempfile::tempdir().expect("a folder");
+    let module = made.path().join("mark.wasm");
+    let binary = wat::parse_str(read("wasm", "mark.wat")).expect("a module");
+    std::fs::write(&module, binary).expect("a file");
+    let edge = start("wasm", &[(1980, &one)], &[("MODULE", module.to_str().expect("a text path"))]).await;
+    requests("wasm", &edge).await;
 }
 
 #[tokio::test]
