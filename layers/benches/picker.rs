@@ -3,6 +3,8 @@
 //! `cargo bench -p layers --bench picker`. A pick and a retry must not allocate, and a pick must not grow with the number
 //! of endpoints, except for `least_conn`, which looks at all of them.
 
+#![allow(clippy::indexing_slicing, reason = "a JSON object of a bench")]
+
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -122,7 +124,7 @@ fn one_of_ten_thousand(bencher: Bencher<'_, '_>, kind: &str) {
     let env = env(runtime.handle().clone());
     let nodes: Vec<_> = (0..10_000)
         .map(|n: usize| {
-            let zone = serde_json::json!({"zone": if n % 3 == 0 { "a" } else { "b" }});
+            let zone = serde_json::json!({"zone": if n.is_multiple_of(3) { "a" } else { "b" }});
             serde_json::json!({"host": format!("10.0.{}.{}", n >> 8, n & 255), "port": 8080, "weight": 1, "metadata": zone})
         })
         .collect();

@@ -3,7 +3,7 @@
 use e2e::consul::{self, Consul};
 use e2e::load::Load;
 use e2e::origin::{Origin, echo};
-use e2e::{Edge, Value, eventually, json};
+use e2e::{Edge, eventually, json};
 
 const NODES: usize = 10;
 
