@@ -47,6 +47,8 @@ enum Command {
     Drain(cmd::drain::Drain),
     /// Show the endpoints of upstreams: from whom, since when, used or not and why; or ask for them anew.
     Endpoints(cmd::endpoints::Endpoints),
+    /// Keep an application in its registry while it runs, and take it out before it is stopped.
+    Register(role::register::Register),
     /// Tell how much of an APISIX configuration runs here as it runs there.
     Import(cmd::import::Import),
     /// Bring the pages about plugins and metrics up to date.
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Explain(command) => command.run(),
         Command::Drain(command) => command.run(),
         Command::Endpoints(command) => command.run(),
+        Command::Register(role) => role.run(),
         Command::Import(command) => command.run(),
         Command::Docs(command) => command.run(),
     };

@@ -2,5 +2,6 @@
 
 pub mod discovery;
 pub mod edge;
+pub mod register;
 mod sample;
 pub mod up;
