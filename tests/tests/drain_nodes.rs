@@ -152,8 +152,8 @@ async fn a_drain_outlives_the_process_and_an_edit() {
     assert_eq!(origins[0].requests(), served);
     let listed = edge.call_control("/v1/drains").await.expect_status(200).json();
     assert_eq!(listed[0]["node"], origins[0].node());
-    let shown = edge.call_control("/v1/discovery/dns/dump").await.expect_status(200);
-    assert!(shown.text().contains(r#""draining":true"#), "{}", shown.text());
+    let shown = edge.call_control("/v1/endpoints/shop").await.expect_status(200);
+    assert!(shown.text().contains(r#""verdict":"draining""#), "{}", shown.text());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
