@@ -1,8 +1,9 @@
-//! A gateway and Kubernetes: a deployment is rolled under load.
+//! Gateways and Kubernetes: deployments are rolled under load, with and without a discovery server between the two.
 
 use std::time::{Duration, Instant};
 
-use e2e::kube::{KubeApi, Pod, Slice};
+use e2e::discovery_server::DiscoveryServer;
+use e2e::kube::{KubeApi, Manner, Pod, Slice};
 use e2e::load::Load;
 use e2e::origin::{Origin, echo};
 use e2e::{Edge, EdgeBuilder, Value, eventually, json};
@@ -89,4 +90,60 @@ async fn a_deployment_is_rolled_without_a_failed_request() {
     let replicas = deployment(&api).await;
     let edge = gateway(json!({"kubernetes": api.settings()})).start().await;
     roll(&edge, &api, replicas).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn and_so_it_is_with_a_discovery_server_in_between() {
+    let api = KubeApi::start().await;
+    let replicas = deployment(&api).await;
+    let server = DiscoveryServer::start(json!({"kubernetes": api.settings()}), json!({})).await;
+    let between = json!({"postern": {"servers": [server.addr.to_string()], "kinds": ["kubernetes"]}});
+    let edge = gateway(between).start().await;
+    roll(&edge, &api, replicas).await;
+    assert_eq!(api.asked("endpointslices").1, 1, "one watch, and not one for each gateway");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_server_and_a_discovery_server_may_be_gone_for_a_while() {
+    let mut api = KubeApi::start().await;
+    let replica = Replica::start(&api, 1, 0).await;
+    let mut server = DiscoveryServer::start(json!({"kubernetes": api.settings()}), json!({})).await;
+    let between = json!({"postern": {"servers": [server.addr.to_string()], "kinds": ["kubernetes"]}});
+    let edges =
+        [gateway(json!({"kubernetes": api.settings()})).start().await, gateway(between).start().await];
+    let mut loads = Vec::new();
+    for edge in &edges {
+        edge.until_status("/", 200).await;
+        loads.push(Load::start(edge.http, "GET / HTTP/1.1\r\nhost: a\r\n\r\n", 200, 5, 200));
+    }
+    for manner in [Manner::Errors, Manner::Silent, Manner::HalfBody] {
+        api.behave(manner);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    server.kill();
+    api.stop().await;
+    api.behave(Manner::Well);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let other = Replica::start(&api, 2, 0).await;
+    api.resume().await;
+    server.run().await;
+    // Each gateway finds the new pod: all requests of one of them would be half of these.
+    let before = replica.origin.requests();
+    eventually("the pod that came meanwhile is used", || async {
+        (other.origin.requests() > 0).then_some(())
+    })
+    .await;
+    replica.slice.clone().pod(replica.pod.clone().terminating()).put(&api);
+    let mut seen = (before, Instant::now());
+    eventually("both gateways leave the other", || {
+        if replica.origin.requests() != seen.0 {
+            seen = (replica.origin.requests(), Instant::now());
+        }
+        let quiet = seen.1.elapsed() > Duration::from_millis(500);
+        async move { quiet.then_some(()) }
+    })
+    .await;
+    for load in loads {
+        load.finish().await.expect_no_failure();
+    }
 }
