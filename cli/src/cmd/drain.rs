@@ -194,11 +194,10 @@ fn progress(drain: &Value) -> String {
     let all = observers(drain).count();
     let flying: u64 = observers(drain).map(in_flight).sum();
     format!(
-        "{}: {} of {all} gateways confirmed, {}",
+        "{}: {} of {all} gateways confirmed, {} under way",
         named(drain),
         observers(drain).filter(confirmed).count(),
-        output::count(usize::try_from(flying).unwrap_or(usize::MAX), "request under way")
-            .replace("ways", "way"),
+        output::count(usize::try_from(flying).unwrap_or(usize::MAX), "request"),
     )
 }
 
