@@ -18,8 +18,26 @@ use crate::fields::{Distinct, Int, Seconds, StrVisitor, Text};
 
 /// Details for service discovery, by name. Which ones there are depends on the kind of registry.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "IndexMap<Box<str>, Arg>", into = "IndexMap<Box<str>, Arg>")]
 pub struct DiscoveryArgs(IndexMap<Box<str>, Arg>);
+
+/// What Nacos is asked for is text and nothing else, as in APISIX.
+const TEXTS: [&str; 2] = ["namespace_id", "group_name"];
+
+impl TryFrom<IndexMap<Box<str>, Arg>> for DiscoveryArgs {
+    type Error = String;
+
+    fn try_from(args: IndexMap<Box<str>, Arg>) -> Result<Self, String> {
+        let wrong = TEXTS.iter().find(|name| args.get(**name).is_some_and(|arg| !matches!(arg, Arg::Text(_))));
+        wrong.map_or(Ok(DiscoveryArgs(args)), |name| Err(format!("`{name}` has to be a string")))
+    }
+}
+
+impl From<DiscoveryArgs> for IndexMap<Box<str>, Arg> {
+    fn from(args: DiscoveryArgs) -> Self {
+        args.0
+    }
+}
 
 /// One detail.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
