@@ -1,12 +1,19 @@
-//! Certificates of the gateway: which one a server name gets, whom a client certificate is trusted
-//! from, and the PEM files both come from. Nothing here knows HTTP, tower or a socket: the control
-//! side builds immutable tables, the workers read them at each handshake.
+//! Certificates. Of the edge: which one a server name gets, whom a client certificate is trusted from, and the PEM
+//! files both come from. Of the mesh: SPIFFE identities, what a process shows and whom it believes. Nothing here knows
+//! tower or requests: the control side builds immutable values, the workers read them at each handshake.
 
 mod error;
 pub mod files;
+pub mod identity;
+pub mod mesh;
 pub mod sni;
+pub mod svid;
+pub mod trust;
 pub mod unverified;
 pub mod verify;
 
 pub use error::{CertError, Problem};
 pub use sni::{SniTable, SslEntry, SslObject};
+
+#[cfg(test)]
+mod mesh_tests;

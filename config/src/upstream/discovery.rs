@@ -28,7 +28,8 @@ impl TryFrom<IndexMap<Box<str>, Arg>> for DiscoveryArgs {
     type Error = String;
 
     fn try_from(args: IndexMap<Box<str>, Arg>) -> Result<Self, String> {
-        let wrong = TEXTS.iter().find(|name| args.get(**name).is_some_and(|arg| !matches!(arg, Arg::Text(_))));
+        let wrong =
+            TEXTS.iter().find(|name| args.get(**name).is_some_and(|arg| !matches!(arg, Arg::Text(_))));
         wrong.map_or(Ok(DiscoveryArgs(args)), |name| Err(format!("`{name}` has to be a string")))
     }
 }
