@@ -78,7 +78,7 @@ fn unhex(text: &str) -> Result<Vec<u8>, NotHex> {
         .map(|char| char.to_digit(16))
         .collect::<Option<_>>()
         .ok_or(NotHex)?;
-    if digits.is_empty() || digits.len() % 2 != 0 {
+    if digits.is_empty() || !digits.len().is_multiple_of(2) {
         return Err(NotHex);
     }
     let byte =
