@@ -2,6 +2,7 @@
 //! files both come from. Of the mesh: SPIFFE identities, what a process shows and whom it believes. Nothing here knows
 //! tower or requests: the control side builds immutable values, the workers read them at each handshake.
 
+pub mod ca;
 mod error;
 pub mod files;
 pub mod identity;
