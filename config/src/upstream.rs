@@ -107,6 +107,10 @@ pub struct Upstream {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checks: Option<Box<Checks>>,
 
+    /// Extension: who the nodes are in the mesh, as SPIFFE ids: `spiffe://mesh.local/ns/default/sa/orders`, or a beginning
+    /// with `/*`. A node's own `metadata.identity` wins. Any of our trust domain if both are absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identities: Option<Box<Distinct<Text<1, 2048>>>>,
     /// Extension: HTTP/2 is spoken to the nodes of an `http` or `https` upstream, without asking first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub http2: bool,
@@ -562,6 +566,8 @@ pub enum Scheme {
     Grpc,
     /// gRPC over HTTP/2 with TLS.
     Grpcs,
+    /// HTTP or gRPC over the mesh: TLS with the identities of both ends, several requests on one connection.
+    Mesh,
     /// TCP, for stream routes.
     Tcp,
     /// TLS over TCP, for stream routes.
@@ -574,10 +580,10 @@ impl Scheme {
     /// Whether it carries HTTP.
     #[must_use]
     pub fn is_http(self) -> bool {
-        matches!(self, Scheme::Http | Scheme::Https | Scheme::Grpc | Scheme::Grpcs)
+        matches!(self, Scheme::Http | Scheme::Https | Scheme::Grpc | Scheme::Grpcs | Scheme::Mesh)
     }
 
-    /// Whether it is encrypted.
+    /// Whether it is encrypted with what the upstream's `tls` says.
     #[must_use]
     pub fn is_tls(self) -> bool {
         matches!(self, Scheme::Https | Scheme::Grpcs | Scheme::Tls)

@@ -400,6 +400,7 @@ fn listen(
                 tls: tls.then(|| TlsListen { table: table.clone(), http2 }),
                 http2: http2 && !tls,
                 proxy_protocol: proxy_protocol.then(|| ProxyProtocol { trusted: trusted.clone() }),
+                doorman: None,
             },
         });
     }

@@ -173,6 +173,7 @@ pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, BadSe
         session_key: session_key(process),
         drains: Drains::default(),
         place: Arc::new(process.place.clone()),
+        mesh: None,
         control: control.clone(),
     })
 }

@@ -186,6 +186,7 @@ fn env(control: tokio::runtime::Handle) -> ClusterEnv {
         session_key: layers::upstream::sticky::own_key(Vec::new),
         drains: Drains::default(),
         place: Arc::new(place),
+        mesh: None,
         control,
     }
 }

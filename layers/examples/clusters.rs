@@ -35,6 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         session_key: layers::upstream::sticky::own_key(Vec::new),
         drains: layers::upstream::drains::Drains::default(),
         place: Arc::default(),
+        mesh: None,
         control,
     };
     let upstream = |n: usize| -> Result<Upstream, serde_json::Error> {

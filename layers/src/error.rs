@@ -125,6 +125,12 @@ reasons! {
     TlsFailed "tls_failed" 502 Upstream "tls_protocol_error",
     /// The upstream's certificate was not accepted.
     TlsCertificate "tls_certificate" 502 Upstream "tls_certificate_error",
+    /// The upstream is of the mesh, and this process has no identity or trusts nobody yet.
+    NoMeshIdentity "no_mesh_identity" 503 Gateway "proxy_configuration_error",
+    /// The node of the mesh is not who is expected there, or its certificate was not accepted.
+    MeshPeer "mesh_peer" 502 Upstream "tls_certificate_error",
+    /// The node of the mesh does not accept our certificate.
+    MeshRefused "mesh_refused" 502 Upstream "tls_certificate_error",
     /// The upstream closed the connection before it answered.
     UpstreamClosed "upstream_closed" 502 Upstream "connection_terminated",
     /// The upstream's answer is malformed.

@@ -30,6 +30,7 @@ use crate::stack::Requests;
 use crate::target::{Destination, Target};
 use crate::upgrade::Upgrade;
 use crate::upstream::cluster::Cluster;
+use crate::worker::deadlines::Watch;
 
 /// What is known of the client's connection. Shared by its requests.
 #[derive(Debug)]
@@ -46,6 +47,41 @@ pub struct Conn {
     pub forwarded: ForwardedParts,
     /// The stack that serves the connection.
     pub stack: OwnStack,
+    /// What the role knows of the connection besides, for its own layers.
+    pub door: Option<OwnDoor>,
+}
+
+/// What a role knows of a connection beyond what every connection has: which way it goes, where to.
+pub trait Door: Any {
+    /// The connection is served from now on, and can be ended by this.
+    fn watched(&self, _watch: &Arc<Watch>) {}
+}
+
+/// A role's knowledge of a connection.
+#[derive(Clone)]
+pub struct OwnDoor(Rc<dyn Door>);
+
+impl OwnDoor {
+    /// Keeps it with the connection.
+    pub fn new(door: Rc<dyn Door>) -> Self {
+        Self(door)
+    }
+
+    /// The same, by its type.
+    pub fn get<T: Door>(&self) -> Option<&T> {
+        let door: &dyn Any = &*self.0;
+        door.downcast_ref()
+    }
+
+    pub(crate) fn watched(&self, watch: &Arc<Watch>) {
+        self.0.watched(watch);
+    }
+}
+
+impl fmt::Debug for OwnDoor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OwnDoor")
+    }
 }
 
 /// The stack that serves a connection; none in tests and where nothing is served.
@@ -77,7 +113,7 @@ impl Conn {
             peer: HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("unknown")),
             port: HeaderValue::from(local.port()),
         };
-        Self { peer, local, tls, requests: Cell::new(0), forwarded, stack: OwnStack::default() }
+        Self { peer, local, tls, requests: Cell::new(0), forwarded, stack: OwnStack::default(), door: None }
     }
 
     /// A plain connection.
@@ -108,6 +144,8 @@ pub struct Tls {
     pub client: Option<Box<ClientCertificate>>,
     /// The compiled resource that served the handshake.
     pub entry: Option<Arc<certs::SslEntry>>,
+    /// Who called, where both ends are of the mesh.
+    pub peer: Option<Arc<certs::trust::Peer>>,
 }
 
 /// The client's certificate, in the words of the `ssl_client_*` variables.

@@ -507,6 +507,7 @@ mod tests {
             session_key: own_key(Vec::new),
             drains: crate::upstream::drains::Drains::default(),
             place: Arc::default(),
+            mesh: None,
             control,
         }
     }

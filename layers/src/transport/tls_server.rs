@@ -97,6 +97,7 @@ where
         asks_client_certificate: entry.client().is_some(),
         client,
         entry: Some(entry),
+        peer: None,
     };
     Ok(Accepted { stream, tls, http2, resumed })
 }

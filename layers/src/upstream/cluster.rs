@@ -28,6 +28,7 @@ use super::drains::{Drains, Mark};
 use super::endpoint::EndpointState;
 use super::failover::Tiers;
 use super::health::{Report, Source};
+use super::mesh::Mesh;
 use super::pool::Keepalive;
 use super::probe::Probes;
 use super::round_robin::CursorCell;
@@ -74,6 +75,8 @@ pub struct ClusterEnv {
     pub drains: Drains,
     /// Where this gateway is, for upstreams that prefer what is near.
     pub place: Arc<Place>,
+    /// How nodes of the mesh are reached, where this process has an identity in it.
+    pub mesh: Option<Mesh>,
     /// Where probes and followers run.
     pub control: Handle,
 }
@@ -455,6 +458,13 @@ impl Cluster {
     pub(crate) fn breaker_failed(&self, endpoint: &EndpointState, leave: Leave, now: Instant) {
         if leave.failed(now) {
             tracing::warn!(upstream = %self.key, endpoint = %endpoint, to = Phase::Open.as_str(), "breaker");
+        }
+    }
+
+    /// Tells the breaker that gave `leave` that the endpoint took a connection, which is all that can be told of opaque ones.
+    pub(crate) fn breaker_connected(&self, endpoint: &EndpointState, leave: Leave) {
+        if leave.succeeded() {
+            tracing::info!(upstream = %self.key, endpoint = %endpoint, to = Phase::Closed.as_str(), "breaker");
         }
     }
 

@@ -19,6 +19,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use super::mesh::{self, Carries, MeshLink, MeshPeer};
 use crate::error::{Error, Reason};
 use crate::transport::join;
 
@@ -27,6 +28,9 @@ use crate::transport::join;
 pub(crate) struct Traffic {
     pub(crate) written: Cell<u64>,
     pub(crate) read: Cell<u64>,
+    /// The peer has refused our certificate, of which TLS 1.3 tells only when something is read: nothing that was written
+    /// has been looked at.
+    pub(crate) refused: Cell<bool>,
 }
 
 /// A connected stream that counts.
@@ -34,6 +38,7 @@ pub(crate) struct Traffic {
 pub(crate) struct Io {
     stream: Transport,
     traffic: Rc<Traffic>,
+    mesh: Option<Rc<MeshLink>>,
 }
 
 #[derive(Debug)]
@@ -45,6 +50,11 @@ enum Transport {
 impl Io {
     pub(crate) fn traffic(&self) -> &Rc<Traffic> {
         &self.traffic
+    }
+
+    /// What has to be remembered of it, where the peer is of the mesh.
+    pub(crate) fn mesh(&self) -> Option<&Rc<MeshLink>> {
+        self.mesh.as_ref()
     }
 
     /// The protocol that was agreed on in the handshake.
@@ -66,9 +76,7 @@ pub(crate) async fn connect(
     limit: Duration,
 ) -> Result<Io, Error> {
     let connecting = async {
-        let stream = TcpStream::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
-        // Requests are written whole; waiting for more would only delay the last piece.
-        stream.set_nodelay(true).map_err(|error| failed(Reason::ConnectFailed, error))?;
+        let stream = tcp(addr).await?;
         let stream = match tls {
             None => Transport::Plain(stream),
             Some((config, name)) => {
@@ -76,7 +84,7 @@ pub(crate) async fn connect(
                 Transport::Tls(Box::new(stream.map_err(|error| failed(tls_reason(&error), error))?))
             }
         };
-        Ok(Io { stream, traffic: Rc::default() })
+        Ok(Io { stream, traffic: Rc::default(), mesh: None })
     };
     match tokio::time::timeout(limit, connecting).await {
         Ok(result) => result,
@@ -84,13 +92,56 @@ pub(crate) async fn connect(
     }
 }
 
+/// Connect to a node of the mesh.
+///
+/// # Errors
+/// Retryable, but for a process without an identity: then no node can be spoken to.
+pub(crate) async fn connect_mesh(
+    addr: SocketAddr,
+    peer: &Arc<MeshPeer>,
+    carries: Carries,
+    limit: Duration,
+) -> Result<Io, Error> {
+    let config = peer.config(carries)?;
+    let connecting = async {
+        let stream = tcp(addr).await?;
+        let connecting = TlsConnector::from(config).connect(addr.ip().into(), stream);
+        let stream = connecting.await.map_err(|error| match tls_error(&error) {
+            Some(cause) => failed(peer.failed(cause), error),
+            None => failed(Reason::TlsFailed, error),
+        })?;
+        let (_, session) = stream.get_ref();
+        if session.alpn_protocol() != Some(carries.alpn()) {
+            let error =
+                Error::new(Reason::TlsFailed).detail("the node of the mesh does not speak our protocol");
+            return Err(error.retryable(true));
+        }
+        let mesh = Some(Rc::new(peer.connected(session.peer_certificates())));
+        Ok(Io { stream: Transport::Tls(Box::new(stream)), traffic: Rc::default(), mesh })
+    };
+    match tokio::time::timeout(limit, connecting).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(Reason::ConnectTimeout).retryable(true)),
+    }
+}
+
+async fn tcp(addr: SocketAddr) -> Result<TcpStream, Error> {
+    let stream = TcpStream::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
+    // Requests are written whole; waiting for more would only delay the last piece.
+    stream.set_nodelay(true).map_err(|error| failed(Reason::ConnectFailed, error))?;
+    Ok(stream)
+}
+
 fn failed(reason: Reason, error: io::Error) -> Error {
     Error::new(reason).because(error).retryable(true)
 }
 
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|cause| cause.downcast_ref())
+}
+
 fn tls_reason(error: &io::Error) -> Reason {
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
-    match cause {
+    match tls_error(error) {
         Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => {
             Reason::TlsCertificate
         }
@@ -112,6 +163,14 @@ impl AsyncRead for Io {
         };
         let read = buffer.filled().len() - before;
         this.traffic.read.set(this.traffic.read.get() + read as u64);
+        if let (Poll::Ready(Err(error)), Some(mesh)) = (&result, &this.mesh)
+            && this.traffic.read.get() == 0
+            && let Some(rustls::Error::AlertReceived(alert)) = tls_error(error)
+            && mesh::is_about_us(*alert)
+        {
+            this.traffic.refused.set(true);
+            mesh.peer().refused(*alert);
+        }
         result
     }
 }

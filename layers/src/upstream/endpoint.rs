@@ -15,6 +15,7 @@ use http::HeaderValue;
 use super::breaker::{Breaker, Rule};
 use super::ewma::Latency;
 use super::health::Health;
+use super::mesh::MeshPeer;
 
 /// Numbers endpoints for connection pools and tried sets; never reused in a process.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -45,6 +46,8 @@ pub struct EndpointState {
     pub health: Health,
     /// There where the upstream has breakers.
     breaker: ArcSwapOption<Breaker>,
+    /// There where the node is of the mesh.
+    mesh: ArcSwapOption<MeshPeer>,
     /// When it began to get its growing share, in milliseconds since [`EPOCH`]; 0 if it has its full one.
     ramp: AtomicU64,
     /// It takes no new requests: nobody needs its idle connections.
@@ -89,6 +92,7 @@ impl EndpointState {
             latency: Latency::default(),
             health: Health::default(),
             breaker: ArcSwapOption::empty(),
+            mesh: ArcSwapOption::empty(),
             ramp: AtomicU64::new(0),
             left: AtomicBool::new(false),
         }
@@ -147,6 +151,24 @@ impl EndpointState {
             (None, None) => {}
             (Some(rule), Some(breaker)) if **rule == **breaker.rule() => {}
             (rule, _) => self.breaker.store(rule.map(|rule| Arc::new(Breaker::new(rule)))),
+        }
+    }
+
+    /// How it is spoken to, if it is of the mesh.
+    pub fn mesh(&self) -> Option<Arc<MeshPeer>> {
+        self.mesh.load_full()
+    }
+
+    /// It is of the mesh, or not.
+    pub(crate) fn settle_mesh(&self, peer: Option<Arc<MeshPeer>>) {
+        let current = self.mesh.load();
+        let same = match (&peer, current.as_ref()) {
+            (Some(new), Some(old)) => Arc::ptr_eq(new, old),
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            self.mesh.store(peer);
         }
     }
 

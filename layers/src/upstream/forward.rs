@@ -23,14 +23,14 @@ use super::fields;
 use super::health::Report;
 use super::http1::connection::{Http1, Upgraded};
 use super::http1::head::Head;
+use super::mesh::{self, Carries, MeshPeer};
 use super::picker::{PickKey, Tried};
 use super::pool::{Claim, Key, Pool};
 use super::request_body::Outgoing;
 use super::response_body::{self, Home};
 use super::send::{self, Failure, Http2, Http2Stream, Protocol, Route, Wait};
 use super::settings::PassHost;
-use super::tls_client;
-use super::tunnel;
+use super::{tls_client, tunnel};
 use crate::body::Body;
 use crate::chain;
 use crate::error::{Blame, Error, Fault, Reason};
@@ -99,13 +99,45 @@ struct Peer {
     picked: Picked,
     leave: Option<Leave>,
     host: HeaderValue,
+    /// There where it is of the mesh.
+    mesh: Option<Arc<MeshPeer>>,
 }
 
 impl Peer {
     fn new(x: &mut Exchange, state: &State, choice: Choice) -> Self {
         let Choice { picked, leave } = choice;
         x.balancer = Some(picked.endpoint().addr());
-        Self { host: host(x, state, picked.endpoint()), picked, leave }
+        let mesh = state.settings.mesh.as_ref().and_then(|_| picked.endpoint().mesh());
+        Self { host: host(x, state, picked.endpoint()), picked, leave, mesh }
+    }
+
+    /// What is spoken to it. Requests of the mesh share connections, but for those that switch protocols.
+    fn protocol(&self, state: &State, upgrades: bool) -> Protocol {
+        match &self.mesh {
+            Some(_) if upgrades => Protocol::Http1,
+            Some(_) => Protocol::Http2,
+            None => state.settings.protocol(),
+        }
+    }
+
+    /// The number under which connections to it are shared.
+    fn transport(&self, state: &State) -> u64 {
+        self.mesh.as_ref().map_or_else(|| state.settings.transport(), |mesh| mesh.number())
+    }
+
+    /// The name under which TLS is spoken: the host that is sent, without its port.
+    fn tls_name(&self, state: &State) -> Option<&str> {
+        if self.mesh.is_some() {
+            return None;
+        }
+        state.settings.tls().map(|_| tls_client::host_of(self.host.to_str().unwrap_or_default()))
+    }
+
+    /// What its sidecar is told of the protocol to speak to the application: the client's, unless another is declared.
+    fn spoken(&self, x: &Exchange, state: &State) -> Option<HeaderValue> {
+        self.mesh.as_ref()?;
+        let http1 = state.settings.protocol() == Protocol::Http1 && x.request.version < http::Version::HTTP_2;
+        http1.then(|| HeaderValue::from_static(mesh::SPOKEN_HTTP1))
     }
 }
 
@@ -234,10 +266,11 @@ impl UpstreamService {
         let mut connect = Duration::ZERO;
         let result = loop {
             let mut begun = fresh.unwrap_or(started);
-            let connected = match self.connect(state, peer, timeouts, fresh, begun).await {
-                Ok(connected) => connected,
-                Err(error) => break Err(error),
-            };
+            let connected =
+                match self.connect(state, peer, timeouts, job.upgrade.is_some(), fresh, begun).await {
+                    Ok(connected) => connected,
+                    Err(error) => break Err(error),
+                };
             let reused = connected.is_reused();
             // An idle connection is there at once; all else has been waited for.
             if !matches!(connected, Connected::Http1 { reused: true, .. }) {
@@ -339,26 +372,27 @@ impl Job {
 
 impl UpstreamService {
     /// An idle connection, a stream on a shared one, or a new connection. `fresh` is the moment at which one that was
-    /// reused turned out dead: only a connection made since then will do.
+    /// reused turned out dead: only a connection made since then will do. A request that `upgrades` needs HTTP/1.
     async fn connect(
         &self,
         state: &State,
         peer: &Peer,
         timeouts: &Timeouts,
+        upgrades: bool,
         fresh: Option<Instant>,
         now: Instant,
     ) -> Result<Connected, Error> {
         let settings = &state.settings;
         let endpoint = peer.picked.endpoint();
-        let name = tls_name(state, &peer.host);
-        let key = Key { endpoint: endpoint.id(), transport: settings.transport(), name };
-        if settings.protocol() == Protocol::Http1 {
+        let name = peer.tls_name(state);
+        let key = Key { endpoint: endpoint.id(), transport: peer.transport(state), name };
+        if peer.protocol(state, upgrades) == Protocol::Http1 {
             if fresh.is_none()
                 && let Some(connection) = poll_fn(|cx| Poll::Ready(self.pool.take(key, now, cx))).await
             {
                 return Ok(Connected::Http1 { connection, reused: true });
             }
-            let io = open(state, endpoint, name, timeouts.connect).await?;
+            let io = open(state, peer, Protocol::Http1, timeouts.connect).await?;
             return Ok(Connected::Http1 { connection: Http1::new(io), reused: false });
         }
         let timeout = || Error::new(Reason::ConnectTimeout).retryable(true);
@@ -380,7 +414,8 @@ impl UpstreamService {
                 }
                 Claim::Dial(dialing) => {
                     let left = until.saturating_duration_since(tokio::time::Instant::now());
-                    let started = async { Http2::start(open(state, endpoint, name, left).await?).await };
+                    let started =
+                        async { Http2::start(open(state, peer, Protocol::Http2, left).await?).await };
                     return match started.await {
                         Ok(connection) => {
                             let stream = dialing.connected(&connection, settings.keepalive);
@@ -406,8 +441,8 @@ impl UpstreamService {
         connected: Connected,
         wait: &Wait<'_>,
     ) -> Result<Answer, Failure> {
-        let tls = state.settings.tls().is_some();
-        let mut route = Route { host: &peer.host, tls, upgrade: None };
+        let tls = state.settings.tls().is_some() || peer.mesh.is_some();
+        let mut route = Route { host: &peer.host, tls, upgrade: None, spoken: peer.spoken(x, state) };
         match connected {
             Connected::Http1 { mut connection, .. } => {
                 route.upgrade = job.upgrade.as_ref();
@@ -446,8 +481,8 @@ impl UpstreamService {
                 } else {
                     let home = Home {
                         pool: self.pool.clone(),
-                        transport: state.settings.transport(),
-                        name: tls_name(state, &peer.host).map(Into::into),
+                        transport: peer.transport(state),
+                        name: peer.tls_name(state).map(Into::into),
                         keepalive: state.settings.keepalive,
                     };
                     *x.response.body_mut() =
@@ -515,18 +550,29 @@ async fn carry(client: Upgrade, upstream: Upgraded, picked: Picked, idle: Durati
         tracing::debug!(endpoint = %picked.endpoint(), "a protocol switch came to nothing");
         return;
     };
-    let ended = tunnel::run(client, upstream.io, upstream.early, idle).await;
+    let mesh = upstream.io.mesh().cloned();
+    let tunnel = tunnel::run(client, upstream.io, upstream.early, idle);
+    let ended = match mesh {
+        None => tunnel.await,
+        Some(mesh) => tokio::select! {
+            ended = tunnel => ended,
+            () = send::revoked(mesh) => tunnel::Ended::Broken,
+        },
+    };
     tracing::debug!(endpoint = %picked.endpoint(), ?ended, "tunnel ended");
 }
 
 /// A new connection to the endpoint.
-async fn open(
-    state: &State,
-    endpoint: &EndpointState,
-    name: Option<&str>,
-    limit: Duration,
-) -> Result<Io, Error> {
-    let tls = match (state.settings.tls(), name) {
+async fn open(state: &State, peer: &Peer, protocol: Protocol, limit: Duration) -> Result<Io, Error> {
+    let address = peer.picked.endpoint().addr();
+    if let Some(mesh) = &peer.mesh {
+        let carries = match protocol {
+            Protocol::Http1 => Carries::Upgrades,
+            Protocol::Http2 => Carries::Requests,
+        };
+        return connect::connect_mesh(address, mesh, carries, limit).await;
+    }
+    let tls = match (state.settings.tls(), peer.tls_name(state)) {
         (Some(config), Some(name)) => {
             let name = tls_client::server_name(name).ok_or_else(|| {
                 // Whoever chose the host is to blame; with `pass_host: pass` that is the client.
@@ -538,12 +584,7 @@ async fn open(
         }
         _ => None,
     };
-    connect::connect(endpoint.addr(), tls, limit).await
-}
-
-/// The name under which TLS is spoken: the host that is sent, without its port.
-fn tls_name<'a>(state: &State, host: &'a HeaderValue) -> Option<&'a str> {
-    state.settings.tls().map(|_| tls_client::host_of(host.to_str().unwrap_or_default()))
+    connect::connect(address, tls, limit).await
 }
 
 /// The `Host` that the endpoint is sent. APISIX `pass_host`.

@@ -15,6 +15,8 @@ pub mod health;
 pub mod http1;
 pub mod least_conn;
 pub mod locality;
+pub mod mesh;
+pub mod opaque;
 pub mod panic;
 pub mod picker;
 pub(crate) mod pool;

@@ -213,6 +213,7 @@ impl Pool {
         keepalive: Keepalive,
     ) {
         if endpoint.has_left()
+            || connection.is_stale()
             || !connection.is_ready()
             || connection.served() >= keepalive.requests
             || keepalive.size == 0

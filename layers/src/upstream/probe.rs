@@ -20,6 +20,7 @@ use tokio_rustls::TlsConnector;
 
 use super::endpoint::{EndpointKey, EndpointState};
 use super::health::{Report, Source};
+use super::mesh::Carries;
 use super::settings::Active;
 use super::tls_client;
 
@@ -133,12 +134,19 @@ async fn probe(check: &Active, endpoint: &EndpointState) -> io::Result<Option<u1
     }
     let stream = TcpStream::connect(address).await?;
     let Some((before, after)) = &check.request else { return Ok(None) };
+    // A node of the mesh is spoken to in no other way, by probes neither; another port is not its sidecar's.
+    let mesh = endpoint.mesh().filter(|_| check.port.is_none());
     let host = match check.host.as_deref().unwrap_or(endpoint.host()) {
         // In a `Host` field, IPv6 stands in brackets.
         bare if bare.parse::<Ipv6Addr>().is_ok() => Cow::from(format!("[{bare}]")),
         host => Cow::from(host),
     };
     let request = [before, &*host, after].concat();
+    if let Some(mesh) = mesh {
+        let config = mesh.config(Carries::Upgrades).map_err(io::Error::other)?;
+        let stream = TlsConnector::from(config).connect(address.ip().into(), stream).await?;
+        return ask(stream, request.as_bytes()).await.map(Some);
+    }
     match &check.tls {
         None => ask(stream, request.as_bytes()).await.map(Some),
         Some(tls) => {

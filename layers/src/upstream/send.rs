@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
+use certs::trust::VerifyError;
 use http::header::{self, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
@@ -26,9 +27,11 @@ use tokio::time::{Sleep, sleep_until};
 
 use super::connect::{Io, Traffic};
 use super::fields;
+use super::mesh::{self, MeshLink};
 use super::request_body::{Outgoing, Progress, RequestBody};
 use crate::error::{Error, Reason};
 use crate::exchange::State;
+use crate::local::LocalBox;
 use crate::target::Timeouts;
 
 /// Bytes of a response that one connection buffers while the client does not read.
@@ -112,6 +115,8 @@ pub(crate) struct Route<'a> {
     pub(crate) tls: bool,
     /// The protocol to switch to, if the route allows it. HTTP/1 only.
     pub(crate) upgrade: Option<&'a HeaderValue>,
+    /// What the node's sidecar is told of the client's protocol, where the node is of the mesh.
+    pub(crate) spoken: Option<HeaderValue>,
 }
 
 /// The request of one attempt over HTTP/2.
@@ -135,6 +140,9 @@ fn request(
     parts.authority = Some(Authority::try_from(route.host.as_bytes()).map_err(bad_host)?);
     parts.path_and_query = Some(target);
     headers.remove(header::HOST);
+    if let Some(spoken) = &route.spoken {
+        headers.insert(mesh::SPOKEN, spoken.clone());
+    }
     let uri = Uri::from_parts(parts).map_err(bad_host)?;
     // The length is said where the client said it or the body has one.
     let said = headers.contains_key(header::CONTENT_LENGTH);
@@ -188,18 +196,42 @@ struct Link2 {
     retired: Cell<bool>,
     idle_since: Cell<Instant>,
     born: Instant,
+    mesh: Option<Rc<MeshLink>>,
 }
 
 /// A connection task that remembers how many streams the peer allows.
 struct Http2Driver {
     connection: http2::Connection<TokioIo<Io>, RequestBody, LocalExecutor>,
     link: Rc<Link2>,
+    /// Ready when the peer's certificate was taken back.
+    revoked: Option<LocalBox<'static, ()>>,
+}
+
+/// Waits until what the peer of a mesh connection has shown is taken back.
+pub(crate) async fn revoked(mesh: Rc<MeshLink>) {
+    let mut changes = mesh.changes();
+    loop {
+        if let Err(why @ (VerifyError::Revoked | VerifyError::Distrusted)) = mesh.verdict() {
+            tracing::info!(%why, peer = mesh.peer().expected(), "a connection to the mesh is cut");
+            return;
+        }
+        // The identity lives as long as the process.
+        if changes.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 impl Future for Http2Driver {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(revoked) = &mut self.revoked
+            && revoked.as_mut().poll(cx).is_ready()
+        {
+            self.link.retired.set(true);
+            return Poll::Ready(());
+        }
         let end = Pin::new(&mut self.connection).poll(cx);
         self.link.peer_limit.set(self.connection.current_max_send_streams());
         let end = ready!(end);
@@ -227,11 +259,12 @@ impl Http2 {
     /// # Errors
     /// The preface cannot be written, or the peer agreed on something else.
     pub(crate) async fn start(io: Io) -> Result<Self, Error> {
-        if io.alpn().is_some_and(|protocol| protocol != b"h2") {
+        if io.mesh().is_none() && io.alpn().is_some_and(|protocol| protocol != b"h2") {
             let error = Error::new(Reason::TlsFailed).detail("the upstream does not offer h2");
             return Err(error.retryable(true));
         }
         let traffic = Rc::clone(io.traffic());
+        let mesh = io.mesh().cloned();
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .initial_stream_window_size(65_535)
             .initial_connection_window_size((MAX_STREAMS * BUFFER) as u32)
@@ -249,8 +282,10 @@ impl Http2 {
             retired: Cell::new(false),
             idle_since: Cell::new(Instant::now()),
             born: Instant::now(),
+            mesh: mesh.clone(),
         });
-        tokio::task::spawn_local(Http2Driver { connection, link: Rc::clone(&link) });
+        let revoked = mesh.map(|mesh| Box::pin(revoked(mesh)) as LocalBox<'static, ()>);
+        tokio::task::spawn_local(Http2Driver { connection, link: Rc::clone(&link), revoked });
         Ok(Self { sender, link })
     }
 
@@ -259,9 +294,12 @@ impl Http2 {
         self.link.active.get() < MAX_STREAMS.min(self.link.peer_limit.get())
     }
 
-    /// No new streams: closed, told to go away, worn out, or suspected dead.
+    /// No new streams: closed, told to go away, worn out, suspected dead, or not to be made like this any more.
     pub(crate) fn is_retired(&self) -> bool {
-        self.link.retired.get() || self.sender.is_closed() || self.link.resets.get() >= MAX_RESETS
+        self.link.retired.get()
+            || self.sender.is_closed()
+            || self.link.resets.get() >= MAX_RESETS
+            || self.link.mesh.as_ref().is_some_and(|mesh| mesh.is_stale(Instant::now()))
     }
 
     /// Give it no new streams; those under way finish.
@@ -336,7 +374,13 @@ impl Http2Stream {
                     // GOAWAY or a full peer: it does not want more.
                     self.connection.retire();
                 }
-                let silent = self.connection.link.traffic.read.get() == read;
+                let traffic = &self.connection.link.traffic;
+                let silent = traffic.read.get() == read;
+                if traffic.refused.get() {
+                    self.connection.retire();
+                    let error = Error::new(Reason::MeshRefused).because(error);
+                    return Err(Failure { error, unsent: true, silent });
+                }
                 let error = classify(error, Some(wait.outgoing));
                 Err(Failure { error, unsent: returned || refused, silent })
             }

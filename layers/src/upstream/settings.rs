@@ -26,6 +26,7 @@ use super::cluster::{ClusterEnv, Places};
 use super::failover;
 use super::health::{Limits, Report};
 use super::locality::Nearness;
+use super::mesh::MeshRule;
 use super::picker::Algorithm;
 use super::pool::Keepalive;
 use super::send::Protocol;
@@ -40,9 +41,14 @@ static NEXT_TRANSPORT: AtomicU64 = AtomicU64::new(1);
 
 /// The transport without TLS over HTTP/1: most upstreams have it, and their endpoints tell them apart.
 static PLAIN: LazyLock<Arc<Transport>> = LazyLock::new(|| {
-    let number = NEXT_TRANSPORT.fetch_add(1, Ordering::Relaxed);
+    let number = next_transport();
     Arc::new(Transport { number, scheme: Scheme::Http, http2: false, tls: None, client: None, config: None })
 });
+
+/// A number for a transport.
+pub(super) fn next_transport() -> u64 {
+    NEXT_TRANSPORT.fetch_add(1, Ordering::Relaxed)
+}
 
 /// Which `Host` an upstream gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +137,11 @@ impl Retry {
     /// Whether another node is tried after this failure.
     pub fn after(&self, reason: Reason) -> bool {
         match reason {
-            Reason::ConnectFailed | Reason::TlsFailed | Reason::TlsCertificate => self.connect_failure,
+            Reason::ConnectFailed
+            | Reason::TlsFailed
+            | Reason::TlsCertificate
+            | Reason::MeshPeer
+            | Reason::MeshRefused => self.connect_failure,
             Reason::ConnectTimeout => self.connect_failure || self.timeout,
             Reason::SendTimeout | Reason::ReadTimeout => self.timeout,
             _ => self.reset,
@@ -245,6 +255,8 @@ pub struct Settings {
     pub sticky: Option<Arc<sticky::Rule>>,
     /// The time in which the share of a new endpoint grows.
     pub slow_start: Option<Duration>,
+    /// Which nodes are of the mesh.
+    pub mesh: Option<Box<MeshRule>>,
     transport: Arc<Transport>,
 }
 
@@ -263,7 +275,7 @@ impl Settings {
         if !upstream.scheme.is_http() {
             return Err(ConfigError::invalid(
                 "/scheme",
-                "write http, https, grpc or grpcs for an HTTP route",
+                "write http, https, grpc, grpcs or mesh for an HTTP route",
             ));
         }
         let timeout = upstream.timeout();
@@ -306,6 +318,7 @@ impl Settings {
                 .as_deref()
                 .map(|wire| Arc::new(sticky::Rule::new(wire, &env.session_key))),
             slow_start: upstream.slow_start.as_deref().map(|time| time.duration()),
+            mesh: mesh_rule(upstream, env)?.map(Box::new),
             checks: if env.checks {
                 Checks::compile(upstream, &transport, &env.tls)?
             } else {
@@ -322,6 +335,7 @@ impl Settings {
             Scheme::Https => "https",
             Scheme::Grpc => "grpc",
             Scheme::Grpcs => "grpcs",
+            Scheme::Mesh => "mesh",
             Scheme::Tcp => "tcp",
             Scheme::Tls => "tls",
             Scheme::Udp => "udp",
@@ -365,14 +379,8 @@ impl Transport {
         if (scheme, http2, &upstream.tls) == (Scheme::Http, false, &None) {
             return Ok(Arc::clone(&PLAIN));
         }
-        let mut transport = Self {
-            number: NEXT_TRANSPORT.fetch_add(1, Ordering::Relaxed),
-            scheme,
-            http2,
-            tls: upstream.tls.clone(),
-            client,
-            config: None,
-        };
+        let mut transport =
+            Self { number: next_transport(), scheme, http2, tls: upstream.tls.clone(), client, config: None };
         if scheme.is_tls() {
             let offer = match transport.protocol() {
                 Protocol::Http1 => Offer::Http1,
@@ -402,6 +410,30 @@ impl Transport {
             offer,
         }
     }
+}
+
+/// Which nodes are of the mesh.
+fn mesh_rule(upstream: &Upstream, env: &ClusterEnv) -> Result<Option<MeshRule>, ConfigError> {
+    let Some(mesh) = &env.mesh else {
+        return match upstream.scheme {
+            Scheme::Mesh => {
+                Err(ConfigError::invalid("/scheme", "this process has no identity in a mesh: configure one"))
+            }
+            _ => Ok(None),
+        };
+    };
+    let mut identities = Vec::new();
+    for (index, text) in upstream.identities.iter().flat_map(|list| list.iter()).enumerate() {
+        let identity = text.as_str().parse();
+        let wrong = |error: certs::identity::IdentityError| {
+            ConfigError::invalid(format!("/identities/{index}"), error.to_string())
+        };
+        identities.push(identity.map_err(wrong)?);
+    }
+    let all = upstream.scheme == Scheme::Mesh || !identities.is_empty();
+    // What has TLS of its own is what its `tls` says.
+    let may_be = all || !upstream.scheme.is_tls();
+    Ok(may_be.then(|| MeshRule::new(mesh, all, identities)))
 }
 
 fn client_pem(upstream: &Upstream, named: Option<&ClientPem>) -> Result<Option<ClientPem>, ConfigError> {

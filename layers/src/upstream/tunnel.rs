@@ -23,7 +23,7 @@ thread_local! {
 
 /// How a tunnel ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ended {
+pub enum Ended {
     /// Both sides finished.
     Finished,
     /// One side broke.

@@ -1,11 +1,13 @@
 //! From a listening socket to a connection that is served: accept, count, PROXY header, TLS handshake. A worker that
 //! has its fill closes its longest idle connection for a new one, or else the new one; one that has no file
-//! descriptor left waits a little instead of spinning.
+//! descriptor left waits a little instead of spinning. Where connections may be something else than HTTP, a [`Doorman`]
+//! meets them first; they are counted, limited and ended as all others.
 
 use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -15,11 +17,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use crate::exchange::{Conn, Tls};
+use crate::local::LocalBox;
 use crate::stack::HttpService;
 use crate::transport::proxy_protocol::{self, Ends, Malformed, Parsed};
 use crate::transport::tls_server::{self, HandshakeError, TlsListen};
 use crate::worker::context::{OpenConnection, WorkerContext};
-use crate::worker::deadlines::{Ended, Phase, Watched};
+use crate::worker::deadlines::{Ended, Phase, Watch, Watched};
 use crate::worker::drain::Stage;
 use crate::worker::io::{Socket, Stream};
 use crate::worker::serve::{Server, Speaks, until_ended};
@@ -36,6 +39,61 @@ pub struct ListenOptions {
     pub http2: bool,
     /// A PROXY header is expected.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// Who meets connections first; `tls` and `http2` are its matter then.
+    pub doorman: Option<Arc<dyn Doorman>>,
+}
+
+/// Meets the connections of a listener before HTTP does: tells what they are, and serves those that are not HTTP.
+pub trait Doorman: Send + Sync + 'static {
+    /// Meets one connection, on the worker that has accepted it. Until it says [`Arrival::opaque`] the time for handshakes
+    /// runs; it is dropped when the connection is ended from outside.
+    fn meet(self: Arc<Self>, socket: Socket, arrival: Arrival) -> LocalBox<'static, Met>;
+}
+
+/// A connection that has just been accepted.
+pub struct Arrival {
+    /// Its ends.
+    pub ends: Ends,
+    /// The worker that has accepted it.
+    pub context: Rc<WorkerContext>,
+    /// By which it can be ended while its doorman has it.
+    pub watch: Arc<Watch>,
+}
+
+impl Arrival {
+    /// From here on the connection is bytes, which nobody has to understand. It counts as a tunnel until this is dropped.
+    pub fn opaque(&self) -> OpaqueGuard {
+        self.watch.busy();
+        self.context.stats().tunnels.add(1);
+        OpaqueGuard(self.context.clone())
+    }
+}
+
+/// Counts a connection whose bytes nobody understands.
+pub struct OpaqueGuard(Rc<WorkerContext>);
+
+impl Drop for OpaqueGuard {
+    fn drop(&mut self) {
+        let tunnels = &self.0.stats().tunnels;
+        tunnels.set(tunnels.get().saturating_sub(1));
+    }
+}
+
+/// What a doorman made of a connection.
+pub enum Met {
+    /// It goes on as HTTP.
+    Http {
+        /// Its bytes, with those that were looked at.
+        stream: Stream,
+        /// What is known of it.
+        conn: Box<Conn>,
+        /// Which HTTP.
+        speaks: Speaks,
+    },
+    /// It was served to its end, or refused.
+    Over,
+    /// The handshake failed, and why that was told.
+    Failed,
 }
 
 /// Whose PROXY header is believed.
@@ -139,7 +197,8 @@ impl<S: HttpService> Acceptor<S> {
         let local = if local.ip().is_unspecified() { tcp.local_addr().unwrap_or(local) } else { local };
         let ends = Ends { source: peer, destination: local };
         let socket = Socket::new(tcp);
-        if self.options.tls.is_some() || self.options.proxy_protocol.is_some() {
+        let options = &self.options;
+        if options.tls.is_some() || options.proxy_protocol.is_some() || options.doorman.is_some() {
             tokio::task::spawn_local(self.clone().greet(socket, ends, open));
         } else {
             let speaks = if self.options.http2 { Speaks::Either } else { Speaks::Http1 };
@@ -147,10 +206,17 @@ impl<S: HttpService> Acceptor<S> {
         }
     }
 
-    /// Serves a connection in a task of its own, which is small however large what came before was.
     fn serve(&self, stream: Stream, ends: Ends, tls: Option<Tls>, speaks: Speaks, open: OpenConnection) {
         let conn = Box::new(Conn::new(ends.source, ends.destination, tls));
+        self.serve_as(stream, conn, speaks, open);
+    }
+
+    /// Serves a connection in a task of its own, which is small however large what came before was.
+    fn serve_as(&self, stream: Stream, conn: Box<Conn>, speaks: Speaks, open: OpenConnection) {
         let watched = self.context.deadlines().watch(Phase::Head);
+        if let Some(door) = &conn.door {
+            door.watched(watched.watch());
+        }
         tokio::task::spawn_local(self.server.clone().serve(stream, conn, speaks, watched, open));
     }
 
@@ -174,6 +240,19 @@ impl<S: HttpService> Acceptor<S> {
                 }
                 Err(cause) => return self.ended(&watched, cause, peer),
             }
+        }
+        if let Some(doorman) = self.options.doorman.clone() {
+            let arrival = Arrival { ends, context: self.context.clone(), watch: watched.watch().clone() };
+            match until_ended(&watched, doorman.meet(socket, arrival)).await {
+                Ok(Met::Http { stream, conn, speaks }) => {
+                    self.context.stats().handshakes.add(u64::from(conn.tls.is_some()));
+                    self.serve_as(stream, conn, speaks, open);
+                }
+                Ok(Met::Over) => {}
+                Ok(Met::Failed) => self.context.stats().handshakes_failed.add(1),
+                Err(cause) => self.ended(&watched, cause, peer),
+            }
+            return;
         }
         let (stream, tls, speaks) = match &self.options.tls {
             None => {

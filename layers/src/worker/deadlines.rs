@@ -96,11 +96,13 @@ pub enum Ended {
     Drain,
     /// It idled, and its place was needed for a new connection.
     Evicted,
+    /// A policy forbids it, or its peer is no longer trusted.
+    Forbidden,
 }
 
 impl Ended {
     /// All, for metrics.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::HandshakeTimeout,
         Self::HeaderTimeout,
         Self::BodyTimeout,
@@ -109,6 +111,7 @@ impl Ended {
         Self::LingerTimeout,
         Self::Drain,
         Self::Evicted,
+        Self::Forbidden,
     ];
 
     /// A short code for logs and metrics.
@@ -122,6 +125,7 @@ impl Ended {
             Self::LingerTimeout => "linger_timeout",
             Self::Drain => "drain",
             Self::Evicted => "evicted",
+            Self::Forbidden => "forbidden",
         }
     }
 

@@ -19,7 +19,7 @@ pub mod view;
 #[cfg(test)]
 mod tests;
 
-pub use accept::{ListenOptions, Listening, ProxyProtocol};
+pub use accept::{Arrival, Doorman, ListenOptions, Listening, Met, ProxyProtocol};
 pub use context::{Stats, WorkerContext};
 pub use deadlines::Timeouts;
 pub use drain::{Casualty, Drain, Report};

@@ -112,7 +112,7 @@ fn nodes(upstream: &Upstream, written: &Nodes) -> Vec<Node> {
 /// Host and port of a node that is written down.
 type NodeAt = (Arc<str>, u16);
 
-/// Where nodes are whose `metadata` says so: `region`, `zone`, `machine`.
+/// Where and who nodes are whose `metadata` says so: `region`, `zone`, `machine`, `identity`, `mesh`.
 #[derive(Debug, Default)]
 pub(crate) struct Places(HashMap<NodeAt, Arc<Details>>);
 
@@ -124,12 +124,17 @@ impl Places {
             for node in written {
                 let Some(metadata) = node.metadata.as_deref() else { continue };
                 let name = |key| metadata.get(key).and_then(Value::as_str).map(Arc::from);
-                let details = Details {
+                let mut details = Details {
                     region: name("region"),
                     zone: name("zone"),
                     machine: name("machine"),
+                    identity: name("identity"),
                     ..Details::default()
                 };
+                let is_meshed = |value: &Value| *value == Value::Bool(true) || value == "true";
+                if metadata.get("mesh").is_some_and(is_meshed) {
+                    details.meta.insert("mesh".into(), "true".into());
+                }
                 if details != Details::default() {
                     places.insert((node.bare_host().into(), upstream.port_of(node)), Arc::new(details));
                 }

@@ -226,7 +226,7 @@ impl State {
     }
 
     /// The next endpoint that was not tried and whose breaker lets the request pass.
-    pub(super) fn choose(&self, key: &PickKey, tried: &Tried) -> Result<Choice, Reason> {
+    pub(crate) fn choose(&self, key: &PickKey, tried: &Tried) -> Result<Choice, Reason> {
         let Some(rule) = &self.settings.breaker else {
             let picked = self.picker.pick(key, tried).ok_or_else(|| self.nothing())?;
             return Ok(Choice { picked, leave: None });
@@ -404,6 +404,7 @@ impl<'a> Known<'a> {
         let details = endpoint.details.clone().or_else(|| {
             settings.places.as_ref().and_then(|places| places.find(&endpoint.host, endpoint.addr.port()))
         });
+        state.settle_mesh(settings.mesh.as_ref().and_then(|rule| rule.peer(details.as_deref())));
         Peer {
             state,
             weight: endpoint.weight,

@@ -29,6 +29,7 @@ fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
         session_key: super::super::sticky::own_key(Vec::new),
         drains: crate::upstream::drains::Drains::default(),
         place: Arc::default(),
+        mesh: None,
         control,
     }
 }

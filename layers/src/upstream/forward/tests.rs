@@ -141,6 +141,7 @@ fn env() -> ClusterEnv {
         session_key: super::super::sticky::own_key(Vec::new),
         drains: crate::upstream::drains::Drains::default(),
         place: Arc::default(),
+        mesh: None,
         control,
     }
 }

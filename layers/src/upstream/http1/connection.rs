@@ -26,6 +26,7 @@ use crate::body::BodyError;
 use crate::error::{Error, Reason};
 use crate::exchange::State;
 use crate::upstream::connect::{Io, Traffic};
+use crate::upstream::mesh::MeshLink;
 use crate::upstream::request_body::Outgoing;
 use crate::upstream::send::{Failure, Route, Wait};
 
@@ -50,6 +51,7 @@ struct Inner {
     served: u32,
     /// How long the peer said it keeps an idle connection.
     idle_limit: Option<Duration>,
+    mesh: Option<Rc<MeshLink>>,
 }
 
 /// The stream behind a connection that has switched protocols, and what was read from it already.
@@ -87,7 +89,9 @@ impl Http1 {
     /// Nothing was sent on `io` yet.
     pub(crate) fn new(io: Io) -> Self {
         let traffic = Rc::clone(io.traffic());
+        let mesh = io.mesh().cloned();
         Self(Box::new(Inner {
+            mesh,
             io: Rc::new(RefCell::new(io)),
             traffic,
             reader: Reader::default(),
@@ -109,7 +113,7 @@ impl Http1 {
     /// As [`is_ready`](Self::is_ready), after a look whether the peer has closed it or sent what nobody asked for.
     /// From now on the task of `cx` is woken when something comes.
     pub(crate) fn is_still_ready(&mut self, cx: &mut Context<'_>) -> bool {
-        if !self.is_ready() {
+        if !self.is_ready() || self.is_stale() {
             return false;
         }
         let inner = &mut *self.0;
@@ -121,6 +125,11 @@ impl Http1 {
         inner.watched = pin!(unconstrained(look)).poll(cx).is_pending();
         inner.reusable = inner.watched;
         inner.watched
+    }
+
+    /// It would not be made like this today: too old, or its peer is not trusted any more.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.0.mesh.as_ref().is_some_and(|mesh| mesh.is_stale(std::time::Instant::now()))
     }
 
     /// Requests sent on it.
@@ -161,8 +170,12 @@ impl Http1 {
                 Ok(head)
             }
             Err(error) => {
-                let unsent = inner.traffic.written.get() == written;
                 let silent = inner.traffic.read.get() == read;
+                if inner.traffic.refused.get() {
+                    let error = Error::new(Reason::MeshRefused).because(error);
+                    return Err(Failure { error, unsent: true, silent });
+                }
+                let unsent = inner.traffic.written.get() == written;
                 Err(Failure { error, unsent, silent })
             }
         }

@@ -437,7 +437,7 @@ async fn send(connection: &mut Http1, x: &mut Exchange, timeouts: &Timeouts) -> 
     let outgoing = Outgoing::new(std::mem::take(&mut x.request_body));
     let upgrade = x.request.headers.get("upgrade").cloned();
     let host = HeaderValue::from_static("up.test");
-    let route = Route { host: &host, tls: false, upgrade: upgrade.as_ref() };
+    let route = Route { host: &host, tls: false, upgrade: upgrade.as_ref(), spoken: None };
     let wait = Wait { outgoing: &outgoing, timeouts, started: Instant::now() };
     let sent = connection.send(x, &route, &wait);
     tokio::time::timeout(PATIENCE, sent).await.unwrap()

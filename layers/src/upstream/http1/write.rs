@@ -8,8 +8,8 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use super::sending::Length;
 use crate::exchange::State;
-use crate::upstream::fields;
 use crate::upstream::send::Route;
+use crate::upstream::{fields, mesh};
 
 /// Appends the head of the request that `x` sends.
 pub(super) fn head(out: &mut Vec<u8>, x: &State, route: &Route<'_>, length: Option<Length>) {
@@ -29,6 +29,9 @@ pub(super) fn head(out: &mut Vec<u8>, x: &State, route: &Route<'_>, length: Opti
             out.extend_from_slice(b"\r\n");
         }
         Some(Length::Chunked) => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+    }
+    if let Some(spoken) = &route.spoken {
+        field(out, &mesh::SPOKEN, spoken);
     }
     if let Some(protocol) = route.upgrade {
         out.extend_from_slice(b"connection: upgrade\r\n");
