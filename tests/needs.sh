@@ -13,6 +13,8 @@ need redis-server redis-server
 need /usr/sbin/dnsmasq dnsmasq-base
 need redis-cli redis-tools
 need ip iproute2
+need /usr/sbin/nft nftables
+need /usr/sbin/iptables-restore iptables
 need openssl openssl
 need kcat kcat
 need protoc protobuf-compiler

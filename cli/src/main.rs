@@ -39,6 +39,8 @@ enum Command {
     Up(role::up::Up),
     /// Watch registries for many gateways.
     Discovery(role::discovery::Discovery),
+    /// What stands beside one workload and speaks for it.
+    Sidecar(role::sidecar::Sidecar),
     /// Find every error in a configuration directory, without starting anything.
     Check(cmd::check::Check),
     /// Tell what the gateway would do with a request, and why.
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),
         Command::Discovery(role) => role.run(),
+        Command::Sidecar(role) => role.run(),
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),
         Command::Drain(command) => command.run(),

@@ -1,5 +1,6 @@
 //! Commands that do one thing and end.
 
+pub mod capture;
 pub mod check;
 pub mod docs;
 pub mod drain;

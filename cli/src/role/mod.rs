@@ -4,4 +4,5 @@ pub mod discovery;
 pub mod edge;
 pub mod register;
 mod sample;
+pub mod sidecar;
 pub mod up;

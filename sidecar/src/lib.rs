@@ -1,0 +1,3 @@
+//! What stands beside one workload and speaks for it.
+
+pub mod capture;
