@@ -7,6 +7,7 @@ mod error;
 pub mod files;
 pub mod identity;
 pub mod mesh;
+pub mod outgoing;
 pub mod sni;
 pub mod svid;
 pub mod trust;

@@ -268,7 +268,7 @@ impl Server {
     async fn open(&self) -> Result<Kept, Problem> {
         let mut failure = None;
         for address in self.addresses().await?.iter() {
-            match TcpStream::connect(address).await {
+            match certs::outgoing::connect(*address).await {
                 Ok(stream) => return self.shake(stream).await,
                 Err(error) => failure = Some(error),
             }

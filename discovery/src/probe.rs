@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
@@ -40,7 +39,7 @@ impl Probe for TcpProbe {
             // The gate is never closed; without a permit the answer would be unknown, and unknown takes nothing away.
             let Ok(_permit) = gate.acquire().await else { return true };
             let bare = host.trim_start_matches('[').trim_end_matches(']');
-            matches!(timeout(PATIENCE, TcpStream::connect((bare, port))).await, Ok(Ok(_)))
+            matches!(timeout(PATIENCE, certs::outgoing::connect_to((bare, port))).await, Ok(Ok(_)))
         })
     }
 }

@@ -19,7 +19,6 @@ use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
@@ -522,7 +521,7 @@ async fn dial(server: String, settings: Settings) -> Result<Channel, Arc<str>> {
     let connector = tower::service_fn(move |_: Uri| {
         let (host, tls) = (host.clone(), tls.clone());
         async move {
-            let stream = timeout(CONNECT, TcpStream::connect((host.as_str(), port))).await??;
+            let stream = timeout(CONNECT, certs::outgoing::connect_to((host.as_str(), port))).await??;
             stream.set_nodelay(true)?;
             let io: Box<dyn Io> = match tls {
                 None => Box::new(stream),

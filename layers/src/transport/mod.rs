@@ -4,8 +4,10 @@
 pub mod detect;
 pub mod frames;
 pub mod framing;
+pub mod hbone;
 pub(crate) mod join;
 pub mod listen;
+pub mod original_dst;
 pub mod proxy_protocol;
 pub mod tcp;
 pub mod tls_server;

@@ -126,7 +126,8 @@ pub(crate) async fn connect_mesh(
 }
 
 async fn tcp(addr: SocketAddr) -> Result<TcpStream, Error> {
-    let stream = TcpStream::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
+    let stream =
+        certs::outgoing::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
     // Requests are written whole; waiting for more would only delay the last piece.
     stream.set_nodelay(true).map_err(|error| failed(Reason::ConnectFailed, error))?;
     Ok(stream)

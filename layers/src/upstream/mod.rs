@@ -11,6 +11,7 @@ pub mod ewma;
 pub mod failover;
 pub mod fields;
 pub mod forward;
+pub mod hbone;
 pub mod health;
 pub mod http1;
 pub mod least_conn;

@@ -12,7 +12,6 @@ use std::time::Duration;
 use hashbrown::HashMap;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -132,7 +131,7 @@ async fn probe(check: &Active, endpoint: &EndpointState) -> io::Result<Option<u1
     if let Some(port) = check.port {
         address.set_port(port);
     }
-    let stream = TcpStream::connect(address).await?;
+    let stream = certs::outgoing::connect(address).await?;
     let Some((before, after)) = &check.request else { return Ok(None) };
     // A node of the mesh is spoken to in no other way, by probes neither; another port is not its sidecar's.
     let mesh = endpoint.mesh().filter(|_| check.port.is_none());
