@@ -6,8 +6,14 @@
 pub mod audit;
 pub mod authority;
 pub mod csr;
+pub mod fleet;
+pub mod foundry;
+pub mod keeper;
 pub mod limits;
+pub mod record;
+pub mod rotation;
 pub mod seal;
+pub mod store;
 
 /// The messages, made from the proto files.
 #[allow(

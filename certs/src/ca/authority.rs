@@ -269,7 +269,19 @@ impl Authority {
         life: Duration,
         now: SystemTime,
     ) -> Result<Self, AuthorityError> {
-        let key = Key::generate(kind)?;
+        Self::root_of(domain, Key::generate(kind)?, life, now)
+    }
+
+    /// The same with a key that was made before: a root that is renewed.
+    ///
+    /// # Errors
+    /// The library fails.
+    pub fn root_of(
+        domain: &TrustDomain,
+        key: Key,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<Self, AuthorityError> {
         let params = authority_params(domain, "root", &key, None, (now, now + life))?;
         let certificate =
             params.self_signed(&key).map_err(|error| AuthorityError::Signing(error.to_string()))?;

@@ -1,0 +1,659 @@
+//! Drives rotations: owns the time, the store and who leads.
+//!
+//! A [`tick`](Driver::tick) reads the record, writes down what this replica heard, and if this replica leads makes the steps
+//! that [`machine`] allows, each one swap. A [`command`](Driver::command) is a swap too, and any replica may do it. Nothing is
+//! remembered here that is not in the record or cannot be found out again, so a driver may end at any line. Who leads is
+//! written in the record itself: whoever acts on a record in which another leads has lost the swap before it began.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::BoxFuture;
+use tokio::sync::{Notify, watch};
+
+use super::super::fleet::{Fleet, Source, View};
+use super::super::record::{Der, LEASE, Lease, Moment, Record, RecordError, Root};
+use super::super::store::{FLEET, RECORD, Store, StoreError, SwapError, Version};
+use super::command::{Command, Refusal, Rotate};
+use super::forge::{self, Forge, ForgeError, Material, Wanted};
+use super::machine::{self, Decision, Waiting};
+use super::{Kind, interlocks, plan};
+
+/// How long those who were connected before a start have to come back.
+const SETTLE: Duration = Duration::from_secs(15);
+/// How often a quiet authority looks at its record, and a rotating one.
+const PACE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_millis(200));
+/// How often this replica shows that it is there, and looks at what others have written.
+const SHOW: Duration = Duration::from_secs(5);
+/// Steps of one tick: from begin to end there are not more.
+const STEPS: usize = 12;
+/// How often a command is tried again because somebody else was faster.
+const TRIES: usize = 16;
+/// Who has not read the record for so long may not sign any more: the others go on without him.
+pub const SIGNS_FOR: Duration = Duration::from_secs(300);
+
+/// What time it is.
+pub trait Clock: Send + Sync + 'static {
+    fn wall(&self) -> Moment;
+
+    /// A clock that nobody sets.
+    fn steady(&self) -> Duration;
+}
+
+/// The clocks of the machine.
+#[derive(Debug)]
+pub struct SystemClock(std::time::Instant);
+
+impl Default for SystemClock {
+    fn default() -> Self {
+        Self(std::time::Instant::now())
+    }
+}
+
+impl Clock for SystemClock {
+    fn wall(&self) -> Moment {
+        SystemTime::now().into()
+    }
+
+    fn steady(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// A copy of the bundle outside of the store, for those who are not told by the service.
+pub trait BundleCopy: Send + Sync + 'static {
+    fn name(&self) -> &str;
+
+    /// Writes the roots.
+    fn write<'a>(&'a self, roots: &'a [Der]) -> BoxFuture<'a, Result<(), String>>;
+
+    /// Reads back what it has.
+    fn read(&self) -> BoxFuture<'_, Result<Vec<Der>, String>>;
+}
+
+/// A copy in a file, as PEM.
+#[derive(Debug)]
+pub struct PemFile {
+    path: PathBuf,
+    name: String,
+}
+
+impl PemFile {
+    pub fn new(path: PathBuf) -> Self {
+        Self { name: format!("file {}", path.display()), path }
+    }
+}
+
+impl BundleCopy for PemFile {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn write<'a>(&'a self, roots: &'a [Der]) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move {
+            let beside = self.path.with_extension("new");
+            tokio::fs::write(&beside, pem(roots)).await.map_err(|error| error.to_string())?;
+            tokio::fs::rename(&beside, &self.path).await.map_err(|error| error.to_string())
+        })
+    }
+
+    fn read(&self) -> BoxFuture<'_, Result<Vec<Der>, String>> {
+        use rustls::pki_types::CertificateDer;
+        use rustls::pki_types::pem::PemObject;
+        Box::pin(async move {
+            match tokio::fs::read(&self.path).await {
+                Ok(bytes) => CertificateDer::pem_slice_iter(&bytes)
+                    .map(|one| one.map(|one| Der(one.to_vec())).map_err(|error| error.to_string()))
+                    .collect(),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+    }
+}
+
+/// Certificates as PEM.
+#[must_use]
+pub fn pem(certificates: &[Der]) -> String {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    let mut text = String::new();
+    for der in certificates {
+        text.push_str("-----BEGIN CERTIFICATE-----\n");
+        let base64 = STANDARD.encode(&der.0);
+        for line in base64.as_bytes().chunks(64) {
+            text.push_str(&String::from_utf8_lossy(line));
+            text.push('\n');
+        }
+        text.push_str("-----END CERTIFICATE-----\n");
+    }
+    text
+}
+
+/// The record, as this replica last read it.
+#[derive(Clone, Debug)]
+pub struct Known {
+    pub record: Record,
+    pub version: Version,
+}
+
+/// Something that the driver cannot go on without.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the store has no record of an authority; it was there before: restore it, nothing was written")]
+    Gone,
+    #[error("the store has a record of an authority already")]
+    Exists,
+}
+
+/// Why a command was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    Forge(#[from] ForgeError),
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    #[error("others change the record all the time: try again")]
+    Contended,
+}
+
+/// What this process found out and would find out again.
+#[derive(Default)]
+struct Local {
+    started: Duration,
+    started_wall: Moment,
+    read_at: Option<Duration>,
+    /// The lease of another, and since when it has not moved.
+    lease: Option<(Lease, Duration)>,
+    renewed: Option<Duration>,
+    shown: Option<Duration>,
+    leads: bool,
+    /// Versions of own parts of the list of workloads.
+    parts: BTreeMap<u8, Version>,
+    sources: Vec<Source>,
+    problem: Option<String>,
+}
+
+/// Drives one authority on one replica.
+pub struct Driver {
+    store: Arc<dyn Store>,
+    fleet: Arc<Fleet>,
+    forge: Arc<dyn Forge>,
+    clock: Arc<dyn Clock>,
+    replica: String,
+    copies: Vec<Arc<dyn BundleCopy>>,
+    scheduled: bool,
+    settle: Duration,
+    local: Mutex<Local>,
+    known: watch::Sender<Arc<Known>>,
+    waiting: Mutex<Waiting>,
+    wake: Notify,
+    /// One tick or command at a time: they would only lose swaps to each other.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver")
+            .field("store", &self.store.name())
+            .field("replica", &self.replica)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Writes the first record of an authority.
+///
+/// # Errors
+/// There is one, or the store cannot be used.
+pub async fn found(store: &dyn Store, record: &Record) -> Result<(), DriverError> {
+    match store.swap(RECORD, None, &record.encode()?).await {
+        Ok(_) => Ok(()),
+        Err(SwapError::Conflict) => Err(DriverError::Exists),
+        Err(SwapError::Store(error)) => Err(error.into()),
+    }
+}
+
+impl Driver {
+    /// Reads the record and what this replica wrote down before. None: the store is empty, see [`found`].
+    ///
+    /// # Errors
+    /// The store cannot be used, or what it has is damaged.
+    pub async fn open(
+        store: Arc<dyn Store>,
+        fleet: Arc<Fleet>,
+        forge: Arc<dyn Forge>,
+        clock: Arc<dyn Clock>,
+        replica: &str,
+    ) -> Result<Option<Self>, DriverError> {
+        let Some(stored) = store.load(RECORD).await? else { return Ok(None) };
+        let record = Record::decode(&stored.value)?;
+        let mut local = Local {
+            started: clock.steady(),
+            started_wall: clock.wall(),
+            read_at: Some(clock.steady()),
+            ..Local::default()
+        };
+        let own = format!("{FLEET}{replica}/");
+        for (name, part) in store.list(&own).await? {
+            if let Some(number) = name.strip_prefix(&own).and_then(|number| number.parse().ok()) {
+                fleet.restore(&part.value);
+                local.parts.insert(number, part.version);
+            }
+        }
+        Ok(Some(Self {
+            store,
+            fleet,
+            forge,
+            clock,
+            replica: replica.to_owned(),
+            copies: Vec::new(),
+            scheduled: false,
+            settle: SETTLE,
+            local: Mutex::new(local),
+            known: watch::Sender::new(Arc::new(Known { record, version: stored.version })),
+            waiting: Mutex::default(),
+            wake: Notify::new(),
+            turn: tokio::sync::Mutex::default(),
+        }))
+    }
+
+    /// Begins rotations by itself when roots and issuers are old.
+    #[must_use]
+    pub fn scheduled(mut self, scheduled: bool) -> Self {
+        self.scheduled = scheduled;
+        self
+    }
+
+    /// Keeps copies of the bundle.
+    #[must_use]
+    pub fn with_copies(mut self, copies: Vec<Arc<dyn BundleCopy>>) -> Self {
+        self.copies = copies;
+        self
+    }
+
+    /// How long those who were connected before a start have to come back.
+    #[must_use]
+    pub fn settling(mut self, settle: Duration) -> Self {
+        self.settle = settle;
+        self
+    }
+
+    /// The record as it was last read; changes are told.
+    #[must_use]
+    pub fn known(&self) -> watch::Receiver<Arc<Known>> {
+        self.known.subscribe()
+    }
+
+    /// The same, now.
+    #[must_use]
+    pub fn now(&self) -> Arc<Known> {
+        self.known.borrow().clone()
+    }
+
+    /// What the present rotation waits for, as the last tick found it.
+    #[must_use]
+    pub fn waiting(&self) -> Waiting {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Why the store cannot be used, if it cannot.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.local().problem.clone()
+    }
+
+    /// Whether this replica leads.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        self.local().leads
+    }
+
+    /// Whether this replica may sign: it has read the record lately, so that nobody goes on without it.
+    #[must_use]
+    pub fn may_sign(&self) -> bool {
+        let read_at = self.local().read_at;
+        read_at.is_some_and(|at| self.clock.steady().saturating_sub(at) < SIGNS_FOR)
+    }
+
+    /// The name of this replica.
+    #[must_use]
+    pub fn replica(&self) -> &str {
+        &self.replica
+    }
+
+    /// What time it is here.
+    #[must_use]
+    pub fn wall(&self) -> Moment {
+        self.clock.wall()
+    }
+
+    /// The fleet as this replica knows it.
+    #[must_use]
+    pub fn view(&self) -> View {
+        let record = self.now();
+        let now = self.clock.wall();
+        let mut view = self.fleet.view();
+        let local = self.local();
+        let up = self.clock.steady().saturating_sub(local.started);
+        let wall = i64::try_from(now.0).unwrap_or(i64::MAX);
+        let began = i64::try_from(local.started_wall.0).unwrap_or(i64::MAX);
+        view.clock_step_ms = wall - began - i64::try_from(up.as_millis()).unwrap_or(i64::MAX);
+        view.settled = up >= self.settle || self.fleet.is_complete(now);
+        view.sequence = record.record.sequence;
+        view.replicas.retain(|replica| replica.name != self.replica);
+        view.sources.clone_from(&local.sources);
+        view
+    }
+
+    fn local(&self) -> MutexGuard<'_, Local> {
+        self.local.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ticks until it is dropped.
+    pub async fn run(self: Arc<Self>) {
+        loop {
+            let problem = self.tick().await.err().map(|error| error.to_string());
+            if let Some(problem) = &problem {
+                tracing::warn!(problem, "the record of the authority cannot be used now");
+            }
+            self.local().problem = problem;
+            let pace = if self.now().record.rotation.is_some() { PACE.1 } else { PACE.0 };
+            let _ = tokio::time::timeout(pace, self.wake.notified()).await;
+        }
+    }
+
+    /// Looks once at everything. Gives whether the record was changed.
+    ///
+    /// # Errors
+    /// The store cannot be used, or what it has is damaged; the last good record stays in use.
+    pub async fn tick(&self) -> Result<bool, DriverError> {
+        let _turn = self.turn.lock().await;
+        self.read().await?;
+        self.write_fleet().await?;
+        self.look_after_copies().await;
+        if !self.lead().await? {
+            return Ok(false);
+        }
+        let mut changed = false;
+        for _ in 0..STEPS {
+            let now = self.clock.wall();
+            let known = self.now();
+            match machine::decide(&known.record, &self.view(), now) {
+                Decision::Steady => {
+                    self.wait_for(Waiting::default());
+                    break;
+                }
+                Decision::Waiting(waiting) => {
+                    self.wait_for(waiting);
+                    break;
+                }
+                Decision::Next(next) => {
+                    match self.swap(&known, *next).await {
+                        Ok(()) => changed = true,
+                        Err(SwapError::Conflict) => self.read().await?,
+                        Err(SwapError::Store(error)) => return Err(error.into()),
+                    }
+                    // What outside sees follows at once.
+                    self.write_fleet().await?;
+                    self.look_after_copies().await;
+                }
+            }
+        }
+        drop(_turn);
+        if self.scheduled
+            && let Some(kind) = machine::due(&self.now().record, self.clock.wall())
+        {
+            changed |= self.on_schedule(kind).await;
+        }
+        Ok(changed)
+    }
+
+    fn wait_for(&self, waiting: Waiting) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
+    }
+
+    async fn on_schedule(&self, kind: Kind) -> bool {
+        let policy = plan::policy(&self.now().record);
+        let reason = "half of its life is over".to_owned();
+        let rotate = Command::Rotate(Rotate { kind, policy, import: None, reason });
+        match self.command(&rotate, "schedule").await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(%error, %kind, "a rotation is due and cannot begin");
+                false
+            }
+        }
+    }
+
+    /// Does what somebody asks for, and gives the record after it.
+    ///
+    /// # Errors
+    /// It is refused, nothing could be made for it, or the store cannot be used.
+    pub async fn command(&self, command: &Command, by: &str) -> Result<Arc<Known>, CommandError> {
+        let _turn = self.turn.lock().await;
+        let mut made: Option<(Wanted, Material)> = None;
+        for _ in 0..TRIES {
+            self.read().await?;
+            let known = self.now();
+            let now = self.clock.wall();
+            let wanted = command.wanted(&known.record)?;
+            let material = match &made {
+                Some((for_what, material)) if *for_what == wanted => material.clone(),
+                _ => {
+                    let material = self.make(&known.record, &wanted, now).await?;
+                    made = Some((wanted, material.clone()));
+                    material
+                }
+            };
+            let next = command.apply(&known.record, material, &self.view(), now, by)?;
+            match self.swap(&known, next).await {
+                Ok(()) => {
+                    tracing::info!(command = command.word(), by, "done");
+                    self.wake.notify_one();
+                    return Ok(self.now());
+                }
+                Err(SwapError::Conflict) => {}
+                Err(SwapError::Store(error)) => return Err(DriverError::from(error).into()),
+            }
+        }
+        Err(CommandError::Contended)
+    }
+
+    /// What a rotation would do and run into, without writing anything.
+    ///
+    /// # Errors
+    /// As for beginning it.
+    pub async fn plan(
+        &self,
+        rotate: &Rotate,
+    ) -> Result<(Vec<plan::Stage>, Vec<interlocks::Blocker>), CommandError> {
+        let known = self.now();
+        let now = self.clock.wall();
+        let wanted = Command::Rotate(rotate.clone()).wanted(&known.record)?;
+        let material = self.make(&known.record, &wanted, now).await?;
+        Ok(super::command::plan(&known.record, rotate, material, &self.view(), now)?)
+    }
+
+    async fn make(&self, record: &Record, wanted: &Wanted, now: Moment) -> Result<Material, ForgeError> {
+        if *wanted == Wanted::Nothing {
+            return Ok(Material::default());
+        }
+        let (forge, record, wanted) = (Arc::clone(&self.forge), record.clone(), wanted.clone());
+        tokio::task::spawn_blocking(move || forge::make(&*forge, &record, &wanted, now))
+            .await
+            .unwrap_or_else(|_| Err(ForgeError("its thread has ended".to_owned())))
+    }
+
+    /// Reads the record, if it is another than before.
+    async fn read(&self) -> Result<(), DriverError> {
+        let stored = self.store.load(RECORD).await?.ok_or(DriverError::Gone)?;
+        if stored.version != self.now().version {
+            let record = Record::decode(&stored.value)?;
+            self.known.send_replace(Arc::new(Known { record, version: stored.version }));
+        }
+        self.local().read_at = Some(self.clock.steady());
+        Ok(())
+    }
+
+    /// Writes a record in the place of the one that it was made from, and shows it.
+    async fn swap(&self, seen: &Known, next: Record) -> Result<(), SwapError> {
+        let next = Record { sequence: seen.record.sequence + 1, ..next };
+        self.put(seen, next).await
+    }
+
+    async fn put(&self, seen: &Known, next: Record) -> Result<(), SwapError> {
+        let bytes = next.encode().map_err(|error| {
+            SwapError::Store(StoreError::Damaged {
+                store: self.store.name().to_owned(),
+                reason: error.to_string(),
+            })
+        })?;
+        let version = match self.store.swap(RECORD, Some(seen.version), &bytes).await {
+            Ok(version) => version,
+            Err(SwapError::Conflict) => return Err(SwapError::Conflict),
+            // It may have been written all the same.
+            Err(SwapError::Store(error)) => match self.store.load(RECORD).await? {
+                Some(stored) if stored.value == bytes => stored.version,
+                _ => return Err(SwapError::Store(error)),
+            },
+        };
+        self.known.send_replace(Arc::new(Known { record: next, version }));
+        Ok(())
+    }
+
+    /// Whether this replica leads; takes or keeps the lease.
+    async fn lead(&self) -> Result<bool, DriverError> {
+        if !self.store.is_shared() {
+            self.local().leads = true;
+            return Ok(true);
+        }
+        let steady = self.clock.steady();
+        let known = self.now();
+        let (mine, write) = {
+            let mut local = self.local();
+            match &known.record.lease {
+                None => (true, true),
+                Some(lease) if lease.holder == self.replica => {
+                    let fresh = local.renewed.is_some_and(|at| steady.saturating_sub(at) < LEASE / 3);
+                    (true, !fresh)
+                }
+                Some(lease) => match &local.lease {
+                    Some((seen, since)) if seen == lease => {
+                        let over = steady.saturating_sub(*since) > LEASE;
+                        (over, over)
+                    }
+                    _ => {
+                        local.lease = Some((lease.clone(), steady));
+                        (false, false)
+                    }
+                },
+            }
+        };
+        let mut leads = mine;
+        if write {
+            let beat = known.record.lease.as_ref().map_or(0, |lease| lease.beat) + 1;
+            let lease = Some(Lease { holder: self.replica.clone(), beat });
+            match self.put(&known, Record { lease, ..known.record.clone() }).await {
+                Ok(()) => self.local().renewed = Some(steady),
+                Err(SwapError::Conflict) => {
+                    leads = false;
+                    self.read().await?;
+                }
+                Err(SwapError::Store(error)) => return Err(error.into()),
+            }
+        }
+        self.local().leads = leads;
+        Ok(leads)
+    }
+
+    /// Writes down what this replica heard, and reads what others have.
+    async fn write_fleet(&self) -> Result<(), DriverError> {
+        let (now, steady) = (self.clock.wall(), self.clock.steady());
+        let show = {
+            let local = self.local();
+            local.shown.is_none_or(|at| steady.saturating_sub(at) >= SHOW)
+        };
+        let sequence = self.now().record.sequence;
+        for (part, bytes) in self.fleet.changes(&self.replica, sequence, show && self.store.is_shared(), now)
+        {
+            let name = format!("{FLEET}{}/{part}", self.replica);
+            let seen = self.local().parts.get(&part).copied();
+            match self.store.swap(&name, seen, &bytes).await {
+                Ok(version) => {
+                    self.local().parts.insert(part, version);
+                }
+                Err(error) => {
+                    self.fleet.unwritten(part);
+                    // Whatever is there was written by this replica before.
+                    let stored = self.store.load(&name).await?;
+                    let mut local = self.local();
+                    match stored {
+                        Some(stored) => local.parts.insert(part, stored.version),
+                        None => local.parts.remove(&part),
+                    };
+                    if let SwapError::Store(error) = error {
+                        return Err(error.into());
+                    }
+                }
+            }
+        }
+        if show {
+            self.local().shown = Some(steady);
+            if self.store.is_shared() {
+                self.follow(now).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn follow(&self, now: Moment) -> Result<(), DriverError> {
+        for (name, part) in self.store.list(FLEET).await? {
+            let Some((replica, number)) = name.strip_prefix(FLEET).and_then(|rest| rest.rsplit_once('/'))
+            else {
+                continue;
+            };
+            let Ok(number) = number.parse() else { continue };
+            if replica != self.replica && self.fleet.follow(replica, number, &part.value, now) {
+                // Somebody else may have removed it.
+                let _ = self.store.remove(&name, part.version).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the bundle to its copies, and believes only what is read back.
+    async fn look_after_copies(&self) {
+        if self.copies.is_empty() {
+            return;
+        }
+        let known = self.now();
+        let roots: Vec<Der> = known.record.trusted().map(|root: &Root| root.certificate.clone()).collect();
+        let wanted: BTreeSet<&[u8]> = roots.iter().map(|root| root.0.as_slice()).collect();
+        let is_right =
+            |found: &[Der]| found.iter().map(|root| root.0.as_slice()).collect::<BTreeSet<_>>() == wanted;
+        let mut sources = Vec::new();
+        for copy in &self.copies {
+            let problem = match copy.read().await {
+                Ok(found) if is_right(&found) => String::new(),
+                _ => match copy.write(&roots).await {
+                    Err(why) => format!("cannot be written: {why}"),
+                    Ok(()) => match copy.read().await {
+                        Ok(found) if is_right(&found) => String::new(),
+                        Ok(_) => "has other roots than were written".to_owned(),
+                        Err(why) => format!("cannot be read: {why}"),
+                    },
+                },
+            };
+            sources.push(Source { name: copy.name().to_owned(), problem });
+        }
+        self.local().sources = sources;
+    }
+}
