@@ -1,9 +1,10 @@
-//! Makes the code of the authority's services from the proto files. No `protoc` is needed: protox reads them.
+//! Makes the code of gRPC services from the proto files. No `protoc` is needed: protox reads them.
 
 use std::error::Error;
 
 /// A file that another part adds goes into this list.
-const FILES: &[&str] = &["proto/postern/ca/v1/ca.proto", "proto/postern/ca/v1/ca_tokens.proto"];
+const FILES: &[&str] =
+    &["proto/postern/ca/v1/ca.proto", "proto/postern/ca/v1/ca_tokens.proto", "proto/workload.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for file in FILES {

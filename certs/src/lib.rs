@@ -2,20 +2,27 @@
 //! files both come from. Of the mesh: SPIFFE identities, what a process shows and whom it believes. Nothing here knows
 //! tower or requests: the control side builds immutable values, the workers read them at each handshake.
 
+pub mod backoff;
 pub mod ca;
 mod error;
 pub mod files;
+pub mod http;
 pub mod identity;
 pub mod mesh;
 pub mod outgoing;
 pub mod sni;
+pub mod source;
 pub mod svid;
+pub mod token;
 pub mod trust;
 pub mod unverified;
 pub mod verify;
+pub mod workload_api;
 
 pub use error::{CertError, Problem};
 pub use sni::{SniTable, SslEntry, SslObject};
 
 #[cfg(test)]
 mod mesh_tests;
+#[cfg(test)]
+mod testing;

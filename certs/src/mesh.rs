@@ -151,7 +151,8 @@ impl MeshIdentity {
     ///
     /// # Errors
     /// Peers that believe the same would not believe it, or it is for somebody else. What was shown before stays.
-    pub fn install(&self, svid: Svid) -> Result<(), InstallError> {
+    pub fn install(&self, svid: impl Into<Arc<Svid>>) -> Result<(), InstallError> {
+        let svid = svid.into();
         let trust = self.trust().ok_or(InstallError::NoTrust)?;
         trust.verify(svid.chain(), Usage::Server, self.now())?;
         if let Some(own) = self.svid()
@@ -159,7 +160,7 @@ impl MeshIdentity {
         {
             return Err(InstallError::Identity { own: own.id().clone(), new: svid.id().clone() });
         }
-        self.0.svid.store(Some(Arc::new(svid)));
+        self.0.svid.store(Some(svid));
         self.changed();
         Ok(())
     }

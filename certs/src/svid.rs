@@ -4,10 +4,17 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
+use aws_lc_rs::rsa;
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, ECDSA_P521_SHA512_ASN1_SIGNING,
+    EcdsaKeyPair,
+};
 use rustls::crypto::aws_lc_rs::sign::any_supported_type;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use rustls::{Error, InconsistentKeys};
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::identity::SpiffeId;
 use crate::trust::{Peer, VerifyError};
@@ -28,6 +35,16 @@ pub struct Svid {
     /// What the certificate says.
     peer: Peer,
     key: Arc<CertifiedKey>,
+    secret: Secret,
+}
+
+/// The key as it came, for applications of this identity.
+struct Secret(PrivateKeyDer<'static>);
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
 }
 
 impl Svid {
@@ -37,6 +54,7 @@ impl Svid {
     /// The leaf is no SVID, or the key is not its key.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: &PrivateKeyDer<'static>) -> Result<Self, SvidError> {
         let peer = Peer::read(chain.first().ok_or(VerifyError::NoCertificate)?)?;
+        let secret = Secret(key.clone_key());
         let key = any_supported_type(key).map_err(|error| SvidError::Key(error.to_string()))?;
         let key = CertifiedKey::new(chain, key);
         match key.keys_match() {
@@ -44,7 +62,7 @@ impl Svid {
             Err(Error::InconsistentKeys(_)) => return Err(SvidError::Mismatch),
             Err(error) => return Err(SvidError::Key(error.to_string())),
         }
-        Ok(Self { peer, key: Arc::new(key) })
+        Ok(Self { peer, key: Arc::new(key), secret })
     }
 
     /// Whose it is.
@@ -69,6 +87,31 @@ impl Svid {
     #[must_use]
     pub fn certified_key(&self) -> &Arc<CertifiedKey> {
         &self.key
+    }
+
+    /// The key in PKCS #8, for an application that is to show the same. None where the key cannot be written so.
+    #[must_use]
+    pub fn pkcs8(&self) -> Option<Zeroizing<Vec<u8>>> {
+        let der = match &self.secret.0 {
+            PrivateKeyDer::Pkcs8(key) => key.secret_pkcs8_der().to_vec(),
+            PrivateKeyDer::Sec1(key) => [
+                &ECDSA_P256_SHA256_ASN1_SIGNING,
+                &ECDSA_P384_SHA384_ASN1_SIGNING,
+                &ECDSA_P521_SHA512_ASN1_SIGNING,
+            ]
+            .into_iter()
+            .find_map(|kind| EcdsaKeyPair::from_private_key_der(kind, key.secret_sec1_der()).ok())?
+            .to_pkcs8v1()
+            .ok()?
+            .as_ref()
+            .to_vec(),
+            PrivateKeyDer::Pkcs1(key) => {
+                let pair = rsa::KeyPair::from_der(key.secret_pkcs1_der()).ok()?;
+                AsDer::<Pkcs8V1Der<'_>>::as_der(&pair).ok()?.as_ref().to_vec()
+            }
+            _ => return None,
+        };
+        Some(Zeroizing::new(der))
     }
 
     /// From its first to its last moment.
