@@ -6,6 +6,7 @@ pub mod backoff;
 pub mod ca;
 mod error;
 pub mod files;
+pub mod grpc;
 pub mod http;
 pub mod identity;
 pub mod mesh;

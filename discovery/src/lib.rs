@@ -10,7 +10,6 @@ pub mod consul;
 pub mod consul_kv;
 pub mod dns;
 pub mod endpoints;
-mod error;
 pub mod eureka;
 pub mod file;
 pub mod fixed;

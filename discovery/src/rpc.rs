@@ -6,7 +6,6 @@
 
 pub mod client;
 pub mod server;
-pub mod tls;
 mod topic;
 
 /// The messages, made from the proto file.

@@ -6,10 +6,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use certs::grpc;
 use config::process::Process;
 use discovery::Discovery;
 use discovery::rpc::server::{Limits, Server};
-use discovery::rpc::tls;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 
@@ -43,7 +43,7 @@ async fn serve(process: &Process, ready: impl FnOnce(SocketAddr)) -> Result<(), 
     let tls = match &settings.identity {
         None => None,
         Some((certificate, key)) => {
-            let config = tls::server(certificate, key, settings.client_ca.as_deref());
+            let config = grpc::server_tls(certificate, key, settings.client_ca.as_deref());
             Some(config.map_err(|problem| StartError::setting(format!("{KEY}.tls"), problem))?)
         }
     };

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use certs::grpc;
 use config::discovery::kubernetes::Kubernetes;
 use discovery::Query;
-use discovery::rpc::{client, proto, tls};
+use discovery::rpc::{client, proto};
 use e2e::discovery_server::DiscoveryServer;
 use e2e::kube::{KubeApi, Pod, Slice};
 use e2e::{certs, json};
@@ -33,7 +34,7 @@ async fn a_discovery_server_over_tls_wants_certificates_of_its_clients() {
     let ask = |identity: Option<(&std::path::Path, &std::path::Path)>| {
         let settings = client::Settings {
             servers: vec![server.addr.to_string()],
-            tls: Some(tls::client(Some(&ca), identity).expect("TLS")),
+            tls: Some(grpc::client_tls(Some(&ca), identity).expect("TLS")),
             hello: proto::Hello { name: "edge-1".into(), ..proto::Hello::default() },
             ..client::Settings::default()
         };

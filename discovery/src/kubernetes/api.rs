@@ -4,6 +4,7 @@
 //! for each request, because a pod's token is replaced every hour; the client is made again when credentials were
 //! refused or have been in use for a while. Nothing is repeated here but a request whose credentials have just changed.
 
+use certs::grpc::chain;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -23,7 +24,6 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio::time::timeout;
 
 use super::objects::Status;
-use crate::error::chain;
 use crate::source::SourceError;
 
 /// Where a pod finds what belongs to its service account.

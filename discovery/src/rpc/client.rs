@@ -12,18 +12,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use certs::grpc::{self, Dial};
 use config::discovery::postern::Postern;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
-use http::Uri;
-use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
-use rustls::pki_types::ServerName;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
-use tokio_rustls::TlsConnector;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use tracing::{debug, info};
 
@@ -32,15 +29,11 @@ use super::proto::client_message::Body as FromClient;
 use super::proto::discovery_client::DiscoveryClient;
 use super::proto::server_message::Body as FromServer;
 use crate::backoff::Backoff;
-use crate::error::chain;
 use crate::source::{Again, Instance, Listing, Query, Source, SourceError, Standing, Watcher};
 
 /// The state of a service of 100,000 instances.
 const LONGEST_STATE: usize = 64 << 20;
-const CONNECT: Duration = Duration::from_secs(5);
 const WELCOME: Duration = Duration::from_secs(10);
-const PING: Duration = Duration::from_secs(10);
-const PONG: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How often a list that has not changed is said again, while the server is there.
@@ -75,7 +68,7 @@ impl Settings {
             None => None,
             Some(tls) => {
                 let identity = tls.cert_file.as_deref().zip(tls.key_file.as_deref());
-                Some(super::tls::client(tls.ca_file.as_deref(), identity)?)
+                Some(grpc::client_tls(tls.ca_file.as_deref(), identity)?)
             }
         };
         Ok(Self {
@@ -499,45 +492,10 @@ fn told(status: Status) -> Arc<str> {
 }
 
 fn connect(server: String, settings: Settings) -> BoxFuture<'static, Result<Channel, Arc<str>>> {
-    Box::pin(dial(server, settings))
+    let dial =
+        Dial { server, tls: settings.tls, server_name: settings.server_name, patience: settings.patience };
+    Box::pin(async move { dial.connect().await.map_err(Into::into) })
 }
-
-async fn dial(server: String, settings: Settings) -> Result<Channel, Arc<str>> {
-    let uri: Uri = format!("http://{server}").parse().map_err(|error| format!("`{server}`: {error}"))?;
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-    let name = settings.server_name.clone().unwrap_or_else(|| host.clone());
-    let tls = match &settings.tls {
-        None => None,
-        Some(tls) => {
-            let name = ServerName::try_from(name).map_err(|error| error.to_string())?;
-            Some((TlsConnector::from(Arc::clone(tls)), name))
-        }
-    };
-    let port = uri.port_u16().ok_or_else(|| format!("`{server}` has no port"))?;
-    let endpoint = Endpoint::from(uri)
-        .http2_keep_alive_interval(settings.patience.unwrap_or(PING))
-        .keep_alive_timeout(settings.patience.unwrap_or(PONG))
-        .keep_alive_while_idle(true);
-    let connector = tower::service_fn(move |_: Uri| {
-        let (host, tls) = (host.clone(), tls.clone());
-        async move {
-            let stream = timeout(CONNECT, certs::outgoing::connect_to((host.as_str(), port))).await??;
-            stream.set_nodelay(true)?;
-            let io: Box<dyn Io> = match tls {
-                None => Box::new(stream),
-                Some((connector, name)) => {
-                    Box::new(timeout(CONNECT, connector.connect(name, stream)).await??)
-                }
-            };
-            Ok::<_, std::io::Error>(TokioIo::new(io))
-        }
-    });
-    endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error).into())
-}
-
-trait Io: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
-
-impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Io for T {}
 
 /// Follows one service.
 struct ServerWatcher {

@@ -11,19 +11,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use certs::grpc::{self, Caller};
 use futures_util::stream::{self, FuturesUnordered, Stream, StreamExt};
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
-use tokio_rustls::TlsAcceptor;
-use tonic::codegen::Service as _;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::proto;
 use super::proto::client_message::Body as FromClient;
@@ -35,11 +30,7 @@ use crate::{Discovery, Target};
 
 /// A message of a client is a name or an answer.
 const LONGEST_MESSAGE: usize = 64 * 1024;
-const HANDSHAKE: Duration = Duration::from_secs(10);
 const HELLO: Duration = Duration::from_secs(10);
-/// A client that is gone without a word is noticed by this.
-const PING: Duration = Duration::from_secs(10);
-const PONG: Duration = Duration::from_secs(10);
 /// Calls of one connection: the stream, and somebody who asks who the clients are.
 const CALLS: u32 = 8;
 
@@ -99,10 +90,6 @@ struct Followed {
     refused: String,
 }
 
-/// The address of a connection.
-#[derive(Clone, Copy, Debug)]
-struct Peer(SocketAddr);
-
 impl Server {
     /// A server that follows services with the sources of this discovery.
     pub fn new(discovery: Discovery, limits: Limits) -> Self {
@@ -118,66 +105,9 @@ impl Server {
 
     /// Serves until it is dropped.
     pub async fn serve(self, listener: TcpListener, tls: Option<Arc<ServerConfig>>) {
-        let places = Arc::new(Semaphore::new(self.0.limits.clients));
-        // Connections end with the server.
-        let mut connections = tokio::task::JoinSet::new();
-        loop {
-            let (stream, address) = tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        // Out of descriptors, as a rule: they come back, and not in this instant.
-                        debug!(%error, "no connection was accepted");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        continue;
-                    }
-                },
-                Some(_) = connections.join_next() => continue,
-            };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                info!(%address, clients = self.0.limits.clients, "a client is turned away: there are too many");
-                continue;
-            };
-            let (server, tls) = (self.clone(), tls.clone());
-            connections.spawn(async move {
-                // How a connection ends is the client's affair.
-                let end = match tls {
-                    None => server.connection(stream, address).await.map_err(|error| error.to_string()),
-                    Some(tls) => match timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await {
-                        Ok(Ok(stream)) => {
-                            server.connection(stream, address).await.map_err(|error| error.to_string())
-                        }
-                        Ok(Err(error)) => Err(error.to_string()),
-                        Err(_) => Err("no TLS handshake within 10 s".to_owned()),
-                    },
-                };
-                if let Err(error) = end {
-                    debug!(%address, %error, "a connection has ended");
-                }
-                drop(place);
-            });
-        }
-    }
-
-    async fn connection<S>(&self, stream: S, address: SocketAddr) -> hyper::Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let rpc = DiscoveryServer::new(self.clone()).max_decoding_message_size(LONGEST_MESSAGE);
-        let service = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
-            let mut rpc = rpc.clone();
-            request.extensions_mut().insert(Peer(address));
-            async move { rpc.call(request).await }
-        });
-        http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .keep_alive_interval(PING)
-            .keep_alive_timeout(PONG)
-            .max_concurrent_streams(CALLS)
-            .max_header_list_size(16 * 1024)
-            .max_send_buf_size(64 * 1024)
-            .serve_connection(TokioIo::new(stream), service)
-            .await
+        let limits = grpc::Limits { connections: self.0.limits.clients, calls: CALLS };
+        let rpc = DiscoveryServer::new(self).max_decoding_message_size(LONGEST_MESSAGE);
+        grpc::serve(listener, tls, limits, rpc).await;
     }
 
     /// Who follows what, and what each has confirmed; see `ListClients`.
@@ -284,7 +214,7 @@ impl Rpc for Server {
         &self,
         request: Request<Streaming<proto::ClientMessage>>,
     ) -> Result<Response<Messages>, Status> {
-        let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+        let peer = request.extensions().get::<Caller>().and_then(|caller| caller.address);
         let mut messages = request.into_inner();
         // One message waits here, one is on its way; what a client has not taken yet is not made.
         let (sender, receiver) = mpsc::channel(1);

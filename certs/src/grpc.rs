@@ -1,0 +1,306 @@
+//! gRPC over TLS of our own: connections by rustls with the configurations of this crate, and a server that tells who is
+//! calling. For what processes of Postern say to each other; requests of clients never come by here.
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::transport::{Channel, Endpoint};
+use tracing::{debug, info};
+
+use crate::{files, outgoing};
+
+const ALPN: &[u8] = b"h2";
+const CONNECT: Duration = Duration::from_secs(5);
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// A peer that is gone without a word is noticed by these.
+const PING: Duration = Duration::from_secs(10);
+const SERVER_PONG: Duration = Duration::from_secs(10);
+const CLIENT_PONG: Duration = Duration::from_secs(5);
+/// After a failure to accept, as a rule for want of descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How a server is reached.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    /// `host:port`.
+    pub server: String,
+    /// Without it nothing is encrypted.
+    pub tls: Option<Arc<ClientConfig>>,
+    /// The name that the server's certificate has to have, where it is not its host.
+    pub server_name: Option<String>,
+    /// How long the server may leave a ping without an answer.
+    pub patience: Option<Duration>,
+}
+
+impl Dial {
+    /// A connection that stands, or says why not.
+    ///
+    /// # Errors
+    /// In words, with what is below.
+    pub async fn connect(&self) -> Result<Channel, String> {
+        let server = &self.server;
+        let uri: Uri = format!("http://{server}").parse().map_err(|error| format!("`{server}`: {error}"))?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let port = uri.port_u16().ok_or_else(|| format!("`{server}` has no port"))?;
+        let tls = match &self.tls {
+            None => None,
+            Some(tls) => {
+                let name = self.server_name.clone().unwrap_or_else(|| host.clone());
+                let name = ServerName::try_from(name).map_err(|error| error.to_string())?;
+                Some((TlsConnector::from(Arc::clone(tls)), name))
+            }
+        };
+        let connector = tower::service_fn(move |_: Uri| {
+            let (host, tls) = (host.clone(), tls.clone());
+            async move {
+                let stream = timeout(CONNECT, outgoing::connect_to((host.as_str(), port))).await??;
+                stream.set_nodelay(true)?;
+                let io: Box<dyn Io> = match tls {
+                    None => Box::new(stream),
+                    Some((connector, name)) => {
+                        Box::new(timeout(CONNECT, connector.connect(name, stream)).await??)
+                    }
+                };
+                Ok::<_, io::Error>(TokioIo::new(io))
+            }
+        });
+        let endpoint = Endpoint::from(uri)
+            .http2_keep_alive_interval(self.patience.unwrap_or(PING))
+            .keep_alive_timeout(self.patience.unwrap_or(CLIENT_PONG))
+            .keep_alive_while_idle(true);
+        endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error))
+    }
+}
+
+/// A connection to a server of this machine at a path.
+///
+/// # Errors
+/// In words, with what is below.
+pub async fn connect_unix(path: &Path) -> Result<Channel, String> {
+    let socket = path.to_owned();
+    let connector = tower::service_fn(move |_: Uri| {
+        let socket = socket.clone();
+        async move { Ok::<_, io::Error>(TokioIo::new(timeout(CONNECT, UnixStream::connect(socket)).await??)) }
+    });
+    let endpoint = Endpoint::from_static("http://localhost");
+    endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error))
+}
+
+trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// An error with its causes: the last one is what an operator needs.
+#[must_use]
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Who calls; an extension of each request.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// None over a socket of this machine.
+    pub address: Option<SocketAddr>,
+    /// What was shown in the handshake, leaf first, and believed by the configuration of the server.
+    pub chain: Arc<[CertificateDer<'static>]>,
+}
+
+/// What a server allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time. Those beyond are closed at once.
+    pub connections: usize,
+    /// Calls at a time on one connection.
+    pub calls: u32,
+}
+
+/// Serves until it is dropped; connections end with it.
+pub async fn serve<S>(listener: TcpListener, tls: Option<Arc<ServerConfig>>, limits: Limits, service: S)
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let accept = async || {
+        let (stream, address) = listener.accept().await?;
+        stream.set_nodelay(true)?;
+        Ok((stream, Some(address)))
+    };
+    serve_with(accept, limits, move |stream, address| {
+        let (tls, service) = (tls.clone(), service.clone());
+        async move {
+            let Some(tls) = tls else {
+                let caller = Caller { address, chain: Arc::from([]) };
+                return connection(stream, caller, limits, service).await;
+            };
+            let accepting = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await;
+            let stream =
+                accepting.map_err(|_| "no TLS handshake within 10 s")?.map_err(|error| error.to_string())?;
+            let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
+            let caller =
+                Caller { address, chain: shown.iter().map(|shown| shown.clone().into_owned()).collect() };
+            connection(stream, caller, limits, service).await
+        }
+    })
+    .await;
+}
+
+/// As [`serve`], for callers of this machine.
+pub async fn serve_unix<S>(listener: UnixListener, limits: Limits, service: S)
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let accept = async || Ok((listener.accept().await?.0, None));
+    serve_with(accept, limits, move |stream, address| {
+        let service = service.clone();
+        async move { connection(stream, Caller { address, chain: Arc::from([]) }, limits, service).await }
+    })
+    .await;
+}
+
+async fn serve_with<T, F>(
+    mut accept: impl AsyncFnMut() -> io::Result<(T, Option<SocketAddr>)>,
+    limits: Limits,
+    serve: impl Fn(T, Option<SocketAddr>) -> F,
+) where
+    F: Future<Output = Result<(), String>> + Send + 'static,
+{
+    let places = Arc::new(Semaphore::new(limits.connections));
+    // Connections end with the server.
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, address) = tokio::select! {
+            accepted = accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    debug!(%error, "no connection was accepted");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue,
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            info!(?address, most = limits.connections, "a connection is turned away: there are too many");
+            continue;
+        };
+        let serving = serve(stream, address);
+        connections.spawn(async move {
+            // How a connection ends is the caller's affair.
+            if let Err(error) = serving.await {
+                debug!(?address, %error, "a connection has ended");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn connection<T, S>(stream: T, caller: Caller, limits: Limits, service: S) -> Result<(), String>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let mut service = service.clone();
+        request.extensions_mut().insert(caller.clone());
+        async move { service.call(request).await }
+    });
+    http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(SERVER_PONG)
+        .max_concurrent_streams(limits.calls)
+        .max_header_list_size(16 * 1024)
+        .max_send_buf_size(64 * 1024)
+        .serve_connection(TokioIo::new(stream), service)
+        .await
+        .map_err(|error| error.to_string())
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+/// A server with this certificate; clients have to show one that is signed by `client_ca` where there is such a file.
+///
+/// # Errors
+/// A file cannot be read or used.
+pub fn server_tls(
+    certificate: &Path,
+    key: &Path,
+    client_ca: Option<&Path>,
+) -> Result<Arc<ServerConfig>, String> {
+    let builder = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    let builder = match client_ca {
+        None => builder.with_no_client_auth(),
+        Some(file) => {
+            let roots = files::trusted_roots(file).map_err(|error| error.to_string())?;
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider()).build();
+            builder.with_client_cert_verifier(verifier.map_err(|error| error.to_string())?)
+        }
+    };
+    let chain = files::certificates(certificate).map_err(|error| error.to_string())?;
+    let key = files::private_key(key).map_err(|error| error.to_string())?;
+    let mut config = builder.with_single_cert(chain, key).map_err(|error| error.to_string())?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// A client that trusts `ca`, or what the system trusts, and shows a certificate where it has one.
+///
+/// # Errors
+/// A file cannot be read or used.
+pub fn client_tls(ca: Option<&Path>, identity: Option<(&Path, &Path)>) -> Result<Arc<ClientConfig>, String> {
+    let roots =
+        ca.map_or_else(files::system_roots, files::trusted_roots).map_err(|error| error.to_string())?;
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots);
+    let mut config = match identity {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let chain = files::certificates(certificate).map_err(|error| error.to_string())?;
+            let key = files::private_key(key).map_err(|error| error.to_string())?;
+            builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?
+        }
+    };
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(Arc::new(config))
+}
