@@ -3,11 +3,14 @@
 //! What the authority is at a moment is a [`Current`]: made from the one record by whoever keeps it, published by a watch
 //! channel, and read anew at each call. Nothing here writes the record. What workloads say they use goes to [`Acks`].
 
+pub mod admin;
 pub mod audit;
 pub mod authority;
 pub mod csr;
+pub mod export;
 pub mod fleet;
 pub mod foundry;
+pub mod inspect;
 pub mod keeper;
 pub mod limits;
 pub mod record;

@@ -41,6 +41,8 @@ enum Command {
     Discovery(role::discovery::Discovery),
     /// What stands beside one workload and speaks for it.
     Sidecar(role::sidecar::Sidecar),
+    /// Look at the certificates of a mesh, exchange them under traffic, and get out of trouble.
+    Certs(cmd::certs::Certs),
     /// Find every error in a configuration directory, without starting anything.
     Check(cmd::check::Check),
     /// Tell what the gateway would do with a request, and why.
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         Command::Up(role) => role.run(),
         Command::Discovery(role) => role.run(),
         Command::Sidecar(role) => role.run(),
+        Command::Certs(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),
         Command::Drain(command) => command.run(),

@@ -104,6 +104,11 @@ impl Keeper {
         self.current.subscribe()
     }
 
+    /// A workload is over and does not come back.
+    pub fn forget(&self, id: &str) -> bool {
+        self.fleet.forget(id)
+    }
+
     /// The numbers of the authority.
     #[must_use]
     pub fn metrics(&self) -> Vec<Sample> {

@@ -1,6 +1,7 @@
 //! Commands that do one thing and end.
 
 pub mod capture;
+pub mod certs;
 pub mod check;
 pub mod docs;
 pub mod drain;

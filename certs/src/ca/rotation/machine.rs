@@ -106,27 +106,28 @@ fn steady(record: &Record, view: &View, now: Moment) -> Decision {
     Decision::Steady
 }
 
-/// What has to be exchanged because of its age: half its life, or a year.
+/// What has to be exchanged because of its age.
 #[must_use]
 pub fn due(record: &Record, now: Moment) -> Option<Kind> {
     if record.rotation.is_some() {
         return None;
     }
+    [Kind::Root, Kind::Issuer].into_iter().find(|kind| due_at(record, *kind).is_some_and(|at| at <= now))
+}
+
+/// When something is exchanged because of its age: at half of its life, a root after a year at the latest. None: a person
+/// has to do it, who has the root's key.
+#[must_use]
+pub fn due_at(record: &Record, kind: Kind) -> Option<Moment> {
     const YEAR: Duration = Duration::from_secs(365 * 86_400);
-    let old = |not_before: Moment, not_after: Moment| {
-        let life = not_after.since(not_before);
-        now >= not_before + (life / 2).min(YEAR.max(life / 10)) && now < not_after
-    };
     let issuer = record.signing()?;
     let root = record.root(&issuer.root)?;
-    // A root whose key is elsewhere is exchanged by a person, who has the key.
     root.key.as_ref()?;
-    if old(root.not_before, root.not_after) {
-        Some(Kind::Root)
-    } else if old(issuer.not_before, issuer.not_after) {
-        Some(Kind::Issuer)
-    } else {
-        None
+    let half = |not_before: Moment, not_after: Moment| not_after.since(not_before) / 2;
+    match kind {
+        Kind::Root => Some(root.not_before + half(root.not_before, root.not_after).min(YEAR)),
+        Kind::Issuer => Some(issuer.not_before + half(issuer.not_before, issuer.not_after)),
+        Kind::Leaf => None,
     }
 }
 

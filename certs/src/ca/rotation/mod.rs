@@ -16,6 +16,8 @@ pub(crate) mod model;
 pub mod plan;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::time::Duration;
