@@ -20,6 +20,7 @@ pub mod graph;
 pub mod id;
 pub mod listed_plugins;
 pub mod lookup_table;
+pub mod mesh;
 pub mod meta;
 pub mod pattern;
 pub mod plugin_catalog;

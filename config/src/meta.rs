@@ -31,6 +31,33 @@ pub struct Meta {
     /// The body of the answer when the plugin refuses a request: text, or an object that is sent as JSON.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_response: Option<ErrorResponse>,
+    /// Where the plugin is run, so that one object can serve an edge and a sidecar: `edge`, `sidecar`, or `both`, which is
+    /// the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+}
+
+/// Which role of the binary runs a plugin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum Placement {
+    /// The edge alone.
+    Edge,
+    /// Sidecars alone.
+    Sidecar,
+    /// Both.
+    #[default]
+    Both,
+}
+
+/// The role that builds plugins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The gateway at the edge.
+    Edge,
+    /// A sidecar.
+    Sidecar,
 }
 
 /// The body of an answer in place of that of the plugin.
@@ -68,6 +95,16 @@ impl Meta {
     #[must_use]
     pub fn of(settings: &Value) -> Meta {
         settings.get(META).and_then(|meta| Meta::deserialize(meta).ok()).unwrap_or_default()
+    }
+
+    /// Whether this role runs the plugin.
+    #[must_use]
+    pub fn runs_in(&self, role: Role) -> bool {
+        match self.placement.unwrap_or_default() {
+            Placement::Both => true,
+            Placement::Edge => role == Role::Edge,
+            Placement::Sidecar => role == Role::Sidecar,
+        }
     }
 
     /// Whether the plugin is switched off.

@@ -10,17 +10,18 @@ use std::sync::{Arc, Weak};
 
 use config::fields::Plugins;
 use config::graph::{Graph, Item, Rejected};
-use config::meta::{META, Meta};
+use config::meta::Role;
 use config::plugin_catalog::PluginCatalog;
 use config::process::Process;
 use config::{ConfigError, Kind, Resource, ResourceKey};
 use hashbrown::{HashMap, HashSet};
+use layers::assembly::{Assembly, Instances};
 use layers::carry::Carry;
-use layers::chain::{ErrorResponse, Instance, Plan, Source};
+use layers::chain::{Instance, Plan};
 use layers::consumer::{Consumer, ConsumerTable, Consumers};
 use layers::endpoint::{Endpoints, Offers};
 use layers::error::Reason;
-use layers::plugin::{BuildEnv, Hooks, Registration, Upstreams};
+use layers::plugin::{Registration, Upstreams};
 use layers::route::{AddrSet, Entry, HostPattern, MethodSet, Mode, Table};
 use layers::target::{Destination, Target, Timeouts};
 use layers::telemetry::metrics::Metrics;
@@ -84,9 +85,6 @@ impl Env {
         })
     }
 }
-
-/// The plugins of one object, built.
-type Instances = Arc<[Arc<Instance>]>;
 
 /// Keeps the compiled form of all resources and brings it up to date.
 pub struct Compiler {
@@ -492,7 +490,7 @@ impl Compiler {
         }
     }
 
-    /// Builds plugins in the order of their names. All errors, with pointers into the object.
+    /// Builds the plugins of an object. All errors, with pointers into it.
     fn build(
         &self,
         graph: &Graph,
@@ -506,75 +504,21 @@ impl Compiler {
             env: &self.env.clusters,
             used: RefCell::default(),
         };
-        let source = Source(owner.to_string().into());
-        let mut built = Vec::with_capacity(plugins.len());
-        let mut errors = Vec::new();
-        for (name, settings) in plugins.iter() {
-            let under = format!("/plugins/{}", config::error::escape(name));
-            let meta = Meta::of(settings);
-            // Names that are harmless to leave out have passed the check of the object and have no registration.
-            let Some(registration) = self.env.plugins.get(name.as_str()) else { continue };
-            if meta.is_disabled() {
-                // It takes part in no phase, and its place from the same plugin of a weaker object.
-                built.push(Arc::new(Instance {
-                    name: registration.name,
-                    priority: registration.priority,
-                    source: source.clone(),
-                    filter: None,
-                    error_response: None,
-                    hooks: Hooks::default(),
-                }));
-                continue;
-            }
-            let mut settings = settings.clone();
-            if let Some(fields) = settings.as_object_mut() {
-                fields.remove(META);
-            }
-            let metadata = metadata_of(graph, name);
-            let env = self.build_env(owner, name, metadata.as_ref(), &upstreams);
-            let mut hooks = Hooks::default();
-            if let Err(found) = (registration.build)(&settings, &env, &mut hooks) {
-                errors.extend(found.into_iter().map(|error| error.under(&under)));
-                continue;
-            }
-            let filter = match meta.filter.as_ref().map(config::Expr::parse).transpose() {
-                Ok(filter) => filter,
-                Err(error) => {
-                    errors.push(error.under(&format!("{under}/{META}/filter")));
-                    continue;
-                }
-            };
-            built.push(Arc::new(Instance {
-                name: registration.name,
-                priority: meta.priority.unwrap_or(registration.priority),
-                source: source.clone(),
-                filter,
-                error_response: meta.error_response.as_ref().map(ErrorResponse::from),
-                hooks,
-            }));
-        }
-        if errors.is_empty() { Ok(built.into()) } else { Err(errors) }
+        self.assembly().build(owner, plugins, &upstreams)
     }
 
-    fn build_env<'a>(
-        &'a self,
-        owner: &'a ResourceKey,
-        plugin: &str,
-        metadata: Option<&'a Value>,
-        upstreams: &'a dyn Upstreams,
-    ) -> BuildEnv<'a> {
-        BuildEnv {
-            owner,
-            metadata,
-            attr: self.env.attrs.get(plugin),
+    /// What plugins are built with.
+    fn assembly(&self) -> Assembly<'_> {
+        Assembly {
+            role: Role::Edge,
+            plugins: &self.env.plugins,
+            attrs: &self.env.attrs,
             carry: &self.carry,
             consumers: &self.env.consumers,
             endpoints: &self.env.endpoints,
-            upstreams,
             metrics: &self.env.metrics,
+            clusters: &self.env.clusters,
             control: &self.env.control,
-            discovery: &self.env.clusters.discovery,
-            tls: &self.env.clusters.tls,
         }
     }
 
@@ -592,7 +536,7 @@ impl Compiler {
                 used: RefCell::default(),
             };
             let metadata = metadata_of(graph, registration.name);
-            let env = self.build_env(&owner, registration.name, metadata.as_ref(), &upstreams);
+            let env = self.assembly().env(&owner, registration.name, metadata.as_ref(), &upstreams);
             if let Err(error) = (registration.offer)(&env, &mut offers) {
                 refused.push((owner, error));
             }

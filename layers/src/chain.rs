@@ -166,6 +166,38 @@ impl Plan {
         self.instances.get(usize::from(index))
     }
 
+    fn surrounds(&self, x: &mut Exchange, all: &mut Surrounding) {
+        for (owner, step) in &self.around {
+            if self.takes_part(*owner, x) {
+                all.push(step.clone());
+            }
+        }
+    }
+
+    /// True when a plugin has answered.
+    fn before_proxy(&self, x: &mut Exchange) -> bool {
+        self.before_proxy.iter().any(|(owner, step)| {
+            if !self.takes_part(*owner, x) {
+                return false;
+            }
+            match (step.before_proxy(x), self.instance(*owner)) {
+                (Flow::Reply(response), Some(instance)) => {
+                    replied(x, instance, response);
+                    true
+                }
+                _ => false,
+            }
+        })
+    }
+
+    fn hides(&self, x: &mut Exchange) {
+        for (owner, step) in &self.hide {
+            if self.takes_part(*owner, x) {
+                step.hide(x);
+            }
+        }
+    }
+
     /// Whether the plugin takes part in this request: `_meta.filter`, asked once a request.
     fn takes_part(&self, index: u16, x: &mut Exchange) -> bool {
         if !self.filtered {
@@ -346,12 +378,8 @@ fn surrounding(x: &mut Exchange) -> Surrounding {
             continue;
         }
         let plan = plan.take();
-        for (plan, (owner, step)) in
-            plan.iter().flat_map(|plan| plan.around.iter().map(move |step| (plan, step)))
-        {
-            if plan.takes_part(*owner, x) {
-                all.push(step.clone());
-            }
+        if let Some(plan) = &plan {
+            plan.surrounds(x, &mut all);
         }
         if global {
             x.global_plan = plan;
@@ -364,22 +392,17 @@ fn surrounding(x: &mut Exchange) -> Surrounding {
 
 /// Runs `before_proxy` of all plugins. True when one of them has answered; the upstream is then not asked.
 pub fn before_proxy(x: &mut Exchange) -> bool {
+    if !x.layered.is_empty() {
+        let layered = std::mem::take(&mut x.layered);
+        let answered = layered.iter().any(|plan| plan.before_proxy(x));
+        x.layered = layered;
+        if answered {
+            return true;
+        }
+    }
     for global in [true, false] {
         let plan = if global { x.global_plan.take() } else { x.plan.take() };
-        let answered = plan.as_ref().is_some_and(|plan| {
-            plan.before_proxy.iter().any(|(owner, step)| {
-                if !plan.takes_part(*owner, x) {
-                    return false;
-                }
-                match (step.before_proxy(x), plan.instance(*owner)) {
-                    (Flow::Reply(response), Some(instance)) => {
-                        replied(x, instance, response);
-                        true
-                    }
-                    _ => false,
-                }
-            })
-        });
+        let answered = plan.as_ref().is_some_and(|plan| plan.before_proxy(x));
         if global {
             x.global_plan = plan;
         } else {
@@ -394,13 +417,21 @@ pub fn before_proxy(x: &mut Exchange) -> bool {
 
 /// Runs the response and body phases on the answer.
 fn respond(x: &mut Exchange) {
-    x.responded = Some(std::time::Instant::now());
+    let plans = [x.global_plan.take(), x.plan.take()];
+    answer_passes(x, &[plans[0].as_deref(), plans[1].as_deref()]);
+    let [global, route] = plans;
+    x.global_plan = global;
+    x.plan = route;
+}
+
+/// Runs the response, body and encode phases of these plans on the answer.
+fn answer_passes(x: &mut Exchange, plans: &[Option<&Plan>]) {
+    x.responded.get_or_insert_with(std::time::Instant::now);
     let early = std::mem::take(&mut x.response_headers);
     for (name, value) in early {
         x.response.headers_mut().insert(name, value);
     }
     rescue::proxy_status(x);
-    let plans = [x.global_plan.take(), x.plan.take()];
     for plan in plans.iter().flatten() {
         x.keeps_head |= plan.reads_head;
         for (owner, step) in &plan.response {
@@ -430,9 +461,6 @@ fn respond(x: &mut Exchange) {
             }
         }
     }
-    let [global, route] = plans;
-    x.global_plan = global;
-    x.plan = route;
 }
 
 /// Runs the log phase. Called when the exchange is over.
@@ -454,29 +482,39 @@ pub(crate) fn log(x: &mut Exchange) {
             x.plan = plan;
         }
     }
+    if x.layered.is_empty() {
+        return;
+    }
+    let layered = std::mem::take(&mut x.layered);
+    for (plan, (owner, step)) in layered.iter().flat_map(|plan| plan.log.iter().map(move |step| (plan, step)))
+    {
+        if plan.takes_part(*owner, x) {
+            step.log(x);
+        }
+    }
+    x.layered = layered;
 }
 
 /// Takes out of the request what no log may tell.
 fn hide(x: &mut Exchange) {
+    if !x.layered.is_empty() {
+        let layered = std::mem::take(&mut x.layered);
+        layered.iter().for_each(|plan| plan.hides(x));
+        x.layered = layered;
+    }
     let hides = |plan: &Option<Arc<Plan>>| plan.as_ref().is_some_and(|plan| !plan.hide.is_empty());
     if !hides(&x.global_plan) && !hides(&x.plan) {
         return;
     }
     let plans = [x.global_plan.take(), x.plan.take()];
-    for plan in plans.iter().flatten() {
-        for (owner, step) in &plan.hide {
-            if plan.takes_part(*owner, x) {
-                step.hide(x);
-            }
-        }
-    }
+    plans.iter().flatten().for_each(|plan| plan.hides(x));
     let [global, route] = plans;
     x.global_plan = global;
     x.plan = route;
 }
 
 /// The way through `surrounding` to `inner` and back.
-fn next<S>(surrounding: Surrounding, mut inner: S) -> Next
+pub(crate) fn next<S>(surrounding: Surrounding, mut inner: S) -> Next
 where
     S: Service<Exchange, Response = Exchange, Error = Fault> + 'static,
 {
@@ -484,14 +522,69 @@ where
 }
 
 fn finish(result: Result<Exchange, Fault>) -> Exchange {
-    let mut x = match result {
-        Ok(x) => x,
-        Err(Fault { mut exchange, error }) => {
-            rescue::rescue(&mut exchange, error);
-            exchange
-        }
-    };
+    let mut x = answered(result);
     respond(&mut x);
+    x
+}
+
+/// The exchange with its answer, whatever became of it.
+fn answered(result: Result<Exchange, Fault>) -> Exchange {
+    result.unwrap_or_else(|Fault { mut exchange, error }| {
+        rescue::rescue(&mut exchange, error);
+        exchange
+    })
+}
+
+/// The request phases of one plan as a layer runs them: all of `rewrite`, then all of `access`.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Walk {
+    rewritten: bool,
+    index: usize,
+}
+
+/// How far [`Walk::on`] came.
+pub(crate) enum Walked {
+    /// The request goes on; these surround it.
+    On(Surrounding),
+    /// A plugin has answered.
+    Replied,
+    /// A step has to be waited for.
+    Waits(Arc<Instance>, Arc<dyn Waits>),
+}
+
+impl Walk {
+    /// Runs steps until one waits, one answers, or all are done.
+    pub(crate) fn on(&mut self, plan: &Plan, x: &mut Exchange) -> Walked {
+        loop {
+            let steps = if self.rewritten { &plan.access } else { &plan.rewrite };
+            match run_steps(plan, steps, x, &mut self.index) {
+                Some(Progress::Waits(instance, step)) => return Walked::Waits(instance, step),
+                Some(_) => return Walked::Replied,
+                None if self.rewritten => break,
+                None => *self = Self { rewritten: true, index: 0 },
+            }
+        }
+        let mut surrounding = Surrounding::new();
+        plan.surrounds(x, &mut surrounding);
+        Walked::On(surrounding)
+    }
+
+    /// Runs a step that waits. True when it has answered.
+    pub(crate) async fn wait(x: &mut Exchange, instance: &Instance, step: &dyn Waits) -> bool {
+        match step.run(x).await {
+            Flow::Reply(response) => {
+                replied(x, instance, response);
+                true
+            }
+            Flow::Next => false,
+        }
+    }
+}
+
+/// Settles the answer of a plan that a layer runs.
+pub(crate) fn settle_layer(plan: &Plan, result: Result<Exchange, Fault>) -> Exchange {
+    let mut x = answered(result);
+    answer_passes(&mut x, &[Some(plan)]);
     x
 }
 

@@ -278,6 +278,8 @@ pub struct State {
     pub global_plan: Option<Arc<Plan>>,
     /// The plugins of the matched route (and consumer), by phase.
     pub plan: Option<Arc<Plan>>,
+    /// The plans of plugins that are layers of the stack, the outermost first.
+    pub(crate) layered: SmallVec<[Arc<Plan>; 2]>,
     slots: SmallVec<[(TypeId, Box<dyn Any>); 2]>,
     finish: SmallVec<[Rc<dyn Finish>; 4]>,
     kept: Vec<Box<dyn Any>>,
@@ -321,6 +323,7 @@ impl Exchange {
             keeps_head: false,
             global_plan: None,
             plan: None,
+            layered: SmallVec::new(),
             slots: SmallVec::new(),
             finish: SmallVec::new(),
             kept: Vec::new(),

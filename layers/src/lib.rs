@@ -4,6 +4,7 @@
 //! `http`, the route table of `route`, the plugins in `chain`, and `upstream`. Everything here runs on one worker's
 //! current-thread runtime: nothing is `Send`, nothing blocks, no borrow is held across an await.
 
+pub mod assembly;
 pub mod body;
 pub mod carry;
 pub mod chain;
@@ -16,6 +17,7 @@ pub mod limits;
 pub mod local;
 pub mod lookup;
 pub mod plugin;
+pub mod plugin_layer;
 pub mod rescue;
 pub mod route;
 pub mod stack;

@@ -166,6 +166,20 @@ pub trait OnLog: Send + Sync + 'static {
     }
 }
 
+/// Which roles can run a plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// The edge and sidecars.
+    Both,
+    /// The edge alone, and why.
+    Edge(&'static str),
+}
+
+/// Why plugins that ask for consumers run at the edge alone.
+pub const NEEDS_CONSUMERS: Placement = Placement::Edge(
+    "a sidecar knows no consumers; write `from: [{identities: ...}]` in an authorization policy",
+);
+
 /// What a plugin is: its name, place in the order, settings, and how an object of it is made.
 pub trait Definition: Sized + 'static {
     /// APISIX's name.
@@ -174,6 +188,10 @@ pub trait Definition: Sized + 'static {
     const PRIORITY: i32;
     /// The settings. Their schema and documentation are the plugin's.
     type Config: DeserializeOwned + Serialize + JsonSchema;
+
+    /// Which roles can run it. One that needs what a sidecar has not (consumers, definitions, paths of the gateway's
+    /// own) says so, and why.
+    const PLACEMENT: Placement = Placement::Both;
 
     /// What the plugin has besides its settings: consumer settings, metadata.
     fn extend(_extras: &mut Extras) {}
@@ -365,6 +383,8 @@ pub struct Registration {
     pub name: &'static str,
     /// Default priority.
     pub priority: i32,
+    /// Which roles can run it.
+    pub placement: Placement,
     /// Checks settings and fills in defaults.
     pub check: Check,
     /// Checks settings against the plugin's `plugin_attr`.
@@ -385,6 +405,7 @@ impl Registration {
         Self {
             name: D::NAME,
             priority: D::PRIORITY,
+            placement: D::PLACEMENT,
             check: check_plugin::<D>,
             check_attr: check_plugin_attr::<D>,
             schema: schema_of::<D::Config>,

@@ -45,6 +45,7 @@ fn fields(config: &Config) -> Vec<Result<(HeaderName, Box<str>), ConfigError>> {
 impl Definition for AttachConsumerLabel {
     const NAME: &'static str = "attach-consumer-label";
     const PRIORITY: i32 = 2399;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {

@@ -78,6 +78,7 @@ pub struct BasicAuth {
 impl Definition for BasicAuth {
     const NAME: &'static str = "basic-auth";
     const PRIORITY: i32 = 2520;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn extend(extras: &mut Extras) {

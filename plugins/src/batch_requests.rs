@@ -53,6 +53,7 @@ pub struct BatchRequests;
 impl Definition for BatchRequests {
     const NAME: &'static str = "batch-requests";
     const PRIORITY: i32 = 4010;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::Placement::Edge("it answers under paths of the gateway, and a sidecar has none");
     type Config = Config;
 
     fn extend(extras: &mut Extras) {

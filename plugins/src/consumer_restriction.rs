@@ -103,6 +103,7 @@ fn set(list: &List<String>) -> HashSet<Box<str>> {
 impl Definition for ConsumerRestriction {
     const NAME: &'static str = "consumer-restriction";
     const PRIORITY: i32 = 2400;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {

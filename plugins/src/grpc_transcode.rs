@@ -111,6 +111,7 @@ pub struct GrpcTranscode {
 impl Definition for GrpcTranscode {
     const NAME: &'static str = "grpc-transcode";
     const PRIORITY: i32 = 506;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::Placement::Edge("definitions (`protos`) are resources of the edge");
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {

@@ -148,6 +148,7 @@ pub struct HmacAuth {
 impl Definition for HmacAuth {
     const NAME: &'static str = "hmac-auth";
     const PRIORITY: i32 = 2530;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn extend(extras: &mut Extras) {

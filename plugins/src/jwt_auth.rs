@@ -183,6 +183,7 @@ enum Times {
 impl Definition for JwtAuth {
     const NAME: &'static str = "jwt-auth";
     const PRIORITY: i32 = 2510;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn extend(extras: &mut Extras) {

@@ -164,6 +164,7 @@ struct Verified {
 impl Definition for JwtIssue {
     const NAME: &'static str = "jwt-issue";
     const PRIORITY: i32 = 1999;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::Placement::Edge("it answers under paths of the gateway, and a sidecar has none");
     type Config = Config;
 
     fn extend(extras: &mut Extras) {

@@ -69,6 +69,7 @@ pub struct KeyAuth {
 impl Definition for KeyAuth {
     const NAME: &'static str = "key-auth";
     const PRIORITY: i32 = 2500;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn extend(extras: &mut Extras) {

@@ -58,6 +58,7 @@ fn registration(name: &str, place: &str) -> Result<&'static Registration, Config
 impl Definition for MultiAuth {
     const NAME: &'static str = "multi-auth";
     const PRIORITY: i32 = 2600;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::NEEDS_CONSUMERS;
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {

@@ -33,6 +33,7 @@ pub struct NodeStatus;
 impl Definition for NodeStatus {
     const NAME: &'static str = "node-status";
     const PRIORITY: i32 = 1000;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::Placement::Edge("it answers under paths of the gateway, and a sidecar has none");
     type Config = Config;
 
     fn build(_: Config, _: &BuildEnv<'_>, _: &mut Hooks) -> Result<(), ConfigError> {

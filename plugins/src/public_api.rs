@@ -34,6 +34,7 @@ pub struct PublicApi {
 impl Definition for PublicApi {
     const NAME: &'static str = "public-api";
     const PRIORITY: i32 = 501;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::Placement::Edge("it answers under paths of the gateway, and a sidecar has none");
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {

@@ -18,6 +18,8 @@ pub struct ServerInfo;
 impl Definition for ServerInfo {
     const NAME: &'static str = "server-info";
     const PRIORITY: i32 = 990;
+    const PLACEMENT: layers::plugin::Placement =
+        layers::plugin::Placement::Edge("its answer is part of the Control API, which is the edge's");
     type Config = Config;
 
     fn build(_: Config, _: &BuildEnv<'_>, _: &mut Hooks) -> Result<(), ConfigError> {

@@ -48,6 +48,7 @@ pub struct UpstreamLookup {
 impl Definition for UpstreamLookup {
     const NAME: &'static str = "upstream-lookup";
     const PRIORITY: i32 = 960;
+    const PLACEMENT: layers::plugin::Placement = layers::plugin::Placement::Edge("lookup tables are resources of the edge; write the endpoints on the service");
     type Config = Config;
 
     fn check(config: &Config) -> Vec<ConfigError> {

@@ -75,6 +75,7 @@ pub fn registrations(plugins: &[WasmPlugin]) -> Vec<&'static Registration> {
                 check_attr: |_, _| Vec::new(),
                 name: Box::leak(plugin.name.clone().into_boxed_str()),
                 priority: plugin.priority,
+                placement: layers::plugin::Placement::Both,
                 check: |value| {
                     let config = config::typed::parse::<Config>(value)?;
                     check(&config).map_err(|error| vec![error])?;
