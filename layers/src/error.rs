@@ -67,6 +67,14 @@ reasons! {
     ConsumerRefused "consumer_refused" 503 Gateway "proxy_configuration_error",
     /// A plugin answered.
     Plugin "plugin" 403 Gateway "http_request_denied",
+    /// An authorization policy of the sidecar does not allow the request.
+    PolicyDenied "policy_denied" 403 Client "http_request_denied",
+    /// The sidecar's policies have not come yet, and until then nothing is allowed.
+    PolicyPending "policy_pending" 403 Gateway "http_request_denied",
+    /// The token that the request shows is not good.
+    TokenRefused "token_refused" 401 Client "http_request_denied",
+    /// The sidecar's egress policy does not allow the destination.
+    EgressDenied "egress_denied" 403 Client "destination_ip_prohibited",
     /// A plugin failed where it may not let the request pass.
     PluginFailed "plugin_failed" 500 Gateway "proxy_internal_error",
     /// The URI cannot be normalised, or has bytes that are never forwarded.

@@ -250,6 +250,8 @@ pub struct State {
     pub chosen: Option<Arc<Cluster>>,
     /// Where in [`State::path`] the parameters of the route's URI pattern stand (`uri_param_*`).
     pub uri_params: Params,
+    /// The policy of a sidecar that let the request pass or refused it (`policy`).
+    pub policy: Option<Arc<str>>,
     /// The authenticated consumer.
     pub consumer: Option<Arc<Consumer>>,
     /// What plugins changed for the upstream.
@@ -309,6 +311,7 @@ impl Exchange {
             chosen: None,
             balancer: None,
             uri_params: Params::default(),
+            policy: None,
             consumer: None,
             forward: Forward::default(),
             response_headers: Vec::new(),

@@ -36,7 +36,14 @@ pub(crate) fn proxy_status(x: &mut Exchange) {
     let value = match (x.answered_by_plugin(), x.response.status().as_u16()) {
         (Some(plugin), ..400) => format!("{HOP}; details=\"plugin:{plugin}\""),
         (Some(plugin), _) => format!("{HOP}; error={}; details=\"plugin:{plugin}\"", reason.proxy_status()),
-        (None, _) => format!("{HOP}; error={}; details=\"{}\"", reason.proxy_status(), reason.code()),
+        (None, _) => {
+            let (error, code) = (reason.proxy_status(), reason.code());
+            match x.policy.as_ref().filter(|_| matches!(reason, Reason::PolicyDenied | Reason::EgressDenied))
+            {
+                Some(policy) => format!("{HOP}; error={error}; details=\"{code}:{policy}\""),
+                None => format!("{HOP}; error={error}; details=\"{code}\""),
+            }
+        }
     };
     if let Ok(value) = HeaderValue::try_from(value) {
         x.response.headers_mut().insert("proxy-status", value);

@@ -299,6 +299,9 @@ impl Vars for State {
             }
             // The code of an answer of our own; APISIX has no such variable.
             Var::Other(name) if &**name == "reason" => self.reason_code(),
+            Var::Other(name) if &**name == "policy" && self.policy.is_some() => {
+                self.policy.as_deref().map(Cow::Borrowed)
+            }
             Var::Other(name) => {
                 let own = self.slot::<OwnVars>()?;
                 own.0.iter().find(|(key, _)| **key == **name).map(|(_, value)| Cow::Borrowed(value.as_str()))

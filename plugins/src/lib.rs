@@ -3,6 +3,8 @@
 pub mod absent;
 pub mod catalog;
 pub mod docs;
+#[cfg(test)]
+mod layered;
 pub mod pages;
 #[cfg(test)]
 mod refusals;

@@ -29,13 +29,13 @@ const OF_OTHERS: [(&str, &str); 3] = [
 
 /// What the cases write about plugins, by their names.
 #[derive(Default)]
-struct Samples {
-    settings: BTreeMap<String, Vec<Value>>,
+pub(crate) struct Samples {
+    pub(crate) settings: BTreeMap<String, Vec<Value>>,
     metadata: BTreeMap<String, Vec<Value>>,
 }
 
 impl Samples {
-    fn read() -> Self {
+    pub(crate) fn read() -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/compat");
         let [address, port] = ["@(one|two|self|http)@", "@[a-z-]+@"].map(|place| Regex::new(place).unwrap());
         let mut samples = Self::default();

@@ -1,3 +1,10 @@
-//! What stands beside one workload and speaks for it.
+//! The sidecar: what stands beside an application and speaks for it in the mesh.
 
+pub mod authorize;
 pub mod capture;
+pub mod client_cert;
+pub mod egress;
+pub mod live;
+pub mod matcher;
+pub mod policy;
+pub mod tokens;

@@ -71,6 +71,7 @@ metrics! {
     CLIENT_CONNECTIONS_TOTAL Counter "postern_connections_total" "Client connections by what became of them at the door.",
     REQUESTS_IN_FLIGHT Gauge "postern_requests_in_flight" "Requests at work, until their answer has left.",
     REQUESTS_IN_FLIGHT_LIMIT Gauge "postern_requests_in_flight_limit" "Requests that may be at work at once; more are refused.",
+    POLICY_DECISIONS_TOTAL Counter "postern_policy_decisions_total" "Decisions of a sidecar's policies by policy and verdict; audited ones have passed.",
     ANSWERS_TOTAL Counter "postern_gateway_answers_total" "Answers that the gateway itself gave, by reason.",
     PANICS_TOTAL Counter "postern_panics_total" "Panics that were caught while a request was handled.",
     RETRIES_TOTAL Counter "postern_upstream_retries_total" "Further attempts to reach an upstream after a failed one.",

@@ -246,6 +246,11 @@ impl<S: HttpService> Server<S> {
                 }
                 Some(cause) => {
                     shared.ended(cause);
+                    if cause == Ended::Forbidden {
+                        // GOAWAY goes out if the socket takes it at once; nothing more is read or waited for.
+                        engine.as_mut().graceful_shutdown();
+                        let _ = engine.as_mut().poll(cx);
+                    }
                     return Poll::Ready(None);
                 }
             }
