@@ -24,7 +24,7 @@ use crate::chain::{Instance, Plan, PluginChain, Source};
 use crate::consumer::{Consumer, ConsumerTable, Consumers};
 use crate::endpoint::{Endpoints, Offers};
 use crate::error::{Error, Fault};
-use crate::exchange::{Answered, Conn, Exchange, OwnStack};
+use crate::exchange::{Answered, Conn, Exchange, OwnDoor, OwnStack};
 use crate::plugin::{BuildEnv, Definition, Extras, Hooks, Registration, Upstreams};
 use crate::stack::Requests;
 use crate::upstream::cluster::Cluster;
@@ -75,6 +75,26 @@ impl ExchangeBuilder {
     pub fn stack(mut self, stack: Rc<dyn Requests>) -> Self {
         self.conn.stack = OwnStack(Some(stack));
         self
+    }
+
+    /// Sets what a role knows of the connection.
+    #[must_use]
+    pub fn door(mut self, door: OwnDoor) -> Self {
+        self.conn.door = Some(door);
+        self
+    }
+
+    /// Sets the version.
+    #[must_use]
+    pub fn version(mut self, version: http::Version) -> Self {
+        self.request = self.request.version(version);
+        self
+    }
+
+    /// The exchange as it comes from the connection: nothing is settled.
+    pub fn raw(self) -> Exchange {
+        let request = self.request.body(self.body).expect("a well-formed request");
+        Exchange::new(request, Rc::new(self.conn))
     }
 
     /// The exchange, as the route look-up sees it: host and path are settled.

@@ -241,3 +241,6 @@ impl<S: HttpService> Service<Exchange> for Authorize<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,4 +7,6 @@ pub mod egress;
 pub mod live;
 pub mod matcher;
 pub mod policy;
+#[cfg(test)]
+mod testing;
 pub mod tokens;

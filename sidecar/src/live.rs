@@ -14,7 +14,7 @@ use std::sync::Arc;
 use certs::mesh::MeshIdentity;
 use certs::trust::Peer;
 use http::{HeaderValue, Method, Uri, header};
-use layers::exchange::{Exchange, Finish, State};
+use layers::exchange::{Door, Exchange, Finish, State};
 use layers::worker::deadlines::{Ended, Watch};
 use layers::worker::view::View;
 use tokio::sync::Notify;
@@ -278,6 +278,12 @@ impl Admission {
         } else {
             x.on_finish(self.0.clone());
         }
+    }
+}
+
+impl Door for Admission {
+    fn watched(&self, watch: &Arc<Watch>) {
+        Self::watched(self, watch);
     }
 }
 

@@ -457,3 +457,6 @@ impl Matcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
