@@ -143,6 +143,11 @@ pub fn authorize(
     let caller = admission.arrival().caller();
     let vars = RequestVars { x, identity: caller.identity(), claims };
     let asked = Asked { method: x.request.method.as_str(), path: x.path(), host: &x.host, vars: Some(&vars) };
+    let other = without_encoded_slashes(x.path());
+    // The application may understand the path either way, so it may pass if it may both ways.
+    let refused =
+        other.as_deref().filter(|path| !sight.allows(&caller, &What::Request(Asked { path, ..asked })));
+    let asked = Asked { path: refused.unwrap_or(asked.path), ..asked };
     let Verdict { allowed, policy, why, audited } = sight.decide(&caller, &What::Request(asked));
     if audited {
         let (identity, why) = (caller.identity().unwrap_or("-"), why.as_deref().unwrap_or_default());
@@ -156,6 +161,24 @@ pub fn authorize(
     }
     let reason = if sight.in_force().is_some() { Reason::PolicyDenied } else { Reason::PolicyPending };
     Err(Error::new(reason).detail(why.unwrap_or_default()))
+}
+
+/// The other way to understand a path in which slashes were kept encoded: as slashes. Nothing where there are none, which
+/// is nearly always.
+pub(crate) fn without_encoded_slashes(path: &str) -> Option<String> {
+    let encoded = |bytes: &[u8]| matches!(bytes, b"%2F" | b"%2f");
+    if !path.as_bytes().windows(3).any(encoded) {
+        return None;
+    }
+    // A percent sign that could be taken for the beginning of an escape is kept encoded with them.
+    let path = path.replace("%2F", "/").replace("%2f", "/").replace("%25", "%");
+    let mut plain = String::with_capacity(path.len());
+    for c in path.chars() {
+        if c != '/' || !plain.ends_with('/') {
+            plain.push(c);
+        }
+    }
+    Some(plain)
 }
 
 fn not_good(error: TokenError) -> Error {

@@ -3,6 +3,8 @@
 pub mod authorize;
 pub mod capture;
 pub mod client_cert;
+#[cfg(test)]
+mod documented;
 pub mod egress;
 pub mod live;
 pub mod matcher;

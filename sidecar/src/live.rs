@@ -19,6 +19,7 @@ use layers::worker::deadlines::{Ended, Watch};
 use layers::worker::view::View;
 use tokio::sync::Notify;
 
+use crate::authorize::without_encoded_slashes;
 use crate::matcher::{Asked, Caller, What};
 use crate::policy::Sight;
 
@@ -186,7 +187,9 @@ impl AtWork {
             host: host.strip_suffix('.').unwrap_or(&host),
             vars: None,
         };
-        sight.allows(caller, &What::Request(asked))
+        let other = without_encoded_slashes(asked.path);
+        let either = other.as_deref().map(|path| Asked { path, ..asked });
+        [Some(asked), either].into_iter().flatten().all(|asked| sight.allows(caller, &What::Request(asked)))
     }
 }
 

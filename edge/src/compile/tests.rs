@@ -177,3 +177,40 @@ fn a_consumer_is_found_by_its_key_and_forgotten_with_it() {
     bench.delete("consumers/jack");
     assert!(consumers.find("key-auth", "k1").is_none());
 }
+
+#[test]
+fn a_plugin_that_is_placed_in_the_other_role_takes_part_in_no_phase() {
+    let mut bench = Bench::new();
+    let plugins = |placement: &str| json!({"limit-count": {"count": 1, "time_window": 1, "_meta": {"placement": placement}}});
+    for (placement, phases) in [("sidecar", 0), ("edge", 1), ("both", 1)] {
+        let snapshot = bench.put("routes/1", json!({"uri": "/", "plugins": plugins(placement)}));
+        let plan = target(&snapshot, "1").plan.clone().unwrap();
+        let instance = &plan.instances()[0];
+        assert_eq!(usize::from(!instance.hooks.phases().is_empty()), phases, "{placement}");
+    }
+}
+
+#[test]
+fn a_sidecar_refuses_plugins_that_need_what_it_has_not() {
+    let bench = Bench::new();
+    let _context = bench.runtime.enter();
+    let key = ResourceKey::from_path("services/orders").unwrap();
+    let upstreams = UpstreamsOf {
+        owner: &key,
+        clusters: &bench.compiler.clusters,
+        graph: &bench.graph,
+        env: &bench.compiler.env.clusters,
+        used: RefCell::default(),
+    };
+    let build = |role: Role, plugins: Value| {
+        let plugins: Plugins =
+            plugins.as_object().unwrap().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let built = Assembly { role, ..bench.compiler.assembly() }.build(&key, &plugins, &upstreams);
+        built.map(|built| built.len()).map_err(|errors| errors[0].to_string())
+    };
+    let error = build(Role::Sidecar, json!({"key-auth": {}})).unwrap_err();
+    assert!(error.starts_with("/plugins/key-auth: ") && error.contains("no consumers"), "{error}");
+    assert_eq!(build(Role::Edge, json!({"key-auth": {}})), Ok(1));
+    assert_eq!(build(Role::Sidecar, json!({"key-auth": {"_meta": {"placement": "edge"}}})), Ok(1));
+    assert_eq!(build(Role::Sidecar, json!({"cors": {}, "request-id": {}})), Ok(2));
+}

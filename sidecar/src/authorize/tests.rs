@@ -70,9 +70,13 @@ impl Bench {
 
     /// Sends a request over the connection, as far as the application.
     async fn send(&self, admission: &Admission, x: ExchangeBuilder) -> Exchange {
+        self.send_as(admission, x, Options::default()).await
+    }
+
+    async fn send_as(&self, admission: &Admission, x: ExchangeBuilder, paths: Options) -> Exchange {
         let mut stack = Stack::new()
             .push(layer_fn(PluginChain::new))
-            .push(SanitizeLayer::new(LIMITS, Options::default()))
+            .push(SanitizeLayer::new(LIMITS, paths))
             .push(AuthorizeLayer::new(self.live.clone(), of, Handle::current()))
             .push(ClientCertLayer::new(MeshIdentity::new(), of))
             .around(service(|_| Ok(())));
@@ -157,6 +161,29 @@ async fn no_spelling_of_a_path_gets_past_a_denial() {
     for target in ["/", "/administrator", "/x/admin", "/admin%252fx", "/Admin"] {
         assert_eq!(bench.status(ALICE, "GET", target).await, 200, "{target}");
     }
+}
+
+#[tokio::test]
+async fn a_path_with_encoded_slashes_is_judged_both_ways() {
+    let keep = Options { keep_encoded_slash: true, ..Options::default() };
+    let bench = Bench::new(Some(json!({"authorization": [
+        {"name": "d", "action": "deny", "rules": [{"to": [{"paths": ["/admin/*"]}]}]},
+        {"name": "a", "action": "allow", "rules": [{"to": [{"paths": ["/admin/*", "/files/*"]}]}]},
+    ]})));
+    for (target, status) in [
+        ("/files/a%2Fb", 200),
+        ("/files/a%2fb", 200),
+        ("/admin%2Fx", 403),
+        ("/admin%2f%2fx", 403),
+        ("/admin%252Fx", 403),
+        ("/files%2Fa", 403),
+        ("/x%2Fadmin/y", 403),
+    ] {
+        let x = bench.send_as(&bench.connect(ALICE).0, exchange("GET", target), keep).await;
+        assert_eq!(x.status(), status, "{target}");
+    }
+    assert_eq!(without_encoded_slashes("/a/b"), None);
+    assert_eq!(without_encoded_slashes("/a%2F/b%252F%25").as_deref(), Some("/a/b%2F%"));
 }
 
 #[tokio::test]
