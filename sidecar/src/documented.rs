@@ -31,7 +31,8 @@ fn ask(policies: &Policies, question: Value) -> (bool, String) {
 
 #[test]
 fn the_page_decides_as_it_says() {
-    let [first, claims, egress] = &blocks()[..] else { panic!("three blocks") };
+    let blocks = blocks();
+    let [first, claims, egress] = &blocks[..] else { panic!("three blocks") };
     let shop = "spiffe://mesh.local/ns/shop/sa/web";
     let invoices = "spiffe://mesh.local/ns/billing/sa/invoices";
     let http = |who: &str, method: &str, path: &str| json!({"identity": who, "port": 8080, "method": method, "path": path, "host": "orders"});

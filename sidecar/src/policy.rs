@@ -425,6 +425,58 @@ pub struct Question {
     pub claims: Map<String, Value>,
 }
 
+impl Question {
+    /// Reads one of the query of a URL: `port=8080&identity=spiffe://...&method=GET&path=/x&header.x-a=1&claim.sub=a`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn read(query: &str) -> Result<Self, String> {
+        let mut question = Self {
+            identity: None,
+            address: nowhere(),
+            port: 0,
+            method: None,
+            path: None,
+            host: None,
+            headers: std::collections::BTreeMap::new(),
+            claims: Map::new(),
+        };
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let decoded = percent_encoding::percent_decode_str(value).decode_utf8();
+            let value = decoded.map_err(|_| format!("{name} is no text"))?.into_owned();
+            match name {
+                "identity" => question.identity = Some(value),
+                "address" => {
+                    question.address = value.parse().map_err(|_| format!("`{value}` is no address"))?
+                }
+                "port" => question.port = value.parse().map_err(|_| format!("`{value}` is no port"))?,
+                "method" => question.method = Some(value),
+                "path" => question.path = Some(value),
+                "host" => question.host = Some(value.to_ascii_lowercase()),
+                _ => match (name.strip_prefix("header."), name.strip_prefix("claim.")) {
+                    (Some(header), _) => drop(question.headers.insert(header.to_ascii_lowercase(), value)),
+                    (_, Some(claim)) => {
+                        // What is no JSON is text.
+                        let value = serde_json::from_str(&value).unwrap_or(Value::String(value));
+                        question.claims.insert(claim.to_owned(), value);
+                    }
+                    (None, None) => {
+                        return Err(format!(
+                            "`{name}` is not known: write identity, address, port, method, path, host, header.NAME, claim.NAME"
+                        ));
+                    }
+                },
+            }
+        }
+        if question.port == 0 {
+            Err("`port` is missing: the port of the application".to_owned())
+        } else {
+            Ok(question)
+        }
+    }
+}
+
 fn nowhere() -> IpAddr {
     IpAddr::from([0, 0, 0, 0])
 }

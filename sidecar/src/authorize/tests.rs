@@ -393,6 +393,16 @@ fn a_question_is_answered_as_a_request_would_be() {
         (false, "policy no-admin, rule 1".to_owned()),
         "bytes are denied"
     );
+    let written =
+        format!("port=8080&identity={ALICE}&method=GET&path=/admin%2Fx&header.X-A=1&claim.roles=[1]");
+    let question = Question::read(&written).unwrap();
+    assert_eq!((question.path.as_deref(), &question.claims["roles"]), (Some("/admin/x"), &json!([1])));
+    assert_eq!(bench.table.explain(&question).why, "policy no-admin, rule 1");
+    for (query, words) in
+        [("", "`port` is missing"), ("port=x", "no port"), ("port=1&a=b", "`a` is not known")]
+    {
+        assert!(Question::read(query).unwrap_err().contains(words), "{query}");
+    }
     let before = bench.table.status();
     assert!(
         before.authorization.iter().all(|policy| policy.allowed + policy.denied == 0),
