@@ -20,6 +20,11 @@ pub fn start(process: &Process) {
         LogLevel::Info => "info",
         LogLevel::Debug => "debug",
     };
+    start_at(level);
+}
+
+/// As [`start`], at this level.
+pub fn start_at(level: &str) {
     let filter = EnvFilter::try_from_env("POSTERN_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let written =
         tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());

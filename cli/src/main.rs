@@ -37,10 +37,10 @@ enum Command {
     Edge(role::edge::Edge),
     /// Run the edge gateway with sample upstreams, to try it.
     Up(role::up::Up),
+    /// Stand beside an application in the mesh.
+    Sidecar(Box<role::sidecar::Sidecar>),
     /// Watch registries for many gateways.
     Discovery(role::discovery::Discovery),
-    /// What stands beside one workload and speaks for it.
-    Sidecar(role::sidecar::Sidecar),
     /// Look at the certificates of a mesh, exchange them under traffic, and get out of trouble.
     Certs(cmd::certs::Certs),
     /// Find every error in a configuration directory, without starting anything.
@@ -64,8 +64,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),
-        Command::Discovery(role) => role.run(),
         Command::Sidecar(role) => role.run(),
+        Command::Discovery(role) => role.run(),
         Command::Certs(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Explain(command) => command.run(),

@@ -21,6 +21,7 @@ mod merge;
 pub mod nacos;
 mod poll;
 pub mod probe;
+pub mod registries;
 pub mod retire;
 pub mod rpc;
 #[cfg(test)]

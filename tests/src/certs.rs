@@ -84,6 +84,17 @@ impl Authority {
         self.sign(params, &ecdsa())
     }
 
+    /// A certificate of the mesh for this SPIFFE id, for both sides of a connection.
+    pub fn svid(&self, id: &str) -> Leaf {
+        let mut params = CertificateParams::default();
+        let id = id.to_owned().try_into().expect("an id is ASCII");
+        params.subject_alt_names = vec![SanType::URI(id)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(params, &ecdsa())
+    }
+
     fn sign(&self, params: CertificateParams, key: &KeyPair) -> Leaf {
         let cert = params.signed_by(key, &self.issuer).expect("a signed certificate");
         Leaf { cert: format!("{}{}", cert.pem(), self.chain), key: key.serialize_pem() }

@@ -513,13 +513,13 @@ fn write_resources(folder: &Path, json: bool, resources: &Map<String, Value>) {
 }
 
 /// Replaces a file at once, so that nobody reads half of it.
-fn write_file(path: &Path, text: &str) {
+pub(crate) fn write_file(path: &Path, text: &str) {
     let new = path.with_extension("new");
     std::fs::write(&new, text).expect("a file in our own folder");
     std::fs::rename(&new, path).expect("a file in our own folder");
 }
 
-fn merge(target: &mut Value, patch: Value) {
+pub(crate) fn merge(target: &mut Value, patch: Value) {
     match (target, patch) {
         (Value::Object(target), Value::Object(patch)) => {
             for (name, value) in patch {

@@ -29,6 +29,7 @@ pub mod ports;
 mod process;
 pub mod redis;
 pub mod registry;
+pub mod sidecar;
 pub mod sink;
 pub mod vault;
 

@@ -24,8 +24,15 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 
 /// Prefixes and names, with `-` for `_`, of fields that only the gateway may set.
-const OURS: &[&str] =
-    &["x-consumer-", "x-credential-", "x-userinfo", "x-forwarded-client-cert", "x-real-ip", "x-forwarded-"];
+const OURS: &[&str] = &[
+    "x-consumer-",
+    "x-credential-",
+    "x-userinfo",
+    "x-forwarded-client-cert",
+    "x-real-ip",
+    "x-forwarded-",
+    "x-postern-protocol",
+];
 
 /// How the client's address is found. nginx `real_ip_header`, `real_ip_recursive`, `set_real_ip_from`.
 #[derive(Clone, Debug)]

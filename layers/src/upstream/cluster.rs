@@ -8,7 +8,9 @@ mod origin;
 mod state;
 mod view;
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -29,6 +31,7 @@ use super::endpoint::EndpointState;
 use super::failover::Tiers;
 use super::health::{Report, Source};
 use super::mesh::Mesh;
+use super::picker::Peer;
 use super::pool::Keepalive;
 use super::probe::Probes;
 use super::round_robin::CursorCell;
@@ -355,6 +358,24 @@ impl Cluster {
         };
         let all = state.peers.iter().chain(&state.draining).map(|peer| &peer.state);
         all.filter(|state| is_covered(state)).cloned().collect()
+    }
+
+    /// Whether nothing is known of its endpoints yet.
+    pub fn is_pending(&self) -> bool {
+        self.state.load().is_unknown()
+    }
+
+    /// Its endpoints of the mesh, with who is expected there.
+    pub fn mesh_peers(&self) -> BTreeMap<SocketAddr, String> {
+        let state = self.state.load();
+        let told = |peer: &Peer| Some((peer.state.addr(), peer.state.mesh()?.expected()));
+        state.peers.iter().filter_map(told).collect()
+    }
+
+    /// Whether one of its endpoints is at this address.
+    pub fn has_endpoint(&self, address: SocketAddr) -> bool {
+        let state = self.state.load();
+        state.peers.iter().chain(&state.draining).any(|peer| peer.state.addr() == address)
     }
 
     /// The key of the object that holds the upstream.

@@ -140,8 +140,9 @@ fn request(
     parts.authority = Some(Authority::try_from(route.host.as_bytes()).map_err(bad_host)?);
     parts.path_and_query = Some(target);
     headers.remove(header::HOST);
-    if let Some(spoken) = &route.spoken {
-        headers.insert(mesh::SPOKEN, spoken.clone());
+    match &route.spoken {
+        Some(spoken) => drop(headers.insert(mesh::SPOKEN, spoken.clone())),
+        None => drop(headers.remove(mesh::SPOKEN)),
     }
     let uri = Uri::from_parts(parts).map_err(bad_host)?;
     // The length is said where the client said it or the body has one.

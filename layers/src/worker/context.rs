@@ -167,6 +167,11 @@ impl WorkerContext {
         value
     }
 
+    /// The worker's value of a type, if somebody has made it.
+    pub fn find_slot<T: 'static>(&self) -> Option<Rc<T>> {
+        self.slots.borrow().get(&TypeId::of::<T>()).cloned()?.downcast().ok()
+    }
+
     /// Has `call` called at every tick of the clock, as to let go of a former snapshot.
     pub fn on_tick(&self, call: impl Fn() + 'static) {
         self.ticks.borrow_mut().push(Rc::new(call));

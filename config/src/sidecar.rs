@@ -1,0 +1,717 @@
+//! The file of a sidecar, `sidecar.yaml`: who the workload is, what comes in for it, where it may go.
+//!
+//! One file says everything that a sidecar needs. It is read like `config.yaml`: variables of the environment are put in,
+//! everything that is wrong is told at once with its line, and a key that does not exist is an error. Paths are relative to
+//! the folder of the file. What changes while the sidecar runs is taken over; [`Sidecar::needs_restart`] says what cannot be.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use crate::discovery::Discovery;
+use crate::document::{Document, LocatedError};
+use crate::env::{self, Env, Typing};
+use crate::error::{ConfigError, ErrorKind};
+use crate::fields::{Int, Seconds, Text};
+use crate::mesh::{Policies, Port, Protocol, Scope, ServiceName, ServicePolicy};
+use crate::plugin_catalog::PluginCatalog;
+use crate::typed;
+
+/// Name of the file in a directory.
+pub const SIDECAR_FILE: &str = "sidecar.yaml";
+
+/// Ports whose servers speak first, or whose bytes are nobody's business: nothing is detected there.
+pub const OPAQUE_PORTS: [u16; 8] = [25, 587, 3306, 4444, 5432, 6379, 9300, 11211];
+
+/// A sidecar.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Sidecar {
+    /// The trust domain of the mesh: `mesh.local`.
+    pub trust_domain: Text<1, 255>,
+    /// Where certificate and trust bundle come from.
+    pub ca: Ca,
+    /// Whom the sidecar stands before.
+    pub workload: Workload,
+    /// The registries in which services are found: the keys of `discovery` in `config.yaml`.
+    #[serde(default)]
+    pub discovery: Map<String, Value>,
+    /// How names are resolved.
+    #[serde(default)]
+    pub dns: Dns,
+    /// What comes in.
+    #[serde(default)]
+    pub inbound: Inbound,
+    /// What goes out.
+    #[serde(default)]
+    pub outbound: Outbound,
+    /// The services that the workload calls.
+    #[serde(default)]
+    pub services: Vec<ServicePolicy>,
+    /// What is allowed.
+    #[serde(default)]
+    pub policies: Policies,
+    /// The admin interface: status, metrics, what is known.
+    #[serde(default)]
+    pub admin: Admin,
+    /// How the sidecar ends.
+    #[serde(default)]
+    pub drain: Drain,
+    /// Where requests and connections are logged; nowhere if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_log: Option<AccessLog>,
+    /// Threads for each direction.
+    #[serde(default)]
+    pub workers: Int<1, 64, 1>,
+    /// Where the last known endpoints are kept for the next start; nowhere if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_dir: Option<PathBuf>,
+    /// Limits.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// Where certificate and trust bundle come from: one of `address`, `files`, `workload_api`, `consul`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Ca {
+    /// The CA of the mesh, `host:port`; several with commas.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<Text<1, 1024>>,
+    /// What the CA has to show at the first contact: `sha256/` and the hash of its public key, base64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin: Option<Text<1, 256>>,
+    /// The roots that the CA is checked against at the first contact, PEM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bundle_file: Option<PathBuf>,
+    /// A file with the join token, or with the token of the service account.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// PEM files, which are watched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files: Option<CaFiles>,
+    /// The SPIFFE Workload API: `unix:/run/spire/agent.sock`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workload_api: Option<Text<1, 1024>>,
+    /// Consul's own CA, at this agent: `http://127.0.0.1:8500`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consul: Option<Text<1, 1024>>,
+}
+
+/// PEM files of an identity.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CaFiles {
+    /// The certificate, and those between it and the root.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The roots of the trust domain.
+    pub trust: PathBuf,
+    /// Revocation lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crl: Option<PathBuf>,
+}
+
+/// Whom a sidecar stands before.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// The name of its service.
+    pub service: ServiceName,
+    /// Its identity: `spiffe://mesh.local/ns/default/sa/orders`. What the certificate says if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Text<1, 2048>>,
+    /// Region and zone, for services that prefer what is near.
+    #[serde(default)]
+    pub locality: WorkloadPlace,
+}
+
+/// Where a workload runs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkloadPlace {
+    /// The region.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub region: Option<Text<1, 256>>,
+    /// The zone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Text<1, 256>>,
+    /// The machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Text<1, 256>>,
+}
+
+/// How names are resolved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Dns {
+    /// Servers; those of the system if there are none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<Address>,
+    /// Whether addresses of IPv6 are asked for.
+    pub ipv6: bool,
+}
+
+/// How connections to the workload are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum Mode {
+    /// Those of the mesh alone.
+    #[default]
+    Strict,
+    /// Also plain ones, and TLS that the workload itself speaks.
+    Permissive,
+    /// Plain ones alone: there is no mesh here.
+    Disabled,
+}
+
+impl Mode {
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Mode::Strict => "strict",
+            Mode::Permissive => "permissive",
+            Mode::Disabled => "disabled",
+        }
+    }
+}
+
+/// What comes in.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Inbound {
+    /// How connections are taken, where a port does not say.
+    pub mode: Mode,
+    /// The ports of the workload.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<InboundPort>,
+}
+
+/// A port of the workload.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InboundPort {
+    /// Where the sidecar listens: `0.0.0.0:18080`.
+    pub listen: Address,
+    /// Where the workload listens: `127.0.0.1:8080`.
+    pub forward: Address,
+    /// What it speaks.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// How connections are taken; as `inbound.mode` if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+}
+
+/// What goes out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Outbound {
+    /// A forward proxy for `HTTP_PROXY`: requests with a whole target, and `CONNECT`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http_proxy: Option<Address>,
+    /// A SOCKS5 proxy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socks5: Option<Address>,
+    /// Listeners that stand for one service each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub listeners: Vec<OutboundListener>,
+    /// Ports of destinations on which nothing is detected. 25, 587, 3306, 4444, 5432, 6379, 9300 and 11211 if it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub opaque_ports: Option<Vec<Port>>,
+    /// Whether connections of the workload are redirected to the sidecar.
+    pub transparent: bool,
+}
+
+/// A listener that stands for a service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OutboundListener {
+    /// Where the sidecar listens: `127.0.0.1:9001`.
+    pub listen: Address,
+    /// The name of the service.
+    pub service: ServiceName,
+}
+
+/// The admin interface.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Admin {
+    /// Where it listens.
+    pub listen: Address,
+}
+
+impl Default for Admin {
+    fn default() -> Admin {
+        Admin { listen: Address(SocketAddr::from(([127, 0, 0, 1], 15021))) }
+    }
+}
+
+/// How a sidecar ends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Drain {
+    /// How long callers get to hear of it before anything is closed, in seconds.
+    pub propagation: Seconds<true>,
+    /// How long requests under way, and then the workload, get to end, in seconds.
+    pub grace: Seconds,
+    /// The agent of Consul that is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consul: Option<DrainConsul>,
+}
+
+impl Default for Drain {
+    fn default() -> Drain {
+        Drain { propagation: Seconds::whole(5), grace: Seconds::whole(30), consul: None }
+    }
+}
+
+/// What an agent of Consul is told when the sidecar drains.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrainConsul {
+    /// The agent: `http://127.0.0.1:8500`.
+    pub agent: Text<1, 1024>,
+    /// The id of the service as it is registered.
+    pub id: Text<1, 256>,
+    /// A file with the token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// Whether it is taken out, or put into maintenance.
+    #[serde(default)]
+    pub how: DrainHow,
+}
+
+/// What becomes of a registration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum DrainHow {
+    /// It is taken out.
+    #[default]
+    Deregister,
+    /// It stays, and is not to be used.
+    Maintenance,
+}
+
+/// The access log.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AccessLog {
+    /// The file; standard output if it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// A line, with variables as in `nginx_config.http.access_log_format`, and of the mesh `$peer_identity`,
+    /// `$mesh_direction`, `$mesh_service`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Text<1, 4096>>,
+}
+
+/// Limits of a sidecar.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Connections of one thread.
+    pub connections: Int<1, { u32::MAX }, 10_620>,
+    /// Requests at work in each direction.
+    pub requests: Int<1, { u32::MAX }, 10_620>,
+    /// How long an opaque connection may be without a byte, in seconds.
+    pub idle: Seconds,
+    /// How old a connection to another sidecar gets, in seconds; less where the certificate ends before.
+    pub connection_age: Seconds,
+    /// How long is waited for the first bytes of a connection before the other side is asked, in seconds.
+    pub detect: Seconds,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: Int::default(),
+            requests: Int::default(),
+            idle: Seconds::whole(3600),
+            connection_age: Seconds::whole(3600),
+            detect: Seconds::new(0.1).unwrap_or(Seconds::whole(1)),
+        }
+    }
+}
+
+/// An address with a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address(pub SocketAddr);
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Serialize for Address {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+const ADDRESS: &str = "an address with a port: 127.0.0.1:8080, [::1]:8080";
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse().map(Address).map_err(|_| serde::de::Error::custom(format!("`{text}` is not {ADDRESS}")))
+    }
+}
+
+impl JsonSchema for Address {
+    fn schema_name() -> Cow<'static, str> {
+        "Address".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "pattern": r"^(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-fA-F:.]+\]):\d{1,5}$", "x-expected": ADDRESS})
+    }
+}
+
+impl Sidecar {
+    /// Reads the file, given itself or by its directory.
+    ///
+    /// # Errors
+    /// It cannot be read, or all that is wrong in it.
+    pub fn load(
+        path: &Path,
+        catalog: &dyn PluginCatalog,
+        env: &dyn Env,
+    ) -> Result<Sidecar, Vec<LocatedError>> {
+        let file = if path.is_dir() { path.join(SIDECAR_FILE) } else { path.to_owned() };
+        let name = file.display().to_string();
+        let bytes = std::fs::read(&file).map_err(|error| {
+            let error = ConfigError::invalid("", format!("cannot be read: {error}"));
+            vec![LocatedError { file: name.as_str().into(), line: 0, column: 0, error }]
+        })?;
+        let mut document = Document::parse_bytes(&name, &bytes).map_err(|error| vec![error.into()])?;
+        let dir = file.parent().unwrap_or(Path::new(""));
+        Sidecar::read(&mut document, dir, catalog, env)
+    }
+
+    /// Reads a document that stands in `dir`.
+    ///
+    /// # Errors
+    /// All that is wrong in it.
+    pub fn read(
+        document: &mut Document,
+        dir: &Path,
+        catalog: &dyn PluginCatalog,
+        env: &dyn Env,
+    ) -> Result<Sidecar, Vec<LocatedError>> {
+        env::substitute(document, env, Typing::Quotes)?;
+        let mut value = document.value().clone();
+        if let Value::Object(members) = &mut value {
+            // A key without a value is as good as absent.
+            members.retain(|_, member| !member.is_null());
+        }
+        let checked = typed::parse::<Sidecar>(&value).and_then(|mut sidecar| {
+            let errors = sidecar.check(catalog);
+            if errors.is_empty() { Ok(sidecar) } else { Err(errors) }
+        });
+        match checked {
+            Ok(mut sidecar) => {
+                sidecar.resolve(dir);
+                Ok(sidecar)
+            }
+            Err(errors) => {
+                let mut errors: Vec<LocatedError> =
+                    errors.into_iter().map(|error| document.error(error)).collect();
+                errors.sort_by_key(|error| (error.line, error.column));
+                Err(errors)
+            }
+        }
+    }
+
+    /// The JSON Schema of the file.
+    #[must_use]
+    pub fn schema() -> Value {
+        typed::schema_of::<Sidecar>()
+    }
+
+    /// The registries. What is wrong in them was told when the file was read.
+    #[must_use]
+    pub fn registries(&self) -> Discovery {
+        Discovery::read(&self.discovery).0
+    }
+
+    /// Ports of destinations on which nothing is detected.
+    #[must_use]
+    pub fn opaque_ports(&self) -> Vec<u16> {
+        match &self.outbound.opaque_ports {
+            None => OPAQUE_PORTS.to_vec(),
+            Some(ports) => ports.iter().filter_map(|port| u16::try_from(port.get()).ok()).collect(),
+        }
+    }
+
+    /// The keys that differ from `other` and are taken over by a new start alone.
+    #[must_use]
+    pub fn needs_restart(&self, other: &Sidecar) -> Vec<&'static str> {
+        let listens = |sidecar: &Sidecar| {
+            let ports: Vec<_> = sidecar.inbound.ports.iter().map(|port| port.listen).collect();
+            let listeners: Vec<_> = sidecar.outbound.listeners.iter().map(|one| one.listen).collect();
+            (ports, listeners, sidecar.outbound.http_proxy, sidecar.outbound.socks5)
+        };
+        let differs = [
+            ("trust_domain", self.trust_domain != other.trust_domain),
+            ("ca", self.ca != other.ca),
+            ("workload", self.workload != other.workload),
+            ("discovery", self.discovery != other.discovery),
+            ("dns", self.dns != other.dns),
+            ("listeners", listens(self) != listens(other)),
+            ("outbound.transparent", self.outbound.transparent != other.outbound.transparent),
+            ("admin", self.admin != other.admin),
+            ("access_log", self.access_log != other.access_log),
+            ("workers", self.workers != other.workers),
+            ("data_dir", self.data_dir != other.data_dir),
+            ("limits", self.limits != other.limits),
+        ];
+        differs.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
+    }
+
+    /// Everything that the types do not say and that is wrong. Fills in defaults of plugins.
+    fn check(&mut self, catalog: &dyn PluginCatalog) -> Vec<ConfigError> {
+        let (_, mut errors) = Discovery::read(&self.discovery);
+        let sources = [
+            self.ca.address.is_some(),
+            self.ca.files.is_some(),
+            self.ca.workload_api.is_some(),
+            self.ca.consul.is_some(),
+        ];
+        match sources.iter().filter(|is_there| **is_there).count() {
+            1 => {}
+            0 => errors.push(ConfigError::new(
+                "/ca",
+                ErrorKind::NoneOf { fields: vec!["address", "files", "workload_api", "consul"] },
+            )),
+            _ => errors.push(ConfigError::invalid(
+                "/ca",
+                "certificates come from one place: keep one of address, files, workload_api, consul",
+            )),
+        }
+        if let Some(identity) = self.workload.identity.as_deref() {
+            let own = format!("spiffe://{}/", &*self.trust_domain);
+            if !identity.starts_with(&own) || identity.len() == own.len() || identity.contains('*') {
+                errors.push(ConfigError::invalid(
+                    "/workload/identity",
+                    format!(
+                        "`{identity}` is no identity of `{}`: write {own}ns/default/sa/NAME",
+                        &*self.trust_domain
+                    ),
+                ));
+            }
+        }
+        self.check_services(catalog, &mut errors);
+        self.check_listeners(&mut errors);
+        errors.extend(self.policies.check().into_iter().map(|error| error.under("/policies")));
+        let services = [&*self.workload.service];
+        let ports: Vec<u16> = self.inbound.ports.iter().map(|port| port.forward.0.port()).collect();
+        let scope = Scope { services: &services, ports: (!self.outbound.transparent).then_some(&ports) };
+        errors.extend(self.policies.check_scope(scope).into_iter().map(|error| error.under("/policies")));
+        errors
+    }
+
+    fn check_services(&mut self, catalog: &dyn PluginCatalog, errors: &mut Vec<ConfigError>) {
+        let mut names = HashSet::new();
+        for (index, service) in self.services.iter_mut().enumerate() {
+            let at = format!("/services/{index}");
+            errors.extend(service.check(catalog).into_iter().map(|error| error.under(&at)));
+            if !names.insert(service.name.to_string()) {
+                errors.push(ConfigError::new(format!("{at}/name"), ErrorKind::Duplicate));
+            }
+            for (place, host) in service.hosts.iter().flat_map(|hosts| hosts.iter()).enumerate() {
+                if !names.insert(host.to_ascii_lowercase()) {
+                    let pointer = format!("{at}/hosts/{place}");
+                    errors.push(ConfigError::invalid(
+                        pointer,
+                        format!("another service is called `{}`", &**host),
+                    ));
+                }
+            }
+        }
+    }
+
+    fn check_listeners(&self, errors: &mut Vec<ConfigError>) {
+        let mut taken = HashSet::new();
+        let mut listen = |pointer: String, address: Address, errors: &mut Vec<ConfigError>| {
+            if address.0.port() != 0 && !taken.insert(address) {
+                errors.push(ConfigError::invalid(
+                    pointer,
+                    format!("{address} is listened on already: write another port"),
+                ));
+            }
+        };
+        listen("/admin/listen".to_owned(), self.admin.listen, errors);
+        for (index, port) in self.inbound.ports.iter().enumerate() {
+            let at = format!("/inbound/ports/{index}");
+            listen(format!("{at}/listen"), port.listen, errors);
+            let (from, to) = (port.listen.0, port.forward.0);
+            let reaches = from.ip().is_unspecified() || from.ip() == to.ip();
+            if to.port() == 0 || to.ip().is_unspecified() {
+                errors.push(ConfigError::invalid(
+                    format!("{at}/forward"),
+                    "write where the workload listens: 127.0.0.1:8080",
+                ));
+            } else if from.port() == to.port() && reaches {
+                errors.push(ConfigError::invalid(
+                    format!("{at}/forward"),
+                    "this is where the sidecar itself listens: write another port in `listen`",
+                ));
+            }
+        }
+        if let Some(address) = self.outbound.http_proxy {
+            listen("/outbound/http_proxy".to_owned(), address, errors);
+        }
+        if let Some(address) = self.outbound.socks5 {
+            listen("/outbound/socks5".to_owned(), address, errors);
+        }
+        for (index, listener) in self.outbound.listeners.iter().enumerate() {
+            let at = format!("/outbound/listeners/{index}");
+            listen(format!("{at}/listen"), listener.listen, errors);
+            if !self.services.iter().any(|service| service.name == listener.service) {
+                let known: Vec<_> = self.services.iter().map(|service| service.name.to_string()).collect();
+                errors.push(ConfigError::invalid(
+                    format!("{at}/service"),
+                    format!(
+                        "there is no service `{}` in `services`; there are: {}",
+                        listener.service,
+                        known.join(", ")
+                    ),
+                ));
+            }
+        }
+    }
+
+    /// Makes paths of those that are relative to the file.
+    fn resolve(&mut self, dir: &Path) {
+        let own = |path: &mut PathBuf| {
+            if path.is_relative() {
+                *path = dir.join(&*path);
+            }
+        };
+        let Ca { bundle_file, token_file, files, .. } = &mut self.ca;
+        bundle_file.iter_mut().chain(token_file).for_each(own);
+        if let Some(CaFiles { cert, key, trust, crl }) = files {
+            [cert, key, trust].into_iter().chain(crl).for_each(own);
+        }
+        self.data_dir.iter_mut().for_each(own);
+        self.drain.consul.iter_mut().flat_map(|consul| consul.token_file.iter_mut()).for_each(own);
+        if let Some(path) = self.access_log.iter_mut().find_map(|log| log.path.as_mut()) {
+            own(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::testing::TestCatalog;
+
+    const GOOD: &str = "\
+trust_domain: mesh.local
+ca: {files: {cert: svid.pem, key: svid.key, trust: /etc/roots.pem}}
+workload: {service: orders, identity: spiffe://mesh.local/ns/default/sa/orders}
+inbound:
+  ports:
+    - {listen: \"0.0.0.0:18080\", forward: \"127.0.0.1:${{PORT}}\"}
+outbound:
+  http_proxy: 127.0.0.1:15080
+  listeners:
+    - {listen: 127.0.0.1:9001, service: payments}
+services:
+  - name: payments
+    upstream: {type: roundrobin, nodes: {\"127.0.0.1:28080\": 1}}
+    identities: [spiffe://mesh.local/ns/default/sa/payments]
+";
+
+    fn read(text: &str) -> Result<Sidecar, Vec<String>> {
+        let mut document = Document::yaml("sidecar.yaml", text).unwrap();
+        let env = BTreeMap::from([("PORT".to_owned(), "8080".to_owned())]);
+        Sidecar::read(&mut document, Path::new("/srv/orders"), &TestCatalog, &env)
+            .map_err(|errors| errors.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn a_file_says_everything_and_the_rest_has_defaults() {
+        let sidecar = read(GOOD).unwrap();
+        let files = sidecar.ca.files.as_ref().unwrap();
+        assert_eq!(files.cert, Path::new("/srv/orders/svid.pem"));
+        assert_eq!(files.trust, Path::new("/etc/roots.pem"));
+        let [port] = &*sidecar.inbound.ports else { unreachable!("one port") };
+        assert_eq!(
+            (port.forward.to_string().as_str(), port.mode, port.protocol),
+            ("127.0.0.1:8080", None, Protocol::Auto)
+        );
+        assert_eq!(sidecar.inbound.mode, Mode::Strict);
+        assert_eq!(sidecar.admin.listen.to_string(), "127.0.0.1:15021");
+        assert!(sidecar.opaque_ports().contains(&5432) && !sidecar.opaque_ports().contains(&80));
+        assert_eq!(sidecar.limits.detect.duration().as_millis(), 100);
+        assert_eq!(sidecar.workers.get(), 1);
+    }
+
+    #[test]
+    fn everything_wrong_is_told_with_its_line() {
+        let with = |from: &str, to: &str| read(&GOOD.replacen(from, to, 1)).unwrap_err().join("\n");
+        for (from, to, told) in [
+            ("trust_domain: mesh.local\n", "", "trust_domain"),
+            ("inbound:", "inbuond: {}\ninbound:", "sidecar.yaml:4:1: /inbuond: "),
+            ("0.0.0.0:18080", "18080", "sidecar.yaml:6:8: /inbound/ports/0/listen: "),
+            (
+                "service: payments",
+                "service: payment",
+                "sidecar.yaml:10:32: /outbound/listeners/0/service: there is no service",
+            ),
+            ("127.0.0.1:9001", "127.0.0.1:15080", "is listened on already"),
+            ("0.0.0.0:18080", "0.0.0.0:8080", "where the sidecar itself listens"),
+            (
+                "spiffe://mesh.local/ns/default/sa/orders",
+                "spiffe://other/a",
+                "is no identity of `mesh.local`",
+            ),
+            ("spiffe://mesh.local/ns/default/sa/payments", "payments", "/services/0/identities/0"),
+            ("{files: {cert: svid.pem, key: svid.key, trust: /etc/roots.pem}}", "{}", "/ca"),
+            ("ca: {files", "ca: {consul: \"http://127.0.0.1:8500\", files", "from one place"),
+            ("${{PORT}}", "${{NONE}}", "environment variable NONE is not set"),
+            ("services:", "discovery: {consul: {servers: 1}}\nservices:", "/discovery/consul/servers"),
+        ] {
+            let errors = with(from, to);
+            assert!(errors.contains(told), "{told}\n{errors}");
+        }
+    }
+
+    #[test]
+    fn the_documentation_is_a_good_file() {
+        let page = include_str!("../../docs/sidecar.md");
+        let block = page.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        let sidecar = read(block).unwrap();
+        assert_eq!((sidecar.services.len(), sidecar.outbound.listeners.len()), (1, 1));
+    }
+
+    #[test]
+    fn what_needs_a_restart_is_known() {
+        let before = read(GOOD).unwrap();
+        let after = read(&GOOD.replace("28080", "28081")).unwrap();
+        assert!(before.needs_restart(&after).is_empty(), "services are taken over");
+        let after = read(&GOOD.replace("15080", "15081")).unwrap();
+        assert_eq!(before.needs_restart(&after), ["listeners"]);
+    }
+}

@@ -1,0 +1,160 @@
+//! Finds what a request goes to: the application, or a service that the application calls, or neither.
+//!
+//! A request sees one version of the file. What sidecars tell each other is taken off here, wherever it comes from, and
+//! believed from the mesh alone.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use config::mesh::Protocol;
+use futures_util::future::{Either, Ready, ready};
+use http::{Version, header};
+use layers::HttpService;
+use layers::error::{Error, Fault, Reason};
+use layers::exchange::{Conn, Exchange, State};
+use layers::target::Target;
+use layers::upstream::mesh::{Carries, SPOKEN, SPOKEN_HTTP1};
+use layers::vars::OwnVars;
+use layers::worker::view::View;
+use tower::{Layer, Service};
+
+use crate::connections::Direction;
+use crate::door::{SideDoor, To, Way};
+use crate::outbound::Carrier;
+use crate::snapshot::Snapshot;
+
+/// Makes [`Lookup`].
+#[derive(Clone)]
+pub struct LookupLayer {
+    view: Rc<View<Snapshot>>,
+    carrier: Option<Arc<Carrier>>,
+    /// The log asks for variables of the mesh.
+    told: bool,
+}
+
+impl LookupLayer {
+    /// Services and ports come from `view`, ways out of the mesh from `carrier`. Where `told`, the variables of the mesh are
+    /// there for the log.
+    pub fn new(view: Rc<View<Snapshot>>, carrier: Option<Arc<Carrier>>, told: bool) -> Self {
+        Self { view, carrier, told }
+    }
+}
+
+impl<S> Layer<S> for LookupLayer {
+    type Service = Lookup<S>;
+
+    fn layer(&self, inner: S) -> Lookup<S> {
+        Lookup { inner, shared: self.clone() }
+    }
+}
+
+/// Settles where each exchange goes.
+#[derive(Clone)]
+pub struct Lookup<S> {
+    inner: S,
+    shared: LookupLayer,
+}
+
+impl<S: HttpService> Service<Exchange> for Lookup<S> {
+    type Response = Exchange;
+    type Error = Fault;
+    type Future = Either<S::Future, Ready<Result<Exchange, Fault>>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut x: Exchange) -> Self::Future {
+        match self.shared.settle(&mut x) {
+            Ok(()) => Either::Left(self.inner.call(x)),
+            Err(error) => Either::Right(ready(Err(Fault { exchange: x, error }))),
+        }
+    }
+}
+
+impl LookupLayer {
+    fn settle(&self, x: &mut Exchange) -> Result<(), Error> {
+        let spoken = x.request.headers.remove(SPOKEN);
+        let snapshot = self.view.current();
+        let conn = x.conn.clone();
+        let lost = || Error::new(Reason::Internal).detail("nothing is known of the connection");
+        let door = SideDoor::of(&conn).ok_or_else(lost)?;
+        let (direction, target) = match &door.way {
+            Way::In(number, carries) => {
+                let port = snapshot.ports.get(*number).ok_or_else(lost)?;
+                let http1 = match (port.protocol, carries) {
+                    (Protocol::Http1, _) | (_, Some(Carries::Upgrades)) => true,
+                    (Protocol::Http2 | Protocol::Grpc, _) => false,
+                    (_, Some(_)) => spoken.is_some_and(|spoken| spoken == SPOKEN_HTTP1),
+                    (_, None) => x.request.version < Version::HTTP_2,
+                };
+                (Direction::Inbound, if http1 { port.http1.clone() } else { port.http2.clone() })
+            }
+            Way::Out(to) => {
+                let target = self.outward(x, &snapshot, to)?;
+                if let Some(name) = target.service_name.as_ref().filter(|_| *to != To::Asked) {
+                    door.tracked.goes_to(name);
+                }
+                (Direction::Outbound, target)
+            }
+        };
+        if self.told {
+            tell(x, &conn, direction, &target);
+        }
+        x.plan.clone_from(&target.plan);
+        x.target = Some(target);
+        Ok(())
+    }
+
+    /// Where a request of the application goes.
+    fn outward(&self, x: &State, snapshot: &Snapshot, to: &To) -> Result<Arc<Target>, Error> {
+        if let Some(service) = snapshot.service_of(to) {
+            return Ok(service.target.clone());
+        }
+        let port = || x.request.headers.get(header::HOST).and_then(|host| port(host.as_bytes()));
+        let to = match to {
+            To::Service(_) => {
+                let error = Error::new(Reason::ServiceNotFound);
+                return Err(error.detail("the service is not in the file any more"));
+            }
+            To::Host(..) => to.clone(),
+            To::Asked => {
+                // An address of IPv6 stands in brackets there.
+                let host =
+                    x.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&x.host);
+                let port = port().unwrap_or(80);
+                if let Some(service) = snapshot.service(host, port) {
+                    return Ok(service.target.clone());
+                }
+                To::Host(host.into(), port)
+            }
+        };
+        let Some(carrier) = &self.carrier else { return Err(Error::new(Reason::ServiceNotFound)) };
+        let asked = (to.ip().is_some()).then_some(&*x.host).filter(|host| discovery::literal(host).is_none());
+        carrier.may_leave(&to, asked)?;
+        match &to {
+            To::Host(host, port) => {
+                carrier.passthrough.target(host, *port, x.request.version == Version::HTTP_2)
+            }
+            _ => Err(Error::new(Reason::ServiceNotFound)),
+        }
+    }
+}
+
+/// The port behind the last colon of a `Host`.
+fn port(host: &[u8]) -> Option<u16> {
+    let text = std::str::from_utf8(host).ok()?;
+    let (before, port) = text.rsplit_once(':')?;
+    (!before.contains(':') || before.ends_with(']')).then(|| port.parse().ok()).flatten()
+}
+
+fn tell(x: &mut Exchange, conn: &Conn, direction: Direction, target: &Target) {
+    let peer = conn.tls.as_ref().and_then(|tls| tls.peer.as_ref());
+    let peer = peer.map(|peer| peer.id.as_str().to_owned());
+    if let Some(vars) = x.slot_mut::<OwnVars>() {
+        vars.0.push(("mesh_direction", direction.as_str().to_owned()));
+        vars.0.extend(peer.map(|peer| ("peer_identity", peer)));
+        vars.0.extend(target.service_name.as_ref().map(|name| ("mesh_service", name.to_string())));
+    }
+}

@@ -1,0 +1,334 @@
+//! The file in force: read, checked, compiled, published, and read again when it changes.
+//!
+//! A file that is wrong changes nothing: what is in force stays and the errors are told. Nothing that a reload does closes a
+//! connection, but for what new policies forbid. On the control side.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use config::env::ProcessEnv;
+use config::error::ConfigError;
+use config::fields::Plugins;
+use config::id::{Kind, ResourceKey};
+use config::mesh::ServicePolicy;
+use config::meta::Role;
+use config::sidecar::Sidecar;
+use hashbrown::HashMap;
+use layers::assembly::Assembly;
+use layers::carry::Carry;
+use layers::chain::Plan;
+use layers::consumer::Consumers;
+use layers::endpoint::Endpoints;
+use layers::plugin::{Registration, Upstreams};
+use layers::telemetry::metrics::Metrics;
+use layers::upstream::cluster::{Cluster, ClusterEnv};
+use layers::worker::view::Published;
+use plugins::support::http_call::{self, HttpClient};
+use tokio::task::JoinHandle;
+
+use crate::policy::PolicyTable;
+use crate::services::{self, Services};
+use crate::snapshot::{Port, Rest, Snapshot};
+use crate::tokens::Issuers;
+
+/// How often the file is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// The file in force. Clones are the same.
+#[derive(Clone)]
+pub struct Running(Arc<Inner>);
+
+struct Inner {
+    file: PathBuf,
+    catalog: plugins::Catalog,
+    registrations: HashMap<&'static str, &'static Registration>,
+    attrs: HashMap<String, serde_json::Value>,
+    carry: Carry,
+    consumers: Consumers,
+    endpoints: Endpoints,
+    metrics: Arc<Metrics>,
+    clusters: ClusterEnv,
+    published: Arc<Published<Snapshot>>,
+    policies: PolicyTable,
+    state: Mutex<State>,
+}
+
+struct State {
+    config: Sidecar,
+    services: Services,
+    ports: BTreeMap<std::net::SocketAddr, Arc<Port>>,
+    /// Fetches the keys of issuers.
+    fetching: Option<JoinHandle<()>>,
+    problem: Option<String>,
+    reloads: u64,
+}
+
+/// What the file in force is made with.
+pub struct Parts {
+    /// Where it is.
+    pub file: PathBuf,
+    /// The plugins on offer.
+    pub catalog: plugins::Catalog,
+    /// Shared metrics.
+    pub metrics: Arc<Metrics>,
+    /// What upstreams are made with.
+    pub clusters: ClusterEnv,
+    /// Where workers look.
+    pub published: Arc<Published<Snapshot>>,
+    /// What is allowed.
+    pub policies: PolicyTable,
+}
+
+impl Running {
+    /// With `config` in force.
+    ///
+    /// # Errors
+    /// What cannot work, with pointers into the file.
+    pub fn start(config: Sidecar, parts: Parts) -> Result<Self, Vec<ConfigError>> {
+        let Parts { file, catalog, metrics, clusters, published, policies } = parts;
+        let running = Self(Arc::new(Inner {
+            file,
+            registrations: catalog.all().map(|plugin| (plugin.name, plugin)).collect(),
+            attrs: HashMap::new(),
+            catalog,
+            carry: Carry::default(),
+            consumers: Consumers::default(),
+            endpoints: Endpoints::default(),
+            metrics,
+            clusters,
+            published,
+            policies,
+            state: Mutex::new(State {
+                config: config.clone(),
+                services: Services::default(),
+                ports: BTreeMap::new(),
+                fetching: None,
+                problem: None,
+                reloads: 0,
+            }),
+        }));
+        running.apply(config)?;
+        Ok(running)
+    }
+
+    /// The file as it is in force.
+    pub fn config(&self) -> Sidecar {
+        self.state().config.clone()
+    }
+
+    /// Why a newer file is not in force.
+    pub fn problem(&self) -> Option<String> {
+        self.state().problem.clone()
+    }
+
+    /// How often the file was taken over, the first time included.
+    pub fn reloads(&self) -> u64 {
+        self.state().reloads
+    }
+
+    /// What is allowed.
+    pub fn policies(&self) -> &PolicyTable {
+        &self.0.policies
+    }
+
+    /// Where workers look.
+    pub fn published(&self) -> &Arc<Published<Snapshot>> {
+        &self.0.published
+    }
+
+    /// What upstreams are made with.
+    pub fn clusters(&self) -> &ClusterEnv {
+        &self.0.clusters
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the file for ever, and takes over what changes.
+    pub async fn follow(self) {
+        let mut before = std::fs::read(&self.0.file).unwrap_or_default();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let running = self.clone();
+            let read = move || std::fs::read(&running.0.file).ok();
+            let Ok(Some(now)) = tokio::task::spawn_blocking(read).await else { continue };
+            if now == before {
+                continue;
+            }
+            before = now;
+            let running = self.clone();
+            let reloading = tokio::task::spawn_blocking(move || running.reload());
+            if reloading.await.is_err() {
+                tracing::error!("a reload panicked; what is in force stays");
+            }
+        }
+    }
+
+    /// Reads the file again.
+    fn reload(&self) {
+        let told = |errors: Vec<String>| {
+            for error in &errors {
+                tracing::error!(error, "the file is not taken over; what is in force stays");
+            }
+            self.state().problem = Some(errors.join("\n"));
+        };
+        let config = match Sidecar::load(&self.0.file, &self.0.catalog, &ProcessEnv) {
+            Ok(config) => config,
+            Err(errors) => return told(errors.iter().map(ToString::to_string).collect()),
+        };
+        let waits = self.state().config.needs_restart(&config);
+        if !waits.is_empty() {
+            tracing::warn!(keys = ?waits, "these keys have changed and wait for a new start; the others are in force");
+        }
+        match self.apply(config) {
+            Ok(()) => tracing::info!("the file is taken over"),
+            Err(errors) => told(errors.iter().map(ToString::to_string).collect()),
+        }
+    }
+
+    fn apply(&self, config: Sidecar) -> Result<(), Vec<ConfigError>> {
+        let inner = &self.0;
+        let issuers = Issuers::new(&config.policies.tokens)
+            .map_err(|errors| errors.into_iter().map(|error| error.under("/policies")).collect::<Vec<_>>())?;
+        let issuers = Arc::new(issuers);
+        let client = if issuers.are_fetched() {
+            let (tls, discovery) = (&inner.clusters.tls, &inner.clusters.discovery);
+            let client =
+                HttpClient::alone(&http_call::Settings::default(), tls, discovery, &inner.clusters.control);
+            Some(client.map_err(|error| vec![error.under("/policies/tokens")])?)
+        } else {
+            None
+        };
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let ports = self.ports(&config, &state.ports)?;
+        let built = |policy: &ServicePolicy| self.plan(policy);
+        let services = state.services.settle(&config.services, &inner.clusters, &built)?;
+        let rest = Rest {
+            workload: config.workload.service.to_string().into(),
+            opaque: config.opaque_ports(),
+            detect: config.limits.detect.duration(),
+            idle: config.limits.idle.duration(),
+        };
+        // Listeners stay in the order in which they were bound.
+        let order = state.config.inbound.ports.iter().map(|port| port.listen.0);
+        let in_order = order.filter_map(|listen| ports.get(&listen).cloned()).collect();
+        inner.published.publish(Arc::new(Snapshot::new(services, in_order, rest)));
+        inner.policies.publish(&config.policies, &[&config.workload.service], issuers.clone());
+        if let Some(former) = state.fetching.take() {
+            former.abort();
+        }
+        if let Some(client) = client {
+            state.fetching = Some(inner.clusters.control.spawn(async move { issuers.follow(client).await }));
+        }
+        if let Some(mesh) = &inner.clusters.mesh {
+            mesh.set_max_age(config.limits.connection_age.duration());
+        }
+        state.ports = ports;
+        state.reloads += 1;
+        state.problem = None;
+        // What needs a restart goes on to be compared with what the process started with.
+        let started = state.config.clone();
+        state.config = Sidecar {
+            inbound: config::sidecar::Inbound {
+                ports: started
+                    .inbound
+                    .ports
+                    .iter()
+                    .map(|port| {
+                        config
+                            .inbound
+                            .ports
+                            .iter()
+                            .find(|new| new.listen == port.listen)
+                            .unwrap_or(port)
+                            .clone()
+                    })
+                    .collect(),
+                ..config.inbound.clone()
+            },
+            ..config
+        };
+        inner.carry.sweep();
+        Ok(())
+    }
+
+    /// The ports of the application by their listeners; those that have not changed stay.
+    fn ports(
+        &self,
+        config: &Sidecar,
+        before: &BTreeMap<std::net::SocketAddr, Arc<Port>>,
+    ) -> Result<BTreeMap<std::net::SocketAddr, Arc<Port>>, Vec<ConfigError>> {
+        let env = ClusterEnv { mesh: None, ..self.0.clusters.clone() };
+        let mut ports = before.clone();
+        for (index, port) in config.inbound.ports.iter().enumerate() {
+            let (listen, forward) = (port.listen.0, port.forward.0);
+            let mode = port.mode.unwrap_or(config.inbound.mode);
+            let known = before.get(&listen).filter(|known| known.forward == forward);
+            let (http1, http2, cluster) = match known {
+                Some(known) => (known.http1.clone(), known.http2.clone(), known.cluster.clone()),
+                None => {
+                    let build = |http2| {
+                        let wrong = |problem: &str| {
+                            vec![ConfigError::invalid(format!("/inbound/ports/{index}/forward"), problem)]
+                        };
+                        let upstream = services::plain(&forward.ip().to_string(), forward.port(), http2)
+                            .ok_or_else(|| wrong("no address"))?;
+                        Cluster::build(&format!("inbound/{forward}"), &upstream, None, &env)
+                            .map_err(|error| wrong(&error.to_string()))
+                    };
+                    let (one, two) = (build(false)?, build(true)?);
+                    let (id, name) = (format!("inbound/{}", forward.port()), &*config.workload.service);
+                    let target =
+                        |cluster: &Arc<Cluster>| Arc::new(services::target(&id, name, None, cluster));
+                    (target(&one), target(&two), one.clone())
+                }
+            };
+            let port = Port { listen, forward, mode, protocol: port.protocol, http1, http2, cluster };
+            ports.insert(listen, Arc::new(port));
+        }
+        Ok(ports)
+    }
+
+    /// The plugins of a service.
+    fn plan(&self, policy: &ServicePolicy) -> Result<Option<Arc<Plan>>, Vec<ConfigError>> {
+        let Some(plugins) = policy.plugins.as_deref().filter(|plugins: &&Plugins| !plugins.is_empty()) else {
+            return Ok(None);
+        };
+        let inner = &self.0;
+        let owner = ResourceKey::new(Kind::Service, &*policy.name);
+        let assembly = Assembly {
+            role: Role::Sidecar,
+            plugins: &inner.registrations,
+            attrs: &inner.attrs,
+            carry: &inner.carry,
+            consumers: &inner.consumers,
+            endpoints: &inner.endpoints,
+            metrics: &inner.metrics,
+            clusters: &inner.clusters,
+            control: &inner.clusters.control,
+        };
+        let _context = inner.clusters.control.enter();
+        let built = assembly.build(&owner, plugins, &Inline { owner: &owner, env: &inner.clusters })?;
+        Ok(Some(Arc::new(Plan::new(built.to_vec()))))
+    }
+}
+
+/// Upstreams that plugins of a service write down.
+struct Inline<'a> {
+    owner: &'a ResourceKey,
+    env: &'a ClusterEnv,
+}
+
+impl Upstreams for Inline<'_> {
+    fn by_id(&self, id: &str) -> Result<Arc<Cluster>, ConfigError> {
+        Err(ConfigError::invalid("", format!("a sidecar has no upstreams with ids: write `{id}` inline")))
+    }
+
+    fn inline(&self, name: &str, upstream: &config::upstream::Upstream) -> Result<Arc<Cluster>, ConfigError> {
+        Cluster::build(&format!("{}/{name}", self.owner), upstream, None, self.env)
+    }
+}
