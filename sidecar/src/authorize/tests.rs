@@ -150,6 +150,8 @@ async fn no_spelling_of_a_path_gets_past_a_denial() {
         "/x/.%2E/admin/y",
         "/x%2f..%2fadmin",
         "/admin%2fx",
+        // Who decodes twice would see a slash.
+        "/admin%252fx",
         "/admin//x",
         "/public/..%2f/admin",
         "http://orders/admin",
@@ -158,7 +160,7 @@ async fn no_spelling_of_a_path_gets_past_a_denial() {
         let status = bench.status(ALICE, "GET", target).await;
         assert!(matches!(status, 400 | 403), "{target}: {status}");
     }
-    for target in ["/", "/administrator", "/x/admin", "/admin%252fx", "/Admin"] {
+    for target in ["/", "/administrator", "/x/admin", "/Admin"] {
         assert_eq!(bench.status(ALICE, "GET", target).await, 200, "{target}");
     }
 }
