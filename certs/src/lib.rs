@@ -4,6 +4,7 @@
 
 pub mod backoff;
 pub mod ca;
+pub mod consul_connect;
 mod error;
 pub mod files;
 pub mod grpc;

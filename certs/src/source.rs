@@ -14,7 +14,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use crate::identity::TrustDomain;
+use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{InstallError, MeshIdentity};
 use crate::svid::Svid;
 use crate::trust::{Fingerprint, Trust};
@@ -180,6 +180,15 @@ impl Roots {
     }
 }
 
+/// What an issuer has told and is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IntakeError {
+    #[error(transparent)]
+    Install(#[from] InstallError),
+    #[error("the roots are of the trust domain `{new}`; this process is {own} until it is started again")]
+    Domain { own: SpiffeId, new: TrustDomain },
+}
+
 /// What was put in place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
@@ -216,18 +225,20 @@ impl Intake {
         &self.told
     }
 
-    /// Takes what an issuer has told, and says how it went.
+    /// Whether a certificate waits for roots that verify it.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Takes what an issuer has told. A certificate that comes before the first roots waits for them.
     ///
     /// # Errors
     /// Something of it is not taken; what was in force stays.
-    pub fn take(&mut self, roots: Option<&Roots>, svid: Option<Svid>) -> Result<Taken, InstallError> {
+    pub fn take(&mut self, roots: Option<&Roots>, svid: Option<Svid>) -> Result<Taken, IntakeError> {
         let mut taken = Taken::default();
         let result = self.put(roots, svid, &mut taken);
         self.told.taken(taken);
-        match &result {
-            Ok(()) => self.told.well(),
-            Err(error) => self.told.problem(error),
-        }
         result.map(|()| taken)
     }
 
@@ -236,20 +247,27 @@ impl Intake {
         roots: Option<&Roots>,
         svid: Option<Svid>,
         taken: &mut Taken,
-    ) -> Result<(), InstallError> {
+    ) -> Result<(), IntakeError> {
         if let Some(svid) = svid {
             self.waiting = Some(Arc::new(svid));
         }
         if let Some(roots) = roots {
             let fingerprint = roots.fingerprint();
             if self.roots != Some(fingerprint) {
+                if let Some(svid) = self.identity.svid()
+                    && svid.id().trust_domain() != roots.own.as_str()
+                {
+                    return Err(IntakeError::Domain { own: svid.id().clone(), new: roots.own.clone() });
+                }
                 let generation = self.identity.trust().map_or(1, |trust| trust.generation() + 1);
                 self.identity.set_trust(roots.trust(generation)?)?;
                 self.roots = Some(fingerprint);
                 taken.bundle = true;
             }
         }
-        let Some(svid) = &self.waiting else { return Ok(()) };
+        let Some(svid) = self.waiting.as_ref().filter(|_| self.identity.trust().is_some()) else {
+            return Ok(());
+        };
         if self.identity.svid().is_none_or(|own| own.leaf().hash != svid.leaf().hash) {
             self.identity.install(svid.clone())?;
             taken.certificate = true;

@@ -97,3 +97,13 @@ pub(crate) async fn until<T, R>(
 pub(crate) async fn until_is(identity: &MeshIdentity, what: &str, done: impl Fn(&MeshIdentity) -> bool) {
     until(&mut identity.changes(), what, |_| done(identity).then_some(())).await;
 }
+
+/// Until something is so that nobody tells of.
+pub(crate) async fn poll(what: &str, mut done: impl FnMut() -> bool) {
+    let wait = async {
+        while !done() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(PATIENCE, wait).await.is_ok(), "not within {PATIENCE:?}: {what}");
+}

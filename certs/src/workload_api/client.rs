@@ -121,8 +121,11 @@ impl WorkloadApi {
         while let Some(message) = messages.message().await? {
             backoff.answered();
             match self.read(message) {
-                // What is not taken was told by the intake; the next message may be better.
-                Ok((roots, svid)) => drop(intake.take(Some(&roots), Some(svid))),
+                Ok((roots, svid)) => match intake.take(Some(&roots), Some(svid)) {
+                    Ok(_) => intake.told().well(),
+                    // The next message may be better.
+                    Err(error) => intake.told().problem(&error),
+                },
                 Err(problem) => {
                     let problem = format!("{}: what the agent sent is not taken: {problem}", path.display());
                     intake.told().problem(&problem);
