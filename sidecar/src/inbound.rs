@@ -220,8 +220,7 @@ impl Visit<'_> {
             peer: Some(peer.clone()),
             ..Tls::default()
         };
-        let what = if carries == Carries::Opaque { What::Bytes } else { What::Requests };
-        let admission = self.admit(Some(peer.clone()), &what)?;
+        let admission = self.admit(Some(peer.clone()), carries == Carries::Opaque)?;
         let tracked = self.track(Some(peer));
         let stream = Stream::Tls(Box::new(stream));
         Ok(match carries {
@@ -247,8 +246,7 @@ impl Visit<'_> {
             First::Http2 => Some(Speaks::Either),
             First::Tls | First::Opaque => None,
         };
-        let what = if speaks.is_some() { What::Requests } else { What::Bytes };
-        let admission = self.admit(None, &what)?;
+        let admission = self.admit(None, speaks.is_none())?;
         let tracked = self.track(None);
         let stream = Stream::Plain(socket);
         match speaks {
@@ -270,11 +268,22 @@ impl Visit<'_> {
         tracked
     }
 
-    /// Asks the policies.
-    fn admit(&self, peer: Option<Arc<Peer>>, what: &What<'_>) -> Result<Admission, Error> {
+    /// Asks the policies about a connection that carries bytes. Requests are asked about one by one, so that who may not
+    /// ask is answered, with the name of the policy.
+    fn admit(&self, peer: Option<Arc<Peer>>, carries_bytes: bool) -> Result<Admission, Error> {
         let arrival = live::Arrival { peer, from: self.arrival.ends.source, port: self.port.forward.port() };
+        if carries_bytes {
+            self.may_send_bytes(&arrival)?;
+        }
+        let Some(own) = self.arrival.context.find_slot::<OwnLive>() else {
+            return Err(Error::new(Reason::Internal).detail("the worker admits nobody"));
+        };
+        Ok(own.0.admit(arrival))
+    }
+
+    fn may_send_bytes(&self, arrival: &live::Arrival) -> Result<(), Error> {
         let sight = self.receiver.policies.load();
-        let verdict = sight.decide(&arrival.caller(), what);
+        let verdict = sight.decide(&arrival.caller(), &What::Bytes);
         if verdict.audited {
             tracing::info!(peer = %arrival.from, policy = %verdict.policy, "would be refused");
         }
@@ -284,10 +293,7 @@ impl Visit<'_> {
                 if sight.in_force().is_some() { Reason::PolicyDenied } else { Reason::PolicyPending };
             return Err(Error::new(reason).detail(verdict.why.unwrap_or_default()));
         }
-        let Some(own) = self.arrival.context.find_slot::<OwnLive>() else {
-            return Err(Error::new(Reason::Internal).detail("the worker admits nobody"));
-        };
-        Ok(own.0.admit(arrival))
+        Ok(())
     }
 
     fn http(
