@@ -10,15 +10,23 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use rcgen::PublicKeyData;
+use rustls::pki_types::CertificateDer;
 
+use super::super::authority::{self, Authority, Key, KeyKind};
+use super::super::csr::PublicKey;
 use super::super::fleet::{Fleet, Said, hash};
+use super::super::foundry::Foundry;
 use super::super::record::{IssuerId, Lifetimes, Moment, Record, RootId};
+use super::super::seal::Sealer;
 use super::super::store::memory::Memory;
 use super::super::store::{RECORD, Store, StoreError, Stored, SwapError, Version};
 use super::command::{Command, Rotate};
 use super::driver::{Clock, Driver, found};
 use super::forge::Forge;
 use super::{Kind, Policy, State, model, plan, renewal};
+use crate::identity::TrustDomain;
+use crate::trust::{Trust, Usage};
 
 /// Time that goes by when it is told to.
 #[derive(Default)]
@@ -696,6 +704,143 @@ async fn a_distrusted_root_is_gone_from_everywhere_at_once_and_everybody_comes_b
     assert!(record.rotation.is_none(), "{:#?}", mesh.driver.as_ref().unwrap().waiting());
     mesh.check(mesh.now());
     assert_eq!(record.root(&old).unwrap().key, None);
+}
+
+/// Real certificates, verified as peers verify them.
+struct Real {
+    foundry: Arc<Foundry>,
+    opened: BTreeMap<(IssuerId, bool), Arc<Authority>>,
+    key: PublicKey,
+    known: BTreeMap<(u64, u64), bool>,
+}
+
+type Chain = Vec<CertificateDer<'static>>;
+
+impl World for Real {
+    type Leaf = Arc<(u64, Chain)>;
+    type Bundle = Arc<(u64, Trust)>;
+
+    fn sign(&mut self, record: &Record, identity: &str, now: Moment) -> Option<Leaf<Self::Leaf>> {
+        let issuer = record.signing().filter(|issuer| issuer.key.is_some())?;
+        let crossed = record.intermediates(issuer).len() > 1;
+        let foundry = &self.foundry;
+        let open = || Arc::new(foundry.open(record, issuer).unwrap());
+        let authority = self.opened.entry((issuer.id.clone(), crossed)).or_insert_with(open);
+        let longest = record.lifetimes.leaf();
+        let request = authority::Request {
+            key: &self.key,
+            identity: &identity.parse().unwrap(),
+            dns_names: &[],
+            ttl: Duration::ZERO,
+            not_before: None,
+        };
+        let lifetimes = crate::ca::Lifetimes { longest, renewal: Duration::from_secs(60) };
+        let issued = authority.leaf(&request, &lifetimes, now.into()).unwrap();
+        assert_eq!(issued.issuer.to_string(), issuer.id.0);
+        Some(Leaf {
+            issuer: issuer.id.clone(),
+            serial: issued.serial.to_string(),
+            signed_at: now,
+            not_after: issued.not_after.into(),
+            what: Arc::new((hash(issued.serial.to_string().as_bytes()), issued.chain)),
+        })
+    }
+
+    fn bundle(&mut self, record: &Record) -> Self::Bundle {
+        let domain: TrustDomain = record.trust_domain.parse().unwrap();
+        let roots = record.trusted().map(|root| CertificateDer::from(root.certificate.0.clone()));
+        let trust = Trust::new(domain.clone(), record.bundle.generation).with_roots(&domain, roots).unwrap();
+        Arc::new((record.bundle.generation, trust))
+    }
+
+    fn leaf_class(leaf: &Self::Leaf) -> u64 {
+        leaf.0
+    }
+
+    fn bundle_class(bundle: &Self::Bundle) -> u64 {
+        bundle.0
+    }
+
+    fn accepts(&mut self, bundle: &Self::Bundle, leaf: &Self::Leaf, now: Moment) -> bool {
+        *self.known.entry((bundle.0, leaf.0)).or_insert_with(|| {
+            [Usage::Client, Usage::Server].into_iter().all(|usage| {
+                bundle.1.verify(&leaf.1, usage, now.into()).inspect_err(|error| eprintln!("{error}")).is_ok()
+            })
+        })
+    }
+}
+
+#[tokio::test]
+async fn real_certificates_are_accepted_by_everybody_at_every_moment() {
+    let foundry = Arc::new(Foundry::new(Arc::new(Sealer::random().unwrap()), KeyKind::P256));
+    let start = Moment::from_secs(1_795_000_000);
+    let record = foundry.found("mesh.local", lifetimes(), start).unwrap();
+    let key = PublicKey::from_spki(&Key::generate(KeyKind::P256).unwrap().subject_public_key_info()).unwrap();
+    let world = Real { foundry: foundry.clone(), opened: BTreeMap::new(), key, known: BTreeMap::new() };
+    let weather = Weather { joins: 5, ..WINDY };
+    let mut mesh = Mesh::new(world, foundry, record, start, 5, 11, weather).await;
+    for (number, kind) in [Kind::Root, Kind::Issuer, Kind::Leaf, Kind::Root].into_iter().enumerate() {
+        mesh.store.arm(2 + i64::try_from(number).unwrap(), number % 2 == 0);
+        mesh.rotation(kind).await;
+    }
+    // And the way back from where it is longest: some know only the new root.
+    mesh.command(mesh.rotate(Kind::Root)).await;
+    mesh.until(State::Retiring).await;
+    mesh.step().await;
+    let back = Command::Rollback { reason: "not today".to_owned() };
+    mesh.driver.as_ref().unwrap().command(&back, "sre").await.unwrap();
+    mesh.until_steady(6000).await;
+    let record = mesh.record().unwrap();
+    assert_eq!(record.past.last().unwrap().ended.as_deref(), Some("rolled back"));
+    assert!(mesh.kills > 0 && mesh.checked > 1000);
+}
+
+#[tokio::test]
+async fn of_two_replicas_one_leads_and_the_other_takes_over_when_it_is_silent() {
+    let clock = Virtual::at(Moment::from_secs(1_795_000_000));
+    let forge = Arc::new(model::Words::default());
+    let store: Arc<dyn Store> = Arc::new(Memory::default());
+    found(&*store, &model::founded(&*forge, clock.wall(), lifetimes())).await.unwrap();
+    let open = async |name: &'static str| {
+        let fleet = Arc::new(Fleet::default());
+        let driver = Driver::open(store.clone(), fleet, forge.clone(), clock.clone(), name).await;
+        driver.unwrap().unwrap().settling(Duration::ZERO)
+    };
+    let (one, two) = (open("ca-1").await, open("ca-2").await);
+    for _ in 0..60 {
+        clock.pass(STEP);
+        one.tick().await.unwrap();
+        two.tick().await.unwrap();
+        assert!(one.leads() && !two.leads());
+    }
+    // Whoever is asked does it; who leads drives it. The other is where the record is.
+    let rotate =
+        Rotate { kind: Kind::Issuer, policy: policy(&one.now().record), import: None, reason: String::new() };
+    two.command(&Command::Rotate(rotate), "sre").await.unwrap();
+    for _ in 0..12 {
+        clock.pass(STEP);
+        one.tick().await.unwrap();
+        two.tick().await.unwrap();
+    }
+    assert_eq!(two.now().record.rotation.as_ref().map(|one| one.state), Some(State::Cutover));
+    // The one that leads is gone: nobody else acts until its lease is over, and then one does.
+    let mut took = 0;
+    while !two.leads() {
+        clock.pass(STEP);
+        two.tick().await.unwrap();
+        took += 1;
+        assert!(took < 60);
+    }
+    assert!(took >= 14, "{took} s");
+    for _ in 0..700 {
+        clock.pass(STEP);
+        two.tick().await.unwrap();
+    }
+    // The silent one was waited for as long as it may still sign.
+    assert!(two.now().record.rotation.is_none(), "{:#?}", two.waiting());
+    one.tick().await.unwrap();
+    assert!(!one.leads(), "it comes back and follows");
+    assert!(one.may_sign());
 }
 
 proptest::proptest! {
