@@ -39,6 +39,14 @@ if [ ! -d "$(rustc --print sysroot)/lib/rustlib/wasm32-wasip1" ]; then
     rustup target add wasm32-wasip1 || echo "it cannot be had here: WASM plugins are tested with the module in text form alone"
 fi
 
+# A client of the SPIFFE Workload API.
+if ! .cache/venv/bin/python -c 'import spiffe' 2>/dev/null; then
+    need_venv
+    echo "installing spiffe"
+    .cache/venv/bin/pip install --quiet --disable-pip-version-check spiffe==0.3.2 ||
+        echo "it cannot be had here: the Workload API is tested with our own client alone"
+fi
+
 # The last Consul in Debian.
 if [ ! -x .cache/bin/consul ] && ! command -v consul >/dev/null; then
     echo "unpacking consul"

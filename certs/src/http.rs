@@ -4,7 +4,11 @@
 //! followed, and nothing is sent twice.
 
 use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,9 +17,14 @@ use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tonic::codegen::Service;
+
+use crate::grpc::chain;
+use crate::outgoing;
 
 /// Certificates and a few words; never more.
 const MAX_BODY: usize = 1 << 20;
@@ -65,7 +74,7 @@ impl AskError {
 #[derive(Clone)]
 pub struct Server {
     url: Arc<str>,
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Client<HttpsConnector<Tcp>, Full<Bytes>>,
 }
 
 impl fmt::Debug for Server {
@@ -93,16 +102,11 @@ impl Server {
             .map_err(|_| wrong())?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let mut plain = HttpConnector::new();
-        plain.enforce_http(false);
-        plain.set_nodelay(true);
-        plain.set_connect_timeout(Some(CONNECT));
-        plain.set_keepalive(Some(Duration::from_secs(30)));
         let connector = hyper_rustls::HttpsConnectorBuilder::new()
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(plain);
+            .wrap_connector(Tcp);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
@@ -124,7 +128,7 @@ impl Server {
     /// There is none in time, or another one.
     pub async fn ask(&self, question: Question<'_>) -> Result<Response<Bytes>, AskError> {
         let limit = question.deadline;
-        match tokio::time::timeout(limit, self.exchange(question)).await {
+        match timeout(limit, self.exchange(question)).await {
             Ok(Ok(answer)) if answer.status().is_success() => Ok(answer),
             Ok(Ok(answer)) => Err(self.refused(&answer)),
             Ok(Err(problem)) => Err(AskError::Failed { server: self.url.to_string(), problem }),
@@ -141,14 +145,14 @@ impl Server {
         for (name, value) in question.headers {
             request.headers_mut().insert(name, value);
         }
-        let answer = self.client.request(request).await.map_err(|error| causes(&error))?;
+        let answer = self.client.request(request).await.map_err(|error| chain(&error))?;
         let (head, body) = answer.into_parts();
         match Limited::new(body, MAX_BODY).collect().await {
             Ok(body) => Ok(Response::from_parts(head, body.to_bytes())),
             Err(error) if error.is::<LengthLimitError>() => {
                 Err(format!("the answer is larger than {MAX_BODY} bytes"))
             }
-            Err(error) => Err(causes(&*error)),
+            Err(error) => Err(chain(&*error)),
         }
     }
 
@@ -164,6 +168,35 @@ impl Server {
             words,
             retry_after: retry_after.map(Duration::from_secs),
         }
+    }
+}
+
+/// Connects as everything of this process does.
+#[derive(Clone, Debug)]
+struct Tcp;
+
+impl Tcp {
+    /// To the host and port of a URL.
+    async fn connect(uri: &Uri) -> io::Result<TcpStream> {
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
+        let stream = timeout(CONNECT, outgoing::connect_to((host, port))).await??;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+}
+
+impl Service<Uri> for Tcp {
+    type Response = TokioIo<TcpStream>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        Box::pin(async move { Self::connect(&uri).await.map(TokioIo::new) })
     }
 }
 
@@ -199,18 +232,4 @@ impl<'a> Question<'a> {
         self.headers.extend(value.map(|value| (HeaderName::from_static(name), value)));
         self
     }
-}
-
-/// What went wrong, with its causes.
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -19,7 +19,7 @@ use zeroize::Zeroize;
 use super::proto::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::{HEADER, SOCKET_VARIABLE, domain, parted, proto};
 use crate::backoff::Backoff;
-use crate::http::causes;
+use crate::grpc::chain;
 use crate::identity::SpiffeId;
 use crate::mesh::MeshIdentity;
 use crate::source::{Hopeless, Intake, Roots, Source, Told};
@@ -110,11 +110,11 @@ impl WorkloadApi {
 
     async fn messages(&self, path: &Path, intake: &mut Intake, backoff: &mut Backoff) -> Result<(), Status> {
         let endpoint = Endpoint::from_shared(format!("unix://{}", path.display()))
-            .map_err(|error| Status::unavailable(causes(&error)))?
+            .map_err(|error| Status::unavailable(chain(&error)))?
             .connect_timeout(CONNECT)
             .http2_keep_alive_interval(PING)
             .keep_alive_timeout(PONG);
-        let channel = endpoint.connect().await.map_err(|error| Status::unavailable(causes(&error)))?;
+        let channel = endpoint.connect().await.map_err(|error| Status::unavailable(chain(&error)))?;
         let mut request = Request::new(proto::X509svidRequest {});
         request.metadata_mut().insert(HEADER, MetadataValue::from_static("true"));
         let mut messages = SpiffeWorkloadApiClient::new(channel).fetch_x509svid(request).await?.into_inner();
