@@ -4,18 +4,24 @@
 //! channel, and read anew at each call. Nothing here writes the record. What workloads say they use goes to [`Acks`].
 
 pub mod admin;
+pub mod attest;
 pub mod audit;
 pub mod authority;
+pub mod channel;
 pub mod csr;
 pub mod export;
+pub mod fixed;
 pub mod fleet;
 pub mod foundry;
 pub mod inspect;
 pub mod keeper;
 pub mod limits;
+pub mod operators;
 pub mod record;
 pub mod rotation;
 pub mod seal;
+pub mod server;
+pub mod service;
 pub mod store;
 
 /// The messages, made from the proto files.

@@ -5,6 +5,7 @@
 pub mod backoff;
 pub mod ca;
 pub mod consul_connect;
+pub mod clock;
 mod error;
 pub mod files;
 pub mod grpc;
