@@ -20,6 +20,7 @@ pub mod token;
 pub mod trust;
 pub mod unverified;
 pub mod verify;
+pub mod workload;
 pub mod workload_api;
 
 pub use error::{CertError, Problem};
