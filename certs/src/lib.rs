@@ -27,6 +27,8 @@ pub use error::{CertError, Problem};
 pub use sni::{SniTable, SslEntry, SslObject};
 
 #[cfg(test)]
+mod malformed_tests;
+#[cfg(test)]
 mod mesh_tests;
 #[cfg(test)]
 mod testing;

@@ -39,6 +39,8 @@ enum Command {
     Up(role::up::Up),
     /// Stand beside an application in the mesh.
     Sidecar(Box<role::sidecar::Sidecar>),
+    /// Run the certificate authority of a mesh, and make tokens by which workloads join.
+    Ca(role::ca::Ca),
     /// Watch registries for many gateways.
     Discovery(role::discovery::Discovery),
     /// Look at the certificates of a mesh, exchange them under traffic, and get out of trouble.
@@ -64,6 +66,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),
+        Command::Ca(role) => role.run(),
+        Command::Discovery(role) => role.run(),
         Command::Sidecar(role) => role.run(),
         Command::Discovery(role) => role.run(),
         Command::Certs(command) => command.run(),

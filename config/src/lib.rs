@@ -4,6 +4,7 @@
 //! errors go out. It is all that an offline check needs, and everything else in the workspace stands on it.
 
 pub mod apisix_yaml;
+pub mod ca;
 pub mod capture;
 pub mod check;
 pub mod consumer;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::attest::token::{JoinTokens, NewToken};
@@ -26,6 +27,11 @@ impl Operators {
     }
 }
 
+/// The user at the other end of the socket, as the kernel says.
+fn uid<T>(request: &Request<T>) -> Option<u32> {
+    request.extensions().get::<UdsConnectInfo>()?.peer_cred.map(|peer| peer.uid())
+}
+
 fn millis(seconds: u64) -> i64 {
     i64::try_from(seconds.saturating_mul(1000)).unwrap_or(i64::MAX)
 }
@@ -36,6 +42,7 @@ impl proto::join_tokens_server::JoinTokens for Operators {
         &self,
         request: Request<proto::CreateTokenRequest>,
     ) -> Result<Response<proto::CreateTokenResponse>, Status> {
+        let uid = uid(&request);
         let asked = request.into_inner();
         let identity = asked.identity.parse();
         let identity = identity
@@ -52,6 +59,7 @@ impl proto::join_tokens_server::JoinTokens for Operators {
         let (secret, token) = made.map_err(Status::invalid_argument)?;
         let id = token.hash.get(..16).unwrap_or_default().to_owned();
         let entry = Entry::allowed("token.create", &asked.actor)
+            .with("uid", uid)
             .with("token", id.as_str())
             .with("identity", token.identity.to_string())
             .with("uses", token.uses_left)
@@ -85,12 +93,14 @@ impl proto::join_tokens_server::JoinTokens for Operators {
         &self,
         request: Request<proto::DeleteTokenRequest>,
     ) -> Result<Response<proto::DeleteTokenResponse>, Status> {
+        let uid = uid(&request);
         let asked = request.into_inner();
         let deleted = self.tokens.delete(&asked.id).await.map_err(Status::invalid_argument)?;
         if !deleted {
             return Err(Status::not_found(format!("there is no join token {}", asked.id)));
         }
-        self.write(&Entry::allowed("token.delete", &asked.actor).with("token", asked.id.as_str()))?;
+        let entry = Entry::allowed("token.delete", &asked.actor).with("uid", uid);
+        self.write(&entry.with("token", asked.id.as_str()))?;
         Ok(Response::new(proto::DeleteTokenResponse {}))
     }
 }

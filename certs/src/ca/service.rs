@@ -325,6 +325,11 @@ impl Service {
         self.check_clock(&current).map_err(refuse)?;
         let key =
             PublicKey::from_csr(csr).map_err(|error| refuse(Status::invalid_argument(error.to_string())))?;
+        // What was revoked until a time that is still to come is revoked for good.
+        let until = current.bundle().revoked.identities.get(identity).copied();
+        if until.is_some_and(|until| until > now) {
+            return Err(refuse(Status::permission_denied(format!("{identity} is revoked"))));
+        }
         let issuer = current.issuer_for(proxy_id).cloned();
         let issuer =
             issuer.ok_or_else(|| refuse(Status::failed_precondition("there is no issuer that can sign")))?;
@@ -336,12 +341,7 @@ impl Service {
             dns_names: &session.dns_names,
             ttl: if asked.is_zero() { allowed } else { asked.min(allowed) },
             // What comes after a revocation is not meant by it.
-            not_before: current
-                .bundle()
-                .revoked
-                .identities
-                .get(identity)
-                .map(|until| *until + Duration::from_secs(1)),
+            not_before: until.map(|until| until + Duration::from_secs(1)),
         };
         let issued = issuer
             .leaf(&request, &current.lifetimes, now)

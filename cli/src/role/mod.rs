@@ -1,5 +1,6 @@
 //! Commands that run until they are told to stop.
 
+pub mod ca;
 pub mod discovery;
 pub mod edge;
 pub mod register;

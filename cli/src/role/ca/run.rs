@@ -1,0 +1,273 @@
+//! `postern ca run`: the authority as a process.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, anyhow};
+use certs::ca::attest::Attestors;
+use certs::ca::attest::consul::{self, Consul};
+use certs::ca::attest::kubernetes::{self, Kubernetes};
+use certs::ca::attest::token::{JoinTokens, TokenDirectory};
+use certs::ca::audit::{Audit, Entry};
+use certs::ca::authority::KeyKind;
+use certs::ca::channel::{self, Pin};
+use certs::ca::foundry::Foundry;
+use certs::ca::keeper::Keeper;
+use certs::ca::limits::{Limits, Rate};
+use certs::ca::operators::Operators;
+use certs::ca::proto::join_tokens_server::JoinTokensServer;
+use certs::ca::record::Lifetimes;
+use certs::ca::rotation::driver;
+use certs::ca::seal::Sealer;
+use certs::ca::service::{Parts, Service};
+use certs::ca::store::Store;
+use certs::ca::store::embedded::Embedded;
+use certs::ca::{fixed, server};
+use certs::clock::{Clock, SystemClock};
+use certs::identity::TrustDomain;
+use clap::Args;
+use config::ca::Ca as Settings;
+use config::process::Process;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+use super::status::Told;
+use super::{AUDIT, Place, SOCKET, settings, status};
+use crate::output::{self, Colour};
+
+/// The name of this process among those that share the record.
+const REPLICA: &str = "local";
+
+/// Arguments of `postern ca run`.
+#[derive(Args)]
+pub(super) struct Run {
+    #[command(flatten)]
+    place: Place,
+}
+
+impl Run {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let settings = match settings(&self.place.config) {
+            Ok(settings) => settings,
+            Err(code) => return Ok(code),
+        };
+        // Keys do not get into a core dump.
+        let _ = nix::sys::prctl::set_dumpable(false);
+        crate::logging::start(&Process::defaults(&settings.data_dir));
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .thread_name("ca")
+            .enable_all()
+            .build()
+            .context("the runtime cannot be started")?;
+        runtime.block_on(serve(settings))?;
+        runtime.shutdown_timeout(Duration::from_millis(200));
+        output::note(&output::paint("stopped", Colour::Dim, false));
+        Ok(ExitCode::from(output::OK))
+    }
+}
+
+fn sealer(settings: &Settings) -> Result<Sealer> {
+    let seal = &settings.seal;
+    if let Some(file) = &seal.passphrase_file {
+        return Ok(Sealer::passphrase_file(file)?);
+    }
+    if let Some(name) = &seal.passphrase_env {
+        let text = std::env::var(name).map_err(|_| anyhow!("seal.passphrase_env: {name} is not set"))?;
+        return Ok(Sealer::passphrase(&text)?);
+    }
+    let file = seal.key_file.clone().unwrap_or_else(|| settings.data_dir.join("seal.key"));
+    Ok(Sealer::key_file(&file)?)
+}
+
+fn attestors(settings: &Settings, tokens: &Arc<JoinTokens>) -> Result<Attestors> {
+    let kubernetes = settings.kubernetes.as_ref().map(|given| {
+        Kubernetes::new(kubernetes::Settings {
+            server: given.server.clone(),
+            ca: given.ca_file.clone(),
+            token: given.token_file.clone(),
+            audience: given.audience.clone(),
+        })
+    });
+    let consul = settings.consul.as_ref().map(|given| {
+        Consul::new(consul::Settings {
+            server: given.server.clone(),
+            ca: given.ca_file.clone(),
+            path: given.path.clone(),
+            datacenter: given.datacenter.clone(),
+        })
+    });
+    Ok(Attestors {
+        tokens: Some(Arc::clone(tokens)),
+        kubernetes: kubernetes.transpose().map_err(|problem| anyhow!("kubernetes: {problem}"))?,
+        consul: consul.transpose().map_err(|problem| anyhow!("consul: {problem}"))?,
+    })
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let given = &settings.limits;
+    let count = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
+    Limits {
+        identity: Rate {
+            per_second: given.certificates_per_second,
+            burst: f64::from(given.certificates_burst),
+        },
+        attestor: Rate {
+            per_second: f64::from(given.proofs_per_second),
+            burst: f64::from(given.proofs_per_second),
+        },
+        queue: count(given.queue),
+        connections: count(given.connections),
+        watchers: count(given.connections),
+        ..Limits::default()
+    }
+}
+
+fn told() -> Result<[Signal; 2]> {
+    let on = |kind| signal(kind).context("signals cannot be listened to");
+    Ok([on(SignalKind::terminate())?, on(SignalKind::interrupt())?])
+}
+
+/// Files of the data directory are nobody else's.
+fn make_dir(dir: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("the data directory {} cannot be made", dir.display()))
+}
+
+async fn serve(settings: Settings) -> Result<()> {
+    let [mut term, mut int] = told()?;
+    let dir = &settings.data_dir;
+    make_dir(dir)?;
+    let clock: Arc<dyn Clock> = SystemClock::new();
+    let now = clock.now();
+    // The lock on the log keeps a second process off the directory; so it comes first.
+    let audit = Arc::new(Audit::open(&dir.join(AUDIT), now)?);
+    let sealer = Arc::new(sealer(&settings).context("keys cannot be sealed")?);
+    let domain: TrustDomain = settings.trust_domain.parse()?;
+    let keeper = open(&settings, &sealer, &domain, now).await?;
+    let key = fixed::sealed_key(dir, "channel.key", &sealer)?;
+    let pin = Pin::of(&key);
+    let tls = channel::server(&key, now)?;
+    let tokens = TokenDirectory::open(&dir.join("tokens"));
+    let tokens = Arc::new(JoinTokens::new(tokens.context("the directory of tokens cannot be made")?));
+    let service = Service::new(Parts {
+        current: keeper.current(),
+        acks: keeper.clone(),
+        attestors: attestors(&settings, &tokens)?,
+        audit: Arc::clone(&audit),
+        limits: limits(&settings),
+        sealer,
+        clock: Arc::clone(&clock),
+    })?;
+
+    let listen = settings.listen().context("listen")?;
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+    let listen = listener.local_addr()?;
+    let watched = match settings.status() {
+        None => None,
+        Some(address) => {
+            let listener = TcpListener::bind(address).await;
+            Some(listener.with_context(|| format!("cannot listen on {address}"))?)
+        }
+    };
+    let socket = dir.join(SOCKET);
+    let operators =
+        server::socket(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let routes = Routes::new(JoinTokensServer::new(Operators {
+        tokens,
+        audit: Arc::clone(&audit),
+        current: keeper.current(),
+        clock: Arc::clone(&clock),
+    }));
+    std::fs::write(dir.join("pin"), format!("{pin}\n"))?;
+
+    audit.write(&Entry::allowed("start", "authority").with("pin", pin.to_string()), clock.now())?;
+    output::note(&format!("{:<10} {listen}", "workloads"));
+    output::note(&format!("{:<10} {pin}", "pin"));
+    output::note(&format!("{:<10} {}", "operators", socket.display()));
+    if let Some(listener) = &watched {
+        output::note(&format!("{:<10} http://{}/status", "status", listener.local_addr()?));
+    }
+    output::note(&format!("{:<10} {domain}; a token for a workload:", "domain"));
+    output::note(&format!(
+        "  postern ca token create --socket {} --identity spiffe://{domain}/ns/default/sa/NAME --ttl 1h",
+        socket.display()
+    ));
+
+    let told = Told { service: service.clone(), keeper: Arc::clone(&keeper), audit: Arc::clone(&audit), pin };
+    let observing = async {
+        match watched {
+            Some(listener) => status::serve(listener, told).await,
+            None => std::future::pending().await,
+        }
+    };
+    let (stopping, stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        stopping.send_replace(true);
+        // Kept until the process ends: who waits is told once.
+        std::future::pending::<()>().await;
+    });
+    let until = |mut stopped: watch::Receiver<bool>| async move {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    };
+    let serving = async {
+        tokio::try_join!(
+            server::workloads(service, listener, tls, until(stopped.clone())),
+            server::operators(routes, operators, until(stopped.clone())),
+        )
+    };
+    let served = tokio::select! {
+        served = serving => served.map(|_| ()),
+        () = keeper.run() => Ok(()),
+        () = observing => Ok(()),
+    };
+    audit.write(&Entry::allowed("stop", "authority"), SystemTime::now())?;
+    audit.sync()?;
+    let _ = std::fs::remove_file(&socket);
+    served.context("the service has ended")
+}
+
+/// The authority in the data directory, or a new one.
+async fn open(
+    settings: &Settings,
+    sealer: &Arc<Sealer>,
+    domain: &TrustDomain,
+    now: SystemTime,
+) -> Result<Arc<Keeper>> {
+    let folder = settings.data_dir.join("store");
+    let store: Arc<dyn Store> = Arc::new(Embedded::open(&folder)?);
+    let foundry = Arc::new(Foundry::new(Arc::clone(sealer), KeyKind::P256));
+    let clock = Arc::new(driver::SystemClock::default());
+    let opened = async || {
+        let (store, foundry, clock) = (Arc::clone(&store), Arc::clone(&foundry), clock.clone());
+        Keeper::open(store, foundry, clock, REPLICA, |driver| driver).await
+    };
+    let keeper = match opened().await? {
+        Some(keeper) => keeper,
+        None => {
+            let lifetimes = Lifetimes { leaf_s: settings.longest_ttl, ..Lifetimes::default() };
+            let record = foundry.found(domain.as_str(), lifetimes, now.into())?;
+            driver::found(&*store, &record).await?;
+            opened().await?.with_context(|| format!("{} is empty again", folder.display()))?
+        }
+    };
+    let held = keeper.current().borrow().bundle().trust_domain.clone();
+    if held != *domain {
+        return Err(anyhow!(
+            "{} holds the authority of {held}, and `trust_domain` is {domain}",
+            folder.display()
+        ));
+    }
+    Ok(keeper)
+}
