@@ -16,7 +16,7 @@ use config::env::ProcessEnv;
 use crate::output;
 
 /// The socket for operators, in the data directory.
-const SOCKET: &str = "admin.sock";
+const SOCKET: &str = "operators.sock";
 /// The log of what was decided, in the data directory.
 const AUDIT: &str = "audit.log";
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
+use certs::ca::admin::Operator;
 use certs::ca::attest::Attestors;
 use certs::ca::attest::consul::{self, Consul};
 use certs::ca::attest::kubernetes::{self, Kubernetes};
@@ -185,7 +186,8 @@ async fn serve(settings: Settings) -> Result<()> {
         audit: Arc::clone(&audit),
         current: keeper.current(),
         clock: Arc::clone(&clock),
-    }));
+    }))
+    .add_service(Operator::new(Arc::clone(&keeper), Some(Arc::clone(&audit))).server());
     std::fs::write(dir.join("pin"), format!("{pin}\n"))?;
 
     audit.write(&Entry::allowed("start", "authority").with("pin", pin.to_string()), clock.now())?;
