@@ -4,8 +4,8 @@
 
 pub mod backoff;
 pub mod ca;
-pub mod consul_connect;
 pub mod clock;
+pub mod consul_connect;
 mod error;
 pub mod files;
 pub mod grpc;

@@ -67,7 +67,6 @@ fn main() -> ExitCode {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),
         Command::Ca(role) => role.run(),
-        Command::Discovery(role) => role.run(),
         Command::Sidecar(role) => role.run(),
         Command::Discovery(role) => role.run(),
         Command::Certs(command) => command.run(),
