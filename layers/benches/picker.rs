@@ -116,7 +116,7 @@ fn build(bencher: Bencher<'_, '_>, endpoints: usize) {
 }
 
 /// One endpoint among ten thousand begins or ceases to drain: what the control side does for it, the new picker included.
-/// With `chash` the ring is made again, and with sessions their table.
+/// With `chash` the next ring is made from the former one; with sessions their table is made again.
 #[divan::bench(args = ["roundrobin", "least_conn", "ewma", "random", "chash", "sticky", "locality"])]
 fn one_of_ten_thousand(bencher: Bencher<'_, '_>, kind: &str) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
@@ -151,6 +151,14 @@ fn one_of_ten_thousand(bencher: Bencher<'_, '_>, kind: &str) {
         env.drains.set(if drains { vec![mark.clone()] } else { Vec::new() });
         cluster.refresh(&env.control);
     });
+}
+
+/// The ring of ten thousand endpoints where there is none to make it from: at the start, and when all is different.
+#[divan::bench]
+fn ring_from_nothing(bencher: Bencher<'_, '_>) {
+    let peers = peers(10_000);
+    let picker = || Picker::new(Algorithm::Chash, &peers, &Selection::default(), &CursorCell::default());
+    bencher.bench_local(picker);
 }
 
 #[divan::bench]

@@ -100,13 +100,24 @@ pub(crate) enum Balancer {
 }
 
 impl Balancer {
-    /// `peers` must not be empty; weights of 0 have been dealt with.
-    pub(crate) fn new(algorithm: Algorithm, peers: Vec<Peer>, cursor: &CursorCell) -> Self {
+    /// `peers` must not be empty; weights of 0 have been dealt with. What the `former` one can lend is not made again.
+    pub(crate) fn new(
+        algorithm: Algorithm,
+        peers: Vec<Peer>,
+        cursor: &CursorCell,
+        former: Option<&Self>,
+    ) -> Self {
         match <[Peer; 1]>::try_from(peers) {
             Ok([peer]) => Self::Single(peer),
             Err(peers) => match algorithm {
                 Algorithm::RoundRobin => Self::RoundRobin(RoundRobin::new(peers, cursor)),
-                Algorithm::Chash => Self::Ring(Ring::new(peers)),
+                Algorithm::Chash => {
+                    let former = former.and_then(|former| match former {
+                        Self::Ring(ring) => Some(ring),
+                        _ => None,
+                    });
+                    Self::Ring(Ring::new(peers, former))
+                }
                 Algorithm::Ewma => Self::Ewma(Ewma::new(peers)),
                 Algorithm::LeastConn => Self::LeastConn(LeastConn::new(peers)),
                 Algorithm::Random => Self::Random(Random::new(peers)),
@@ -172,16 +183,17 @@ impl Picker {
     /// left. Priorities that stand come first, the best of them first, then what is left of the others.
     pub fn new(algorithm: Algorithm, peers: &[Peer], selection: &Selection<'_>, cursor: &CursorCell) -> Self {
         let tiers = panic::tiers(eligible(peers));
-        Self::of_tiers(algorithm, peers, &tiers, selection, cursor)
+        Self::of_tiers(algorithm, peers, &tiers, selection, cursor, &Self::default())
     }
 
-    /// As [`new`](Self::new), where the tiers are known already.
+    /// As [`new`](Self::new), where the tiers are known already, and the picker that is replaced.
     pub(crate) fn of_tiers(
         algorithm: Algorithm,
         peers: &[Peer],
         tiers: &[Tier],
         selection: &Selection<'_>,
         cursor: &CursorCell,
+        former: &Self,
     ) -> Self {
         let levels = Self::levels(peers, tiers, selection);
         let levels: Vec<Vec<Peer>> =
@@ -189,7 +201,7 @@ impl Picker {
         let panics = panic::panics(tiers, selection.panic_threshold);
         Self {
             peers: levels.iter().map(Vec::len).sum(),
-            levels: Levels::new(algorithm, levels, cursor),
+            levels: Levels::new(algorithm, levels, cursor, &former.levels),
             panics,
             everybody: panics && selection.uses_all(tiers),
         }

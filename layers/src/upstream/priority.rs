@@ -15,8 +15,15 @@ pub(crate) struct Levels(Box<[Balancer]>);
 
 impl Levels {
     /// No level may be empty.
-    pub(crate) fn new(algorithm: Algorithm, levels: Vec<Vec<Peer>>, cursor: &CursorCell) -> Self {
-        Self(levels.into_iter().map(|level| Balancer::new(algorithm, level, cursor)).collect())
+    pub(crate) fn new(
+        algorithm: Algorithm,
+        levels: Vec<Vec<Peer>>,
+        cursor: &CursorCell,
+        former: &Self,
+    ) -> Self {
+        let levels = levels.into_iter().enumerate();
+        let level = |(place, peers)| Balancer::new(algorithm, peers, cursor, former.0.get(place));
+        Self(levels.map(level).collect())
     }
 
     pub(crate) fn pick(&self, key: &PickKey, tried: &Tried) -> Option<&Arc<EndpointState>> {

@@ -153,7 +153,7 @@ impl State {
             held = verdict.priorities;
         }
         let selection = selection(&settings, &held);
-        let picker = Picker::of_tiers(settings.algorithm, &peers, &tiers, &selection, cursor);
+        let picker = Picker::of_tiers(settings.algorithm, &peers, &tiers, &selection, cursor, &before.picker);
         let sessions = settings.sticky.as_ref().map(|rule| {
             let usable = |peer: &&Peer| peer.health <= Health::Warning || picker.uses_all();
             Sessions::settle(before.sessions.as_ref(), rule, peers.iter().filter(usable))
