@@ -16,7 +16,7 @@ use std::sync::Arc;
 use config::discovery::consul as settings;
 use futures_util::future::BoxFuture;
 
-use self::cluster::{Cluster, Manner, Poll, escape};
+use self::cluster::{Cluster, Poll, escape, manner};
 use self::entry::{Entry, Reading};
 use self::known::Known;
 use self::register::Agent;
@@ -35,17 +35,7 @@ const PATHS: &[&str] = &["/v1/health/service/", "/v1/catalog/service/", "/"];
 /// What of the settings cannot be used: a file, a token.
 pub fn sources(settings: &settings::Consul) -> Result<Vec<Arc<dyn Source>>, String> {
     let settings = Arc::new(settings.clone());
-    let manner = Manner {
-        token: settings.token.as_ref(),
-        token_file: settings.token_file.as_ref(),
-        timeout: settings.timeout,
-        tls: &settings.tls,
-        keepalive: settings.keepalive,
-        fetch_interval: settings.fetch_interval.get(),
-        stale: settings.stale,
-        max_stale: settings.max_stale.duration(),
-        max_watches: settings.max_watches.get(),
-    };
+    let manner = manner!(settings);
     let source = |server: &String| -> Result<Arc<dyn Source>, String> {
         Ok(Arc::new(Consul { cluster: Cluster::new(server, &manner)?, settings: Arc::clone(&settings) }))
     };

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::Node;
-use crate::consul::cluster::{Cluster, Manner, Poll, escape};
+use crate::consul::cluster::{Cluster, Poll, escape, manner};
 use crate::consul::known::Known;
 use crate::consul::stand_in;
 use crate::source::{Details, Health, Instance, Listing, Query, Source, SourceError, Watcher};
@@ -28,17 +28,7 @@ const PATHS: &[&str] = &["/v1/kv/"];
 /// What of the settings cannot be used: a file, a token.
 pub fn sources(settings: &settings::ConsulKv) -> Result<Vec<Arc<dyn Source>>, String> {
     let settings = Arc::new(settings.clone());
-    let manner = Manner {
-        token: settings.token.as_ref(),
-        token_file: settings.token_file.as_ref(),
-        timeout: settings.timeout,
-        tls: &settings.tls,
-        keepalive: settings.keepalive,
-        fetch_interval: settings.fetch_interval.get(),
-        stale: settings.stale,
-        max_stale: settings.max_stale.duration(),
-        max_watches: settings.max_watches.get(),
-    };
+    let manner = manner!(settings);
     let source = |server: &String| -> Result<Arc<dyn Source>, String> {
         Ok(Arc::new(ConsulKv { cluster: Cluster::new(server, &manner)?, settings: Arc::clone(&settings) }))
     };

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use http::StatusCode;
@@ -14,7 +15,7 @@ use serde_json::Value;
 
 use config::discovery::eureka::Eureka as Settings;
 
-use crate::http::{Options, Question, Server};
+use crate::http::{Options, Question, Server, Tls};
 use crate::poll::{JSON, Polled, escape};
 use crate::source::{Details, Health, Instance, Listing, Query, Source, SourceError, Watcher};
 use crate::{Node, literal};
@@ -24,15 +25,26 @@ use crate::{Node, literal};
 pub struct Eureka {
     servers: Vec<Arc<Server>>,
     settings: Arc<Settings>,
+    interval: Duration,
 }
 
 impl Eureka {
     /// # Errors
-    /// A host is not a URL. Says which.
+    /// A host is not a URL, or a file of TLS cannot be used. Says which.
     pub fn new(settings: &Settings) -> Result<Self, String> {
-        let options = Options { connect: settings.timeout.connect(), ..Options::default() };
+        Self::asked_every(settings.interval(), settings)
+    }
+
+    /// As [`new`](Self::new), with another time between two questions: tests have less patience than settings can say.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn asked_every(interval: Duration, settings: &Settings) -> Result<Self, String> {
+        let (connect, tls) = (settings.timeout.connect(), Tls::from(&settings.tls));
+        let options = Options { connect, tls, ..Options::default() };
         let servers = settings.hosts().map(|host| Server::new(&host, options.clone()));
-        Ok(Self { servers: servers.collect::<Result<_, _>>()?, settings: Arc::new(settings.clone()) })
+        let servers = servers.collect::<Result<_, _>>()?;
+        Ok(Self { servers, settings: Arc::new(settings.clone()), interval })
     }
 }
 
@@ -50,14 +62,15 @@ impl Source for Eureka {
         }
         // Eureka keeps applications under their names in capitals.
         let target = format!("/apps/{}", escape(&query.service.to_uppercase()));
-        let settings = Arc::clone(&self.settings);
-        Ok(Box::new(Application { settings, polled: Polled::new(&self.servers), target }))
+        let (settings, interval) = (Arc::clone(&self.settings), self.interval);
+        Ok(Box::new(Application { settings, interval, polled: Polled::new(&self.servers), target }))
     }
 }
 
 /// One application that is followed.
 struct Application {
     settings: Arc<Settings>,
+    interval: Duration,
     polled: Polled,
     target: String,
 }
@@ -88,7 +101,7 @@ impl Application {
             let weight = self.settings.weight();
             instances = written.into_iter().filter_map(|one| instance(one, weight)).collect();
         }
-        Ok(self.polled.listing(instances, self.settings.interval()))
+        Ok(self.polled.listing(instances, self.interval))
     }
 }
 

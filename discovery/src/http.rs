@@ -16,6 +16,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::{Bytes, BytesMut};
 use certs::files;
 use certs::unverified::Unverified;
+use config::discovery::tls::RegistryTls;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, RETRY_AFTER, USER_AGENT};
 use http::uri::{Authority, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
@@ -95,6 +96,17 @@ pub struct Tls {
     pub server_name: Option<String>,
     /// Check the server's certificate.
     pub verify: bool,
+}
+
+impl From<&RegistryTls> for Tls {
+    fn from(written: &RegistryTls) -> Self {
+        Self {
+            ca: written.ca_file.clone(),
+            identity: written.cert_file.clone().zip(written.key_file.clone()),
+            server_name: written.server_name.clone(),
+            verify: written.verify,
+        }
+    }
 }
 
 impl Default for Tls {

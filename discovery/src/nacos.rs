@@ -8,6 +8,7 @@ mod access;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use access::Access;
 use config::discovery::nacos::Nacos as Settings;
@@ -16,7 +17,7 @@ use http::StatusCode;
 use serde::Deserialize;
 
 use crate::Node;
-use crate::http::{Options, Question, Server};
+use crate::http::{Options, Question, Server, Tls};
 use crate::poll::{JSON, Polled, escape};
 use crate::source::{Details, Health, Instance, Listing, Query, Source, SourceError, Watcher};
 
@@ -31,18 +32,29 @@ pub struct Nacos(Arc<Shared>);
 struct Shared {
     servers: Vec<Arc<Server>>,
     settings: Settings,
+    interval: Duration,
     access: Access,
 }
 
 impl Nacos {
     /// # Errors
-    /// A host is not a URL. Says which.
+    /// A host is not a URL, or a file of TLS cannot be used. Says which.
     pub fn new(settings: &Settings) -> Result<Self, String> {
-        let options = Options { connect: settings.timeout.connect(), ..Options::default() };
+        Self::asked_every(settings.interval(), settings)
+    }
+
+    /// As [`new`](Self::new), with another time between two questions: tests have less patience than settings can say.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn asked_every(interval: Duration, settings: &Settings) -> Result<Self, String> {
+        let (connect, tls) = (settings.timeout.connect(), Tls::from(&settings.tls));
+        let options = Options { connect, tls, ..Options::default() };
         let hosts = || settings.hosts();
         let servers: Result<_, _> = hosts().map(|host| Server::new(&host.url, options.clone())).collect();
         let access = Access::new(hosts().map(|host| host.credentials).collect(), settings.key());
-        Ok(Self(Arc::new(Shared { servers: servers?, settings: settings.clone(), access })))
+        let (servers, settings) = (servers?, settings.clone());
+        Ok(Self(Arc::new(Shared { servers, settings, interval, access })))
     }
 }
 
@@ -109,7 +121,7 @@ impl Service {
         }
         let list: List = serde_json::from_slice(&answer.body).map_err(|error| self.polled.wrong(error))?;
         let instances = instances(list, shared.settings.weight.get());
-        Ok(self.polled.listing(instances, shared.settings.interval()))
+        Ok(self.polled.listing(instances, shared.interval))
     }
 }
 

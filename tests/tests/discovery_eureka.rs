@@ -11,11 +11,14 @@ use e2e::eureka::Eureka;
 use e2e::{Value, json};
 use futures_util::future::BoxFuture;
 
+/// A second, the least that settings can say, would be waited for some twenty times by the suite.
+const OFTEN: Duration = Duration::from_millis(50);
+
 fn source(host: &str) -> Arc<dyn Source> {
     let settings = json!({"host": [host], "prefix": "/eureka/", "fetch_interval": 1, "weight": 3,
                           "timeout": {"connect": 200, "send": 200, "read": 300}});
     let settings: Settings = config::typed::parse(&settings).expect("settings");
-    Arc::new(eureka::Eureka::new(&settings).expect("a source"))
+    Arc::new(eureka::Eureka::asked_every(OFTEN, &settings).expect("a source"))
 }
 
 struct Fake(Eureka);

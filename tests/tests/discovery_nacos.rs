@@ -15,9 +15,12 @@ use http::Method;
 
 const GROUP: &str = "DEFAULT_GROUP";
 
+/// A second, the least that settings can say, would be waited for some twenty times by the suite.
+const OFTEN: Duration = Duration::from_millis(50);
+
 fn source(settings: Value) -> Arc<dyn Source> {
     let settings: Settings = config::typed::parse(&settings).expect("settings");
-    Arc::new(nacos::Nacos::new(&settings).expect("a source"))
+    Arc::new(nacos::Nacos::asked_every(OFTEN, &settings).expect("a source"))
 }
 
 fn settings(hosts: &[String]) -> Value {

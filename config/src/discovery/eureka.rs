@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Registry;
 use super::polled::{HostUrl, Timeout, check_hosts};
+use super::tls::RegistryTls;
 use crate::error::ConfigError;
 use crate::fields::Int;
 
@@ -32,6 +33,9 @@ pub struct Eureka {
     /// How long is waited for what.
     #[serde(default)]
     pub timeout: Timeout,
+    /// Extension: TLS to `https` hosts.
+    #[serde(default)]
+    pub tls: RegistryTls,
 }
 
 impl Eureka {
@@ -59,6 +63,7 @@ impl Registry for Eureka {
 
     fn check(&self, errors: &mut Vec<ConfigError>) {
         check_hosts(&self.host, errors);
+        self.tls.check("/tls", errors);
     }
 }
 

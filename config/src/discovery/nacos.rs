@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Registry;
 use super::polled::{Host, Timeout, check_hosts};
+use super::tls::RegistryTls;
 use crate::error::{ConfigError, ErrorKind};
 use crate::fields::Int;
 use crate::sensitive::Sensitive;
@@ -35,6 +36,9 @@ pub struct Nacos {
     /// How long is waited for what.
     #[serde(default)]
     pub timeout: Timeout,
+    /// Extension: TLS to `https` hosts.
+    #[serde(default)]
+    pub tls: RegistryTls,
     /// The id of a key with which questions are signed (MSE of Alibaba Cloud).
     #[serde(default)]
     pub access_key: String,
@@ -81,6 +85,7 @@ impl Registry for Nacos {
 
     fn check(&self, errors: &mut Vec<ConfigError>) {
         check_hosts(&self.host, errors);
+        self.tls.check("/tls", errors);
         let secret = self.secret_key.as_ref().is_some_and(|secret| !secret.reveal().is_empty());
         let mut pair = |field: &str, needs, missing: bool| {
             if missing {
@@ -136,6 +141,7 @@ mod tests {
             (json!({"host": ["u:secret@nacos:8848"]}), "/discovery/nacos/host/0: write http(s)://"),
             (json!({"host": ["http://n"], "fetch_interval": 0}), "/discovery/nacos/fetch_interval"),
             (json!({"host": ["http://n"], "access_key": "ak"}), "/discovery/nacos/access_key"),
+            (json!({"host": ["https://n"], "tls": {"key_file": "k"}}), "/discovery/nacos/tls/key_file"),
             (json!({"host": ["http://n"], "hosts": []}), "/discovery/nacos/hosts: unknown field"),
         ] {
             let (discovery, errors) = read(&written);

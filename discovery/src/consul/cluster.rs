@@ -45,6 +45,24 @@ pub(crate) struct Manner<'a> {
     pub(crate) max_watches: u32,
 }
 
+/// The manner of settings, which `consul` and `consul_kv` write in the same words.
+macro_rules! manner {
+    ($settings:expr) => {
+        $crate::consul::cluster::Manner {
+            token: $settings.token.as_ref(),
+            token_file: $settings.token_file.as_ref(),
+            timeout: $settings.timeout,
+            tls: &$settings.tls,
+            keepalive: $settings.keepalive,
+            fetch_interval: $settings.fetch_interval.get(),
+            stale: $settings.stale,
+            max_stale: $settings.max_stale.duration(),
+            max_watches: $settings.max_watches.get(),
+        }
+    };
+}
+pub(crate) use manner;
+
 impl Manner<'_> {
     /// How a server is spoken to.
     pub(crate) fn options(&self) -> Result<Options, String> {
@@ -56,13 +74,8 @@ impl Manner<'_> {
             headers.push((TOKEN, value));
         }
         let secret = self.token_file.map(|path| SecretFile { field: TOKEN, scheme: "", path: path.clone() });
-        let tls = Tls {
-            ca: self.tls.ca_file.clone(),
-            identity: self.tls.cert_file.clone().zip(self.tls.key_file.clone()),
-            server_name: self.tls.server_name.clone(),
-            verify: self.tls.verify,
-        };
-        Ok(Options { connect: self.timeout.connect(), headers, secret, tls, ..Options::default() })
+        let (connect, tls) = (self.timeout.connect(), Tls::from(self.tls));
+        Ok(Options { connect, headers, secret, tls, ..Options::default() })
     }
 }
 
