@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::apisix_yaml::{ApisixYaml, FILES};
+use crate::discovery::not_configured;
 use crate::document::LocatedError;
 use crate::env::Env;
 use crate::error::{ConfigError, ErrorKind};
@@ -19,6 +20,9 @@ use crate::id::{Kind, ResourceKey};
 use crate::listed_plugins::ListedPlugins;
 use crate::plugin_catalog::PluginCatalog;
 use crate::process::{CONFIG_FILE, Notice, Process, Provider};
+use crate::resource::Resource;
+use crate::upstream::Upstream;
+use crate::upstream::discovery::{Origin, Part};
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -90,6 +94,7 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
         _ => None,
     };
     let plugins = process.as_ref().and_then(|process| process.plugins.clone());
+    let kinds = process.as_ref().map(|process| process.discovery.asked());
     report.notices = process.map(|process| process.not_applicable).unwrap_or_default();
     let candidates = FILES.map(|name| dir.join(name)).into_iter();
     let files: Vec<PathBuf> = match named {
@@ -97,7 +102,7 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
         None => candidates.filter(|file| file.exists()).collect(),
     };
     for file in files {
-        check_file(&file, catalog, plugins.as_deref(), env, &mut report);
+        check_file(&file, catalog, plugins.as_deref(), kinds.as_deref(), env, &mut report);
     }
     report.errors.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
     report
@@ -107,6 +112,7 @@ fn check_file(
     path: &Path,
     catalog: &dyn PluginCatalog,
     plugins: Option<&[String]>,
+    kinds: Option<&[&'static str]>,
     env: &Arc<dyn Env + Send + Sync>,
     report: &mut Report,
 ) {
@@ -141,6 +147,7 @@ fn check_file(
         };
         let errors = graph.check_references(&item.key, &item.resource).into_iter();
         let errors = errors.filter(|error| !unasked(error));
+        let errors = errors.chain(kinds.into_iter().flat_map(|kinds| unknown_kinds(&item.resource, kinds)));
         let errors = errors.map(|error| file.locate(&item.key, error));
         found.entry(item.key.clone()).or_default().extend(errors);
     }
@@ -155,6 +162,25 @@ fn check_file(
             errors: found.remove(&item.key).unwrap_or_default(),
         }
     }));
+}
+
+/// The services of kinds that are not configured, in whatever upstream the object has.
+fn unknown_kinds(resource: &Resource, kinds: &[&'static str]) -> Vec<ConfigError> {
+    let (at, upstream) = match resource {
+        Resource::Upstream(upstream) => ("", Some(&**upstream)),
+        Resource::Route(route) => ("/upstream", route.upstream.as_deref()),
+        Resource::Service(service) => ("/upstream", service.upstream.as_deref()),
+        Resource::LookupEntry(entry) => ("/upstream", entry.upstream.as_deref()),
+        _ => ("", None),
+    };
+    let parts = upstream.map(Upstream::parts).unwrap_or_default();
+    let unknown = |part: Part<'_>| match part.origin {
+        Origin::Service { kind, .. } if !kinds.contains(&kind) => {
+            Some(ConfigError::invalid(format!("{at}{}", part.place.of_kind()), not_configured(kind)))
+        }
+        _ => None,
+    };
+    parts.into_iter().filter_map(unknown).collect()
 }
 
 #[cfg(test)]
@@ -180,6 +206,33 @@ mod tests {
     }
 
     const FILE_PROVIDER: &str = "deployment: {role: data_plane, role_data_plane: {config_provider: yaml}}\n";
+
+    #[test]
+    fn kinds_of_discovery_that_are_not_configured_are_told() {
+        let config = format!(
+            "discovery: {{consul: {{servers: [\"http://a:1\"]}}, postern: {{servers: [\"b:1\"], kinds: [nacos]}}}}\n{FILE_PROVIDER}"
+        );
+        let resources = "upstreams:
+  - {id: 1, type: roundrobin, service_name: a, discovery_type: consul}
+  - {id: 2, type: roundrobin, service_name: a, discovery_type: dns}
+  - {id: 3, type: roundrobin, service_name: a, discovery_type: nacos}
+  - {id: 4, type: roundrobin, service_name: consul/a, discovery_type: postern}
+  - {id: 5, type: roundrobin, service_name: a, discovery_type: eureka}
+routes:
+  - id: 1
+    uri: /a
+    upstream:
+      type: roundrobin
+      nodes: {\"127.0.0.1:80\": 1}
+      discovery: {sources: [{type: kubernetes, service: a/b}]}
+#END
+";
+        let (_, errors) = check(&[("config.yaml", &config), ("apisix.yaml", resources)]);
+        let told = "is configured: add `discovery.";
+        assert_eq!(errors.len(), 2, "{errors:?}");
+        assert!(errors[0].contains("/upstreams/4/discovery_type") && errors[0].contains(told), "{errors:?}");
+        assert!(errors[1].contains("/upstream/discovery/sources/0/type"), "{errors:?}");
+    }
 
     #[test]
     fn a_good_directory_is_clean() {

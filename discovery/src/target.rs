@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use config::discovery::not_configured;
 use serde::Serialize;
 
 use crate::source::Query;
@@ -135,7 +136,7 @@ impl Default for Guards {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
     /// No registry of the kind is configured.
-    #[error("no registry of the kind `{kind}` is configured: add `discovery.{kind}` to config.yaml")]
+    #[error("{}", not_configured(kind))]
     Kind { part: usize, kind: Arc<str> },
     /// No registry of the kind has services of this name.
     #[error("none of the registries of the kind `{kind}` is the one that `{service}` names")]

@@ -104,6 +104,24 @@ registries! {
     postern: postern::Postern,
 }
 
+impl Discovery {
+    /// The kinds that can be asked: those that are configured, those that discovery servers are asked for, and DNS.
+    #[must_use]
+    pub fn asked(&self) -> Vec<&'static str> {
+        let servers = self.postern.iter().flat_map(|servers| &servers.kinds);
+        let mut kinds = self.configured();
+        kinds.extend(servers.filter_map(|kind| postern::Postern::kind(kind)));
+        kinds.push(dns::Dns::KIND);
+        kinds
+    }
+}
+
+/// What is said of a kind that cannot be asked.
+#[must_use]
+pub fn not_configured(kind: &str) -> String {
+    format!("no registry of the kind `{kind}` is configured: add `discovery.{kind}` to config.yaml")
+}
+
 /// The settings of a registry, unless they are wrong.
 fn registry<R: Registry>(written: &Value, errors: &mut Vec<ConfigError>) -> Option<Box<R>> {
     let mut written = written.clone();
