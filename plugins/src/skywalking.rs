@@ -1,13 +1,15 @@
 //! `skywalking`: tells an Apache SkyWalking server of requests as segments, and the upstream by the field `sw8`.
 //!
 //! Phases: `rewrite`, where the segment begins, and `log`, where it is put together: an entry span for the request and
-//! an exit span for each attempt to reach the upstream. Segments go to `/v3/segments`.
+//! an exit span for each attempt to reach the upstream. Segments go to `/v3/segments`, and with them, once a minute, what
+//! this instance is to `/v3/management/reportProperties`.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use config::error::{ConfigError, joined};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use layers::exchange::{Exchange, State};
@@ -117,8 +119,17 @@ impl Definition for SkyWalking {
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
         let attr = Attr::of(env.attr)?;
-        let post = Post::new(vec![attr.server("/v3/segments")?], Call::within(true, TIMEOUT), env)?
-            .field(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let post = |path| {
+            let post = Post::new(vec![attr.server(path)?], Call::within(true, TIMEOUT), env)?;
+            Ok::<_, ConfigError>(post.field(header::CONTENT_TYPE, HeaderValue::from_static("application/json")))
+        };
+        let instance = attr.service_instance_name.replace("$hostname", hostname());
+        let server = Server {
+            segments: post("/v3/segments")?,
+            management: post("/v3/management/reportProperties")?,
+            properties: properties(&attr.service_name, &instance).to_string().into(),
+            told: Mutex::default(),
+        };
         let settings = BatchSettings {
             name: "skywalking".to_owned(),
             size: 100,
@@ -127,14 +138,14 @@ impl Definition for SkyWalking {
             retries: 2,
             pause: Duration::from_secs(1),
             pending: None,
-            timeout: TIMEOUT + Duration::from_secs(1),
+            timeout: TIMEOUT * 2 + Duration::from_secs(1),
             at_once: 1,
         };
-        let segments = batch::shared(env, Self::NAME, &attr, settings, Server { post })?;
+        let segments = batch::shared(env, Self::NAME, &attr, settings, server)?;
         let plugin = Arc::new(Self {
             ratio: config.sample_ratio,
             service: attr.service_name,
-            instance: attr.service_instance_name.replace("$hostname", hostname()),
+            instance,
             segments,
         });
         hooks.rewrite(&plugin);
@@ -306,8 +317,44 @@ fn exit_span(name: &str, number: usize, attempt: &AttemptSpan) -> Value {
     })
 }
 
+/// What is told of this instance.
+fn properties(service: &str, instance: &str) -> Value {
+    let property = |key: &str, value: &str| json!({"key": key, "value": value});
+    json!({
+        "service": service,
+        "serviceInstance": instance,
+        "properties": [
+            property("language", "rust"),
+            property("host", hostname()),
+            property("OS Name", std::env::consts::OS),
+            property("Process No.", &std::process::id().to_string()),
+        ],
+    })
+}
+
+/// How often what this instance is, is told anew: SkyWalking forgets it.
+const TELL: Duration = Duration::from_secs(60);
+
 struct Server {
-    post: Post,
+    segments: Post,
+    management: Post,
+    properties: Bytes,
+    /// When this instance was told of.
+    told: Mutex<Option<Instant>>,
+}
+
+impl Server {
+    /// Tells what this instance is, if it is time. Segments do not depend on it.
+    async fn tell(&self) {
+        let is_due = |told: &Option<Instant>| told.is_none_or(|told| told.elapsed() >= TELL);
+        if !is_due(&self.told.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return;
+        }
+        match self.management.deliver(self.properties.clone(), 300).await {
+            Ok(()) => *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now()),
+            Err(failure) => tracing::debug!(?failure, "SkyWalking was not told of this instance"),
+        }
+    }
 }
 
 impl Sink for Server {
@@ -315,7 +362,8 @@ impl Sink for Server {
 
     async fn send(&self, batch: &[Value]) -> Result<(), Failure> {
         let body = serde_json::to_vec(batch).map_err(|error| Failure::permanent(error.to_string()))?;
-        self.post.deliver(body, 300).await
+        self.tell().await;
+        self.segments.deliver(body, 300).await
     }
 }
 
