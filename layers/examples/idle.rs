@@ -15,15 +15,15 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use certs::SniTable;
 use certs::sni::{CertPem, SslObject, TableSettings};
+use certs::unverified::Unverified;
 use layers::body::Body;
 use layers::error::Fault;
 use layers::exchange::Exchange;
 use layers::transport::listen::Listen;
 use layers::transport::tls_server::TlsListen;
 use layers::worker::{ListenOptions, Listening, WorkerSettings, Workers};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, SignatureScheme, StreamOwned};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use tower::Service;
 
 /// As the binary has it: what is left after a burst depends on the allocator.
@@ -131,11 +131,13 @@ fn table() -> Result<SniTable, Failure> {
 
 /// The other process: opens the connections and holds them until its input ends.
 fn hold(address: SocketAddr, kind: &str, count: usize) -> Result<(), Failure> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    // The certificate was made a moment ago; nothing is to be proved here.
     let config = Arc::new(
-        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        ClientConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody))
+            .with_custom_certificate_verifier(Arc::new(Unverified(provider)))
             .with_no_client_auth(),
     );
     let mut plain = Vec::new();
@@ -174,43 +176,4 @@ fn hold(address: SocketAddr, kind: &str, count: usize) -> Result<(), Failure> {
 
 fn answered(bytes: usize) -> Result<(), Failure> {
     if bytes == 0 { Err("the worker closed a connection".into()) } else { Ok(()) }
-}
-
-/// The certificate was made a moment ago; nothing is to be proved here.
-#[derive(Debug)]
-struct Anybody;
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
-    }
 }

@@ -99,7 +99,7 @@ mod tests {
     use layers::testing::{TestEnv, exchange};
     use serde_json::{Value, json};
     use tokio::io::AsyncReadExt;
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpSocket};
 
     use super::*;
     use crate::support::log_sink::{HttpSink, answered};
@@ -158,7 +158,10 @@ mod tests {
     #[tokio::test]
     async fn nobody_there_loses_the_batch() {
         let env = TestEnv::default();
-        let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        // Bound, so that nobody else gets the port.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let port = socket.local_addr().unwrap().port();
         log(&env, &json!({"host": "127.0.0.1", "port": port, "batch_max_size": 1}), 1).await;
         let counts = env.metrics.logs.counts("tcp-logger");
         HttpSink::start(200).await.until(|| counts.losses(Loss::Refused) == 1).await;

@@ -5,6 +5,7 @@
 //! raw bytes to HTTP/2; [`certs`], [`consul`], [`etcd`] and [`nginx`] what the tests need besides. Everything listens on
 //! ports of its own (see [`ports`]), so that tests run side by side.
 
+pub mod busy;
 pub mod certs;
 pub mod client;
 pub mod compat;

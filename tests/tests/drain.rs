@@ -31,7 +31,7 @@ async fn without_work_it_ends_at_once_with_zero() {
     let begin = Instant::now();
     let status = edge.terminate().await;
     assert_eq!(status.code(), Some(0));
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
 #[tokio::test]
@@ -141,7 +141,7 @@ async fn a_second_sigterm_ends_it_at_once() {
     let begin = Instant::now();
     edge.signal(Signal::SIGTERM);
     edge.wait().await;
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
 #[tokio::test]

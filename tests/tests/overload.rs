@@ -180,7 +180,7 @@ async fn an_honest_client_is_served_beside_stuck_ones() {
     for _ in 0..50 {
         let begin = Instant::now();
         connection.send(Call::get("/")).await.expect_status(200);
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     }
 }
 

@@ -206,18 +206,25 @@ fn the_examples_of_the_pages_show_what_they_promise() {
         std::fs::write(work.path().join(format!("{name}.sh")), script).expect("a file");
         pages.push((name, promised.to_owned()));
     }
-    // A change of the configuration is in use within milliseconds, not before the answer: hence the pause after a PUT.
+    // A change of the configuration is in use within milliseconds, not before the answer: hence the wait after a PUT.
     let driver = r#"
         ip link set lo up
         "$POSTERN" up -c "$EXAMPLES" > log 2>&1 &
         gateway=$!
         trap 'kill $gateway' EXIT
         curl -s -o /dev/null --retry 60 --retry-connrefused --retry-delay 1 http://127.0.0.1:9080/ || exit 1
-        curl() { command curl "$@"; case "$*" in *PUT*) sleep 0.3;; esac; }
+        field() { command curl -s http://127.0.0.1:9090/v1/config | sed -n "s/.*\"$1\": *\([0-9]*\).*/\1/p"; }
+        applied() {
+            for _ in $(seq 200); do [ "$(field applied_revision)" = "$(field revision)" ] && return; sleep 0.02; done
+            echo "what was written is not in use"; exit 3
+        }
+        curl() { command curl "$@"; case "$*" in *PUT*) applied;; esac; }
         KEY=$(cat data/admin.key)
         for script in *.sh; do . "./$script" > "${script%.sh}.out" 2>&1 || exit 2; done
     "#;
-    let output = Command::new("unshare")
+    // An example that waits for ever fails, and does not hold up those who test.
+    let output = Command::new("timeout")
+        .args(["--kill-after", "5", "300", "unshare"])
         .args(own_network)
         .args(["sh", "-c", driver])
         .current_dir(work.path())

@@ -6,7 +6,7 @@ use e2e::client::{Call, connect};
 use e2e::load::{Account, Load};
 use e2e::origin::grpc::{WordsClient, outgoing, word};
 use e2e::origin::{Origin, echo, grpc, slow_body, websocket};
-use e2e::{Edge, Value, json};
+use e2e::{Edge, Value, eventually, json};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use tokio_tungstenite::tungstenite::Message;
@@ -52,8 +52,11 @@ async fn a_hundred_changes_by_the_admin_api_fail_no_request() {
     }
     let account = load.finish().await;
     assert_clean(&account);
-    let seen = edge.get("/steady").await.expect_status(200).json();
-    assert_eq!(seen["headers"]["x-turn"], json!([(CHANGES - 1).to_string()]), "the last change is in use");
+    eventually("the last change is in use", || async {
+        let seen = edge.get("/steady").await.expect_status(200).json();
+        (seen["headers"]["x-turn"] == json!([(CHANGES - 1).to_string()])).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -408,11 +408,14 @@ async fn a_server_that_is_dead_or_broken_costs_little_beside_one_that_is_not() {
         let mut watcher = open(settings, "a.test:80");
         let begin = Instant::now();
         assert_eq!(ask(&mut *watcher).await.unwrap(), ["10.0.0.1:80 1 0"], "{behaviour:?}");
-        // SRV and A wait for each other once each, and once more for a machine that is busy.
-        assert!(begin.elapsed() < Duration::from_secs(2), "{behaviour:?}: {:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() < Duration::from_secs(4),
+            "{behaviour:?}: not its time-out: {:?}",
+            begin.elapsed()
+        );
         let begin = Instant::now();
         ask(&mut *watcher).await.unwrap();
-        assert!(begin.elapsed() < Duration::from_secs(1), "{behaviour:?}: it is asked last for a while");
+        assert!(begin.elapsed() < Duration::from_secs(4), "{behaviour:?}: it is asked last for a while");
     }
 }
 

@@ -1138,7 +1138,7 @@ mod tests {
         let mut revisions: Vec<_> = puts.iter().map(|put| put.item.modified_index).collect();
         revisions.sort_unstable();
         assert_eq!(revisions, (1..=1000).collect::<Vec<_>>());
-        assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+        assert!(elapsed < Duration::from_secs(15), "{elapsed:?}");
         assert_eq!(store.generate_id().await.unwrap(), format!("{:020}", 1001));
         assert_eq!(put(&store, &route(1), json!({})).await.item.modified_index, 1002);
     }

@@ -856,6 +856,7 @@ mod tests {
     use std::net::{SocketAddr, TcpListener as StdListener};
     use std::path::Path;
     use std::process::{Child, Command, Stdio};
+    use std::sync::atomic::{AtomicU16, Ordering};
 
     use etcd_client::CompactionOptions;
     use tokio::net::{TcpListener, TcpStream};
@@ -944,8 +945,15 @@ mod tests {
         }
     }
 
+    /// Below those that the kernel gives to connections and above those of the end-to-end tests, and each once.
     fn free_address() -> SocketAddr {
-        StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        let start = u16::try_from(std::process::id() % 700).unwrap();
+        let address = || {
+            let number = 32_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 768;
+            SocketAddr::from(([127, 0, 0, 1], number))
+        };
+        (0..768).map(|_| address()).find(|address| StdListener::bind(address).is_ok()).unwrap()
     }
 
     fn settings(endpoint: &str) -> EtcdSettings {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use rustls::RootCertStore;
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 
 use super::*;
 use crate::error::Reason;
@@ -183,13 +183,16 @@ async fn probes_find_a_dead_endpoint_and_one_that_is_back() {
     let env = env(Vec::new());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let alive = listener.local_addr().unwrap();
-    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    // Bound, so that nobody else gets the port, and listening only later.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let dead = socket.local_addr().unwrap();
     let checks = json!({"checks": {"active": {"type": "tcp", "timeout": 1,
         "healthy": {"interval": 1, "successes": 1}, "unhealthy": {"interval": 1, "tcp_failures": 1}}}});
     let nodes = json!({alive.to_string(): 1, dead.to_string(): 1});
     let cluster = build(nodes, checks, &env);
     until("the dead one is out", || picked(&cluster) == [alive.to_string()]).await;
-    let _back = TcpListener::bind(dead).await.unwrap();
+    let _back = socket.listen(16).unwrap();
     until("it is back", || picked(&cluster).len() == 2).await;
     assert_eq!(cluster.check_kind(), Some("tcp"));
 }

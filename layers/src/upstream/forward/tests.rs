@@ -14,7 +14,7 @@ use http_body_util::StreamBody;
 use rustls::RootCertStore;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::task::{LocalSet, spawn_local};
 
@@ -113,9 +113,13 @@ async fn read_request(stream: &mut TcpStream) -> Option<String> {
     }
 }
 
-/// An address at which nothing listens.
-async fn nowhere() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+/// An address at which nothing listens, and that nobody else gets.
+fn nowhere() -> SocketAddr {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    std::mem::forget(socket);
+    address
 }
 
 fn local<F: Future>(test: F) -> F::Output {
@@ -214,7 +218,7 @@ fn a_request_is_tried_again_only_where_that_is_safe() {
         for (act, method, fields, wanted, attempts, case) in cases {
             let first = match act {
                 Some(act) => Origin::always(act).await.addr,
-                None => nowhere().await,
+                None => nowhere(),
             };
             let second = Origin::always(Answer(OK)).await;
             let cluster = cluster(&[first, second.addr], fields.clone());
@@ -314,7 +318,7 @@ fn what_is_tried_again_can_be_chosen() {
             let good = Origin::always(Act::Answer(OK)).await;
             let bad = match act {
                 Some(act) => Origin::always(act).await.addr,
-                None => nowhere().await,
+                None => nowhere(),
             };
             let cluster = cluster(&[bad, good.addr], retry(fields.clone()));
             assert_eq!(outcome(&cluster, method).await, (wanted, attempts), "{case} {method} {fields}");
@@ -438,7 +442,7 @@ fn a_session_stays_at_its_node_until_that_is_gone() {
 #[test]
 fn a_session_whose_node_fails_moves_to_the_one_that_answers() {
     local(async {
-        let (bad, good) = (nowhere().await, Origin::always(Act::Answer(OK)).await);
+        let (bad, good) = (nowhere(), Origin::always(Act::Answer(OK)).await);
         let fields = json!({"sticky": {}});
         let cluster = cluster(&[bad, good.addr], fields);
         let state = cluster.state();
@@ -625,11 +629,8 @@ fn the_statuses_of_all_attempts_are_told() {
     const ERROR: &str = "HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n";
     const NAME: &str = "x-apisix-upstream-status";
     local(async {
-        let (bad, good, none) = (
-            Origin::always(Act::Answer(ERROR)).await,
-            Origin::always(Act::Answer(OK)).await,
-            nowhere().await,
-        );
+        let (bad, good, none) =
+            (Origin::always(Act::Answer(ERROR)).await, Origin::always(Act::Answer(OK)).await, nowhere());
         let get = || exchange("GET", "http://a.test/");
         let (x, _) = send(&service(), &cluster(&[good.addr], json!({})), get()).await;
         assert_eq!(field(&x, NAME), "");
@@ -682,7 +683,7 @@ fn a_host_that_is_no_tls_name_is_the_clients_fault() {
     local(async {
         let origin = Origin::always(Act::Answer(OK)).await;
         let fields = json!({"scheme": "https", "checks": {"passive": {"unhealthy": {"tcp_failures": 1}}}});
-        let cluster = cluster(&[origin.addr, nowhere().await], fields);
+        let cluster = cluster(&[origin.addr, nowhere()], fields);
         let request = exchange("GET", "http://a.test/").header("host", "a..test");
         let (x, failed) = send(&service(), &cluster, request).await;
         assert_eq!((failed, x.attempts.len()), (Some(Reason::BadHost), 1));
@@ -762,7 +763,7 @@ fn requests_that_come_together_share_an_http2_connection_or_its_failure() {
         let (addr, connections) = breaking_http2(1000).await;
         let request = || exchange("GET", "http://a.test/").header("host", "a.test");
         let service = service();
-        let one = cluster(&[nowhere().await], json!({"scheme": "grpc"}));
+        let one = cluster(&[nowhere()], json!({"scheme": "grpc"}));
         let sends = (0..20).map(|_| send(&service, &one, request()));
         for (_, failed) in futures_util::future::join_all(sends).await {
             assert_eq!(failed, Some(Reason::ConnectFailed));
