@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::source::{Details, Health};
 
@@ -56,7 +57,33 @@ pub struct Endpoints {
     pub failures: Vec<Failure>,
     /// Some registry has not been heard for longer than the target allows.
     pub degraded: bool,
+    /// To be signed by whoever picks from the list.
+    pub receipt: Receipt,
 }
+
+/// Tells discovery that endpoints are in use, in place of those that were published before. All receipts are equal: which
+/// one it is does not make other endpoints.
+#[derive(Clone, Debug, Default)]
+pub struct Receipt(Arc<AtomicBool>);
+
+impl Receipt {
+    /// From now on nobody begins to pick from the endpoints of before.
+    pub fn sign(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_signed(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl PartialEq for Receipt {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Receipt {}
 
 impl Endpoints {
     /// Every name was answered or failed at least once.

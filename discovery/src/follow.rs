@@ -199,6 +199,17 @@ impl Service {
         self.refresh.notify_one();
     }
 
+    /// Nothing is kept of what the registry does not list: neither until it says again that there is nothing, nor because
+    /// it may have forgotten.
+    pub(crate) fn keeps_nothing(&self) -> bool {
+        !self.ledger().keeps()
+    }
+
+    /// Nobody listens any more.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.state.receiver_count() == 0
+    }
+
     pub(crate) fn answered_at(&self) -> Option<SystemTime> {
         self.ledger().answered_at()
     }
@@ -302,6 +313,12 @@ impl Followers {
             follows.push(Follow { service, state });
         }
         follows
+    }
+
+    /// The service, as it is followed at each registry.
+    pub(crate) fn named(&self, kind: &str, query: &Query) -> Vec<Arc<Service>> {
+        let is_it = |service: &&Arc<Service>| *service.kind == *kind && service.query == *query;
+        self.table().values().filter(is_it).cloned().collect()
     }
 
     /// Every service that is followed.

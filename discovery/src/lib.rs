@@ -16,9 +16,11 @@ pub mod fixed;
 pub mod follow;
 mod guard;
 pub mod http;
+mod in_use;
 pub mod kubernetes;
 mod merge;
 pub mod nacos;
+pub mod notice;
 mod poll;
 pub mod probe;
 pub mod registries;
@@ -47,8 +49,9 @@ use tokio::sync::watch;
 
 pub use backoff::Backoff;
 pub use dns::{Dns, NameOptions, NameView};
-pub use endpoints::{Endpoint, Endpoints, Failure, Node};
+pub use endpoints::{Endpoint, Endpoints, Failure, Node, Receipt};
 pub use follow::{Followed, Freshness, Held};
+pub use in_use::WeakDiscovery;
 pub use retire::Retired;
 pub use source::{
     Again, Details, Health, Instance, Listing, Query, Retire, Source, SourceError, Standing, Watcher,
@@ -217,6 +220,10 @@ impl Discovery {
     /// Every name under watch, for the Control API: its addresses, age, next refresh and last error.
     pub fn names(&self) -> Vec<NameView> {
         self.0.names.views()
+    }
+
+    fn sources(&self) -> &[Arc<dyn Source>] {
+        &self.0.settings.sources
     }
 
     fn followed(&self) -> Vec<Arc<Service>> {

@@ -31,8 +31,8 @@ impl fmt::Display for BadSetting {
     }
 }
 
-/// The sources that can be asked; `names` says how names are resolved, `hello` who asks a discovery server. Nothing is
-/// asked yet.
+/// The sources that can be asked; `names` says how names are resolved, `hello` who asks a discovery server, and
+/// `gate` when what it told is in use. Nothing is asked yet.
 ///
 /// # Errors
 /// A file or a variable that the settings name cannot be read.
@@ -40,6 +40,7 @@ pub fn sources(
     written: &Written,
     names: &dns::Settings,
     hello: impl FnOnce() -> proto::Hello,
+    gate: Option<Arc<dyn client::Gate>>,
 ) -> Result<Vec<Arc<dyn Source>>, BadSetting> {
     let bad = |setting: &str| {
         let setting = format!("discovery.{setting}");
@@ -72,7 +73,7 @@ pub fn sources(
     }
     if let Some(settings) = &written.postern {
         let servers = client::Settings::new(settings, hello()).map_err(bad("postern"))?;
-        sources.extend(client::sources(servers));
+        sources.extend(client::sources(client::Settings { gate, ..servers }));
     }
     Ok(sources)
 }

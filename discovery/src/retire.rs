@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use serde::Serialize;
 
 use crate::follow::Service;
-use crate::source::Instance;
+use crate::source::{Instance, Query};
 use crate::{Discovery, Node, Retire};
 
 /// What a registry did about one instance.
@@ -30,6 +30,16 @@ impl Discovery {
         how: Retire,
         undo: bool,
     ) -> Vec<Retired> {
+        self.retire_where(|_, query, node| is_meant(&query.service, node), how, undo).await
+    }
+
+    /// As [`retire`](Self::retire), by kind and query.
+    pub(crate) async fn retire_where(
+        &self,
+        is_meant: impl Fn(&str, &Query, &Node) -> bool,
+        how: Retire,
+        undo: bool,
+    ) -> Vec<Retired> {
         let mut asked = Vec::new();
         for service in self.followed() {
             let Some(source) = self.source_of(&service).filter(|source| source.retires()) else { continue };
@@ -38,7 +48,7 @@ impl Discovery {
                 .instances
                 .iter()
                 .map(|held| &held.instance)
-                .filter(|instance| is_meant(&service.query.service, &instance.node));
+                .filter(|instance| is_meant(&service.kind, &service.query, &instance.node));
             for instance in meant {
                 let (source, service, instance) = (source.clone(), service.clone(), instance.clone());
                 asked.push(async move {

@@ -5,6 +5,7 @@
 //! what lies above does not know whether a registry or a server was asked.
 
 pub mod client;
+mod drains;
 pub mod server;
 mod topic;
 

@@ -16,6 +16,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Node;
+use crate::notice::{Heard, Notice};
 
 /// One registry: its addresses, credentials and connections, shared by the services that are followed in it.
 pub trait Source: fmt::Debug + Send + Sync + 'static {
@@ -60,6 +61,13 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
         let _ = (query, instance, how, undo);
         let why = format!("{} takes no instance out on request", self.kind());
         Box::pin(async move { Err(SourceError::new(why)) })
+    }
+
+    /// Passes the news of a drain of `services` on to those who serve others with them, and says what these answered. No
+    /// registry does: only discovery servers have clients of their own. Bounded in time by itself.
+    fn pass_on<'a>(&'a self, notice: &'a Notice, services: &'a [Query]) -> BoxFuture<'a, Vec<Heard>> {
+        let _ = (notice, services);
+        Box::pin(async { Vec::new() })
     }
 }
 

@@ -21,7 +21,7 @@ use crate::probe::Probe;
 use crate::source::Health;
 use crate::target::Target;
 use crate::views::{Change, EndpointView, FromView, Named, PartView, SourceView, TargetView, Verdict};
-use crate::{Endpoint, Endpoints, Failure, Node, literal};
+use crate::{Endpoint, Endpoints, Failure, Node, Receipt, literal};
 
 /// How long changes are collected that follow another one, and at most.
 const QUIET: Duration = Duration::from_millis(100);
@@ -57,6 +57,8 @@ struct State {
     guard: Guard,
     names: Names,
     degraded: Vec<Arc<str>>,
+    /// Of which generation each service was the last time.
+    generations: Vec<Option<u64>>,
     /// Addresses that were refused the last time.
     refused: HashSet<SocketAddr>,
     history: VecDeque<Change>,
@@ -135,8 +137,7 @@ impl Work {
                 () = watched.out.closed() => return,
                 silent = finished(&mut probes) => {
                     probes = None;
-                    let left = self.watched.state().guard.probed(&silent);
-                    self.release(&left, "taken away by its registry; it does not answer");
+                    self.release(|guard| guard.probed(&silent), "taken away by its registry; it does not answer");
                 }
                 () = self.changed() => {
                     let now = Instant::now();
@@ -158,8 +159,8 @@ impl Work {
                 }
             }
             if step.is_some_and(|at| now >= at) {
-                let left = self.watched.state().guard.step(now);
-                self.release(&left, "taken away by its registry with most of the others; let go of slowly");
+                let why = "taken away by its registry with most of the others; let go of slowly";
+                self.release(|guard| guard.step(now), why);
                 if probes.is_none() && self.watched.state().guard.due().is_some() {
                     probes = Some(self.probe());
                 }
@@ -234,8 +235,10 @@ impl Work {
         }
         merged.failures.extend(watched.refused.iter().cloned());
         let degraded = !state.degraded.is_empty();
-        let endpoints = Endpoints { list, pending: merged.pending, failures: merged.failures, degraded };
-        watched.publish(endpoints);
+        let (pending, failures) = (merged.pending, merged.failures);
+        watched.publish(Endpoints { list, pending, failures, degraded, receipt: Receipt::default() });
+        let generation = |followed: &Option<Arc<Followed>>| followed.as_ref().map(|it| it.generation);
+        state.generations = states.iter().map(generation).collect();
         alarm.is_some()
     }
 
@@ -264,7 +267,10 @@ impl Work {
     }
 
     /// Takes out what the guard has let go of.
-    fn release(&self, left: &[Endpoint], why: &str) {
+    fn release(&self, let_go: impl FnOnce(&mut Guard) -> Vec<Endpoint>, why: &str) {
+        // What is held back no more is published no more before anybody else looks.
+        let mut state = self.watched.state();
+        let left = let_go(&mut state.guard);
         if left.is_empty() {
             return;
         }
@@ -274,10 +280,11 @@ impl Work {
         let none = Named::default();
         let change =
             Change { at: SystemTime::now(), why: why.into(), added: none.clone(), changed: none, removed };
-        self.watched.state().remember(change);
+        state.remember(change);
         self.watched.out.send_modify(|current| {
             let mut endpoints = Endpoints::clone(current);
             endpoints.list.retain(|endpoint| !gone.contains(&endpoint.addr));
+            endpoints.receipt = Receipt::default();
             *current = Arc::new(endpoints);
         });
     }
@@ -388,6 +395,21 @@ impl Watched {
             From::Nodes(_) => None,
             From::Service { service, .. } => Some(service),
         })
+    }
+
+    /// Whether whoever listens picks from endpoints that are made of the service as of `generation`, or later, and nothing
+    /// is held back of what registries have taken away since.
+    pub(crate) fn is_in_use(&self, service: &Arc<Service>, generation: u64) -> bool {
+        if self.out.is_closed() {
+            return true;
+        }
+        let state = self.state();
+        let is_old = |(input, made): (&Input, &Option<u64>)| match &input.from {
+            From::Service { service: own, .. } => Arc::ptr_eq(own, service) && *made < Some(generation),
+            From::Nodes(_) => false,
+        };
+        let made = !self.inputs.iter().zip(&state.generations).any(is_old);
+        made && state.guard.leaving().is_empty() && self.out.borrow().receipt.is_signed()
     }
 
     /// Whether somebody who says `name` means this.

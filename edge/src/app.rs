@@ -187,13 +187,13 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     }
     let opened = open_store(process, &catalog)?;
     let instance = Instance::starting(process);
-    let running = running(process, catalog, &metrics, &instance)?;
+    let turns = Turns::default();
+    let running = running(process, catalog, &metrics, &instance, &turns)?;
     let in_flight = InFlightCount::default();
     // Sockets are bound first, so that a taken port is told at once, and accept when there is something to serve.
     let mut bound = Addresses::default();
     let listeners =
         if process.serves_traffic() { listen(process, &running, &mut bound)? } else { Vec::new() };
-    let turns = Turns::default();
     let drains =
         process.serves_traffic().then(|| drains(process, &running, &instance, &turns)).transpose()?;
     let interfaces =
@@ -314,8 +314,10 @@ fn running(
     catalog: Arc<plugins::Catalog>,
     metrics: &Arc<Metrics>,
     instance: &Instance,
+    turns: &Turns,
 ) -> Result<Running, StartError> {
-    let mut env = Env::new(process, catalog.clone(), metrics.clone(), tokio::runtime::Handle::current())
+    let control = tokio::runtime::Handle::current();
+    let mut env = Env::new(process, catalog.clone(), metrics.clone(), control, turns)
         .map_err(|bad| StartError::setting(bad.setting, bad.problem))?;
     let (tls, discovery) = (&env.clusters.tls, &env.clusters.discovery);
     let client = HttpClient::alone(&http_call::Settings::default(), tls, discovery, &env.control)

@@ -27,6 +27,7 @@ use layers::target::{Destination, Target, Timeouts};
 use layers::telemetry::metrics::Metrics;
 use layers::upstream::cluster::{Cluster, ClusterEnv};
 use layers::upstream::tls_client::ClientPem;
+use layers::worker::turns::Turns;
 use serde_json::Value;
 
 use crate::lookup_tables::Lookups;
@@ -61,7 +62,7 @@ pub struct Env {
 }
 
 impl Env {
-    /// What `config.yaml` says, and the plugins of this binary.
+    /// What `config.yaml` says, and the plugins of this binary. `turns` are those of the workers that will run.
     ///
     /// # Errors
     /// The trusted certificates for upstreams, or a file of a registry, cannot be read.
@@ -70,6 +71,7 @@ impl Env {
         catalog: Arc<plugins::Catalog>,
         metrics: Arc<Metrics>,
         control: tokio::runtime::Handle,
+        turns: &Turns,
     ) -> Result<Self, BadSetting> {
         Ok(Self {
             plugins: catalog.all().map(|plugin| (plugin.name, plugin)).collect(),
@@ -79,7 +81,7 @@ impl Env {
             consumers: Consumers::default(),
             endpoints: Endpoints::default(),
             lookups: Lookups::default(),
-            clusters: settings::clusters(process, &control)?,
+            clusters: settings::clusters(process, &control, turns)?,
             metrics,
             control,
         })

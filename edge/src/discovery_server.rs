@@ -39,7 +39,7 @@ async fn serve(process: &Process, ready: impl FnOnce(SocketAddr)) -> Result<(), 
     };
     let mut stop = Stop::listen()?;
     let sources =
-        registries::sources(process).map_err(|bad| StartError::setting(bad.setting, bad.problem))?;
+        registries::sources(process, None).map_err(|bad| StartError::setting(bad.setting, bad.problem))?;
     let tls = match &settings.identity {
         None => None,
         Some((certificate, key)) => {
@@ -63,6 +63,7 @@ async fn serve(process: &Process, ready: impl FnOnce(SocketAddr)) -> Result<(), 
     let limits = Limits {
         clients: count(settings.clients),
         subscriptions: count(settings.services),
+        drains: settings.drains,
         ..Limits::default()
     };
     ready(address);

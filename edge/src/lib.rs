@@ -12,6 +12,7 @@ pub mod discovery_server;
 pub mod drain;
 pub mod endpoint;
 pub mod explain;
+mod in_use;
 mod instance;
 mod interfaces;
 mod inventory;

@@ -7,6 +7,7 @@ use config::Graph;
 use config::env::ProcessEnv;
 use config::process::Process;
 use layers::telemetry::metrics::Metrics;
+use layers::worker::turns::Turns;
 
 use crate::compile::{Compiler, Env};
 use crate::explain::{self, Explanation, Question};
@@ -33,7 +34,8 @@ pub fn explain(dir: &Path, question: &Question) -> Result<Explanation, String> {
     let catalog = Arc::new(settings::catalog(&process));
     let mut graph = Graph::new();
     let changed = graph.replace_all(changes, &*catalog);
-    let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone())
+    let turns = Turns::default();
+    let env = Env::new(&process, catalog, Arc::new(Metrics::default()), runtime.handle().clone(), &turns)
         .map_err(|bad| bad.to_string())?;
     let snapshot = Compiler::new(env).compile(&graph, changed);
     explain::explain(question, &settings::rules(&process), &snapshot)

@@ -16,6 +16,7 @@ use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::drains::Drains;
 use layers::upstream::sticky::{OwnKey, own_key};
 use layers::upstream::tls_client::TlsClients;
+use layers::worker::turns::Turns;
 use plugins::proxy_cache::ProxyCache;
 use plugins::redirect::Redirect;
 use serde_json::Value;
@@ -23,6 +24,7 @@ use tokio::runtime::Handle;
 
 use crate::admin::auth;
 use crate::explain::Rules;
+use crate::in_use::InUse;
 use crate::registries::{self, BadSetting};
 
 /// The most of a body that routes look into when nothing is configured: APISIX `max_post_args_readable_size`, 64 MiB.
@@ -150,10 +152,11 @@ fn session_key(process: &Process) -> OwnKey {
 ///
 /// # Errors
 /// The trusted certificates, or a file of a registry, cannot be read.
-pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, BadSetting> {
+pub fn clusters(process: &Process, control: &Handle, turns: &Turns) -> Result<ClusterEnv, BadSetting> {
+    let in_use = Arc::new(InUse::new(turns.clone()));
     let discovery = discovery::Settings {
         dns: registries::names(process),
-        sources: registries::sources(process)?,
+        sources: registries::sources(process, Some(in_use.clone()))?,
         data_dir: Some(process.data_dir.clone()),
         ..discovery::Settings::default()
     };
@@ -165,8 +168,10 @@ pub fn clusters(process: &Process, control: &Handle) -> Result<ClusterEnv, BadSe
         setting: "apisix.ssl.ssl_trusted_certificate".to_owned(),
         problem: error.to_string(),
     })?;
+    let discovery = Discovery::new(control.clone(), discovery);
+    in_use.of(&discovery);
     Ok(ClusterEnv {
-        discovery: Discovery::new(control.clone(), discovery),
+        discovery,
         tls: Arc::new(TlsClients::new(roots)),
         checks: process.upstream_health_checks,
         keepalive: keepalive(process),

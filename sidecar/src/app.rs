@@ -480,7 +480,7 @@ fn clusters(config: &Sidecar, mesh: &Mesh) -> Result<ClusterEnv, StartError> {
         node: hostname().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let sources = discovery::registries::sources(&config.registries(), &names, hello)
+    let sources = discovery::registries::sources(&config.registries(), &names, hello, None)
         .map_err(|error| StartError::Setting(error.to_string()))?;
     let settings = discovery::Settings {
         dns: names,

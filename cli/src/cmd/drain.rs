@@ -218,11 +218,15 @@ fn tell(drain: &Value) {
     }
     for one in observers(drain) {
         let flying = one.get("in_flight").and_then(Value::as_u64).unwrap_or_default();
-        let problem = match text(one, "problem") {
-            "" => String::new(),
-            why => format!("  {}", painted(why, Colour::Red)),
-        };
-        line(format_args!("  {}  {flying} under way{problem}", text(one, "name")));
+        let name = text(one, "name");
+        match (text(one, "problem"), flying) {
+            ("", flying) => line(format_args!("  {name}  {flying} under way")),
+            // What is under way there is not known.
+            (why, 0) => line(format_args!("  {name}  {}", painted(why, Colour::Red))),
+            (why, flying) => {
+                line(format_args!("  {name}  {flying} under way  {}", painted(why, Colour::Red)))
+            }
+        }
     }
 }
 

@@ -17,6 +17,8 @@ pub struct DiscoveryServer {
     pub clients: u32,
     /// Services that one client may follow.
     pub services: u32,
+    /// Whether clients may have nodes drained, in the registries too.
+    pub drains: bool,
 }
 
 pub(super) fn read(section: Section<'_>) -> Option<DiscoveryServer> {
@@ -51,6 +53,7 @@ pub(super) fn read(section: Section<'_>) -> Option<DiscoveryServer> {
         client_ca,
         clients: section.count("max_clients", 1).unwrap_or(10_000),
         services: section.count("max_services", 1).unwrap_or(1_000),
+        drains: section.flag("drains").unwrap_or(false),
     };
     section.finish();
     Some(server)

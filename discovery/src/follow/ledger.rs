@@ -65,6 +65,8 @@ pub(super) struct Ledger {
     /// How long an empty list has to stand.
     empty_confirm: Duration,
     emptying: Option<Emptying>,
+    /// The registry has listed nothing, and that is not believed yet.
+    doubted: bool,
     /// The next list may not be a continuation of the last one, whatever it says.
     unsure: bool,
     /// The instances are those of an earlier process; the registry has not answered yet.
@@ -108,6 +110,7 @@ impl Ledger {
             followed: Followed::default(),
             empty_confirm,
             emptying: None,
+            doubted: false,
             unsure: false,
             restored: false,
             lost: HashMap::new(),
@@ -173,6 +176,7 @@ impl Ledger {
             match self.emptying {
                 None if !self.empty_confirm.is_zero() => {
                     self.emptying = Some(Emptying { since: now.at });
+                    self.doubted = true;
                     let why = "the registry lists no instance; believed when it says so again";
                     self.stale(why.into(), now);
                     return true;
@@ -181,6 +185,7 @@ impl Ledger {
             }
         }
         self.emptying = None;
+        self.doubted = false;
         let freshened = !self.followed.freshness.is_fresh();
         self.fresh();
         if !list.is_empty() && !self.lost.is_empty() && !restarted {
@@ -326,6 +331,11 @@ impl Ledger {
         self.emptying.is_some()
     }
 
+    /// Something is kept that the registry did not list when it was asked last.
+    pub(super) fn keeps(&self) -> bool {
+        self.doubted || self.followed.instances.iter().any(|held| held.kept.is_some())
+    }
+
     /// What has to be probed.
     pub(super) fn lost(&self) -> Vec<Key> {
         self.lost.keys().cloned().collect()
@@ -363,6 +373,7 @@ impl Ledger {
     /// Believes that there is no instance. What a registry had forgotten before is not what it speaks of.
     fn empty(&mut self, now: Now) -> bool {
         self.emptying = None;
+        self.doubted = false;
         self.fresh();
         self.remove(|held| held.kept.is_none(), "the registry lists no instance, and said so again", now);
         true

@@ -348,7 +348,9 @@ impl Recipe {
             }
         };
         if config.proxy_url.is_some() {
-            return Err("`proxy-url` of a kubeconfig file is not supported".to_owned());
+            return Err("`proxy-url` of a kubeconfig file is not supported: take it out, or ask a discovery server that \
+                        reaches the API server without it (`discovery.postern`)"
+                .to_owned());
         }
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);

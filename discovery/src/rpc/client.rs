@@ -2,8 +2,8 @@
 //!
 //! One connection and one call serve all services that this process follows, whatever their kind. When the server is gone
 //! the states stay and the failure is told; the next server, which may be another one, sends them whole. A state is
-//! confirmed to the server when it is in use: when the watcher is asked for the next one, and a [`Gate`] says that what was
-//! published before is used, where there is one.
+//! answered when the watcher is asked for the next one, and confirmed when it is in use: as soon as a [`Gate`] says so, or
+//! with the answer where there is none.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use certs::grpc::{self, Dial};
 use config::discovery::postern::Postern;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 use rustls::ClientConfig;
 use tokio::sync::{Notify, mpsc, watch};
@@ -29,11 +29,14 @@ use super::proto::client_message::Body as FromClient;
 use super::proto::discovery_client::DiscoveryClient;
 use super::proto::server_message::Body as FromServer;
 use crate::backoff::Backoff;
+use crate::notice::{Heard, Notice};
 use crate::source::{Again, Instance, Listing, Query, Source, SourceError, Standing, Watcher};
 
 /// The state of a service of 100,000 instances.
 const LONGEST_STATE: usize = 64 << 20;
 const WELCOME: Duration = Duration::from_secs(10);
+/// What telling a server of a drain may take; its registries may be slow.
+const DRAIN: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How often a list that has not changed is said again, while the server is there.
@@ -84,7 +87,7 @@ impl Settings {
 
 /// Knows when what discovery has published is in use.
 pub trait Gate: fmt::Debug + Send + Sync + 'static {
-    /// Until everything that was published for the service before this call is used to pick endpoints.
+    /// Until nothing picks endpoints any more by what was published for the service before what is published now.
     fn used<'a>(&'a self, kind: &'a str, query: &'a Query) -> BoxFuture<'a, ()>;
 }
 
@@ -94,7 +97,7 @@ pub const KIND: &str = "postern";
 /// A source `postern`, and one for each kind that is asked for at the servers. They share a connection.
 pub fn sources(settings: Settings) -> Vec<Arc<dyn Source>> {
     let kinds: Vec<&'static str> = std::iter::once(KIND).chain(settings.kinds.iter().copied()).collect();
-    let link = Arc::new(LinkMaker { settings, running: Mutex::default() });
+    let link = Arc::new(LinkMaker { settings, running: Mutex::default(), channels: Mutex::default() });
     let source = |kind| Arc::new(ServerSource { kind, link: Arc::clone(&link) }) as Arc<dyn Source>;
     kinds.into_iter().map(source).collect()
 }
@@ -116,24 +119,47 @@ impl Source for ServerSource {
     }
 
     fn open(&self, query: &Query) -> Result<Box<dyn Watcher>, String> {
-        let (kind, query) = if self.kind == KIND {
-            let named = query
-                .service
-                .split_once('/')
-                .filter(|(kind, service)| !kind.is_empty() && !service.is_empty());
-            let (kind, service) = named.ok_or_else(|| {
-                format!("`{}` does not say of which kind it is: write `consul/NAME`, `kubernetes/NAMESPACE/NAME:PORT`", query.service)
-            })?;
-            (kind, Query { service: service.into(), args: query.args.clone() })
-        } else {
-            (self.kind, query.clone())
-        };
+        let service = self.service(query)?;
         Ok(Box::new(ServerWatcher {
             maker: Arc::clone(&self.link),
-            kind: kind.into(),
-            query,
+            service,
+            own: (self.kind, query.clone()),
             attached: None,
         }))
+    }
+
+    fn pass_on<'a>(&'a self, notice: &'a Notice, services: &'a [Query]) -> BoxFuture<'a, Vec<Heard>> {
+        let services: Vec<_> = services.iter().filter_map(|query| self.service(query).ok()).collect();
+        let request = notice.request(services);
+        let asked = self.link.settings.servers.iter().map(move |server| {
+            let request = request.clone();
+            async move {
+                let answer = match timeout(DRAIN, self.link.drain(server, request)).await {
+                    Ok(answer) => answer,
+                    Err(_) => Err(format!("no answer within {} s", DRAIN.as_secs()).into()),
+                };
+                Heard::new(server, answer)
+            }
+        });
+        Box::pin(join_all(asked))
+    }
+}
+
+impl ServerSource {
+    /// What the server calls a service.
+    fn service(&self, query: &Query) -> Result<proto::Service, String> {
+        if self.kind != KIND {
+            return Ok(proto::Service::new(self.kind, query));
+        }
+        let named =
+            query.service.split_once('/').filter(|(kind, service)| !kind.is_empty() && !service.is_empty());
+        let (kind, service) = named.ok_or_else(|| {
+            format!(
+                "`{}` does not say of which kind it is: write `consul/NAME`, `kubernetes/NAMESPACE/NAME:PORT`",
+                query.service
+            )
+        })?;
+        Ok(proto::Service::new(kind, &Query { service: service.into(), args: query.args.clone() }))
     }
 }
 
@@ -142,9 +168,38 @@ impl Source for ServerSource {
 struct LinkMaker {
     settings: Settings,
     running: Mutex<Weak<Link>>,
+    /// For drains: every server is asked, and not only the one that is followed.
+    channels: Mutex<HashMap<String, Channel>>,
 }
 
 impl LinkMaker {
+    /// Tells one server of a drain.
+    async fn drain(
+        &self,
+        server: &str,
+        request: proto::DrainRequest,
+    ) -> Result<proto::DrainResponse, Arc<str>> {
+        let known = self.channels().get(server).cloned();
+        let channel = match known {
+            Some(channel) => channel,
+            None => {
+                let channel = connect(server.to_owned(), self.settings.clone()).await?;
+                self.channels().insert(server.to_owned(), channel.clone());
+                channel
+            }
+        };
+        let mut client = DiscoveryClient::new(channel).max_decoding_message_size(LONGEST_STATE);
+        let answer = client.drain(request).await.map_err(told);
+        if answer.is_err() {
+            self.channels().remove(server);
+        }
+        answer.map(tonic::Response::into_inner)
+    }
+
+    fn channels(&self) -> MutexGuard<'_, HashMap<String, Channel>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn run(&self) -> Arc<Link> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(link) = running.upgrade() {
@@ -190,6 +245,8 @@ struct Desk {
 #[derive(Debug)]
 struct Wanted {
     service: proto::Service,
+    /// What it is called where it is used.
+    own: (&'static str, Query),
     view: watch::Sender<View>,
 }
 
@@ -199,12 +256,16 @@ enum Errand {
     Subscribe(u64),
     Unsubscribe(u64),
     Refresh(u64),
-    /// The state of this nonce, in this call, is in use.
-    Confirm {
-        id: u64,
-        call: u64,
-        nonce: u64,
-    },
+    /// The state has been taken in.
+    Answer(u64, Said),
+}
+
+/// A state that was said.
+#[derive(Clone, Copy, Debug)]
+struct Said {
+    call: u64,
+    nonce: u64,
+    version: u64,
 }
 
 /// What a watcher sees of its service.
@@ -230,6 +291,12 @@ struct State {
     /// Why the registry cannot be asked.
     failure: Option<Arc<str>>,
     instances: BTreeMap<String, Instance>,
+}
+
+impl State {
+    fn said(&self) -> Said {
+        Said { call: self.call, nonce: self.nonce, version: self.version }
+    }
 }
 
 impl Shared {
@@ -268,7 +335,8 @@ async fn run(settings: Settings, shared: Arc<Shared>) {
             number: calls,
             epoch: 0,
             begun: false,
-            acks: FuturesUnordered::new(),
+            waits: FuturesUnordered::new(),
+            waiting: HashMap::new(),
         };
         let reason = call.run(server.clone()).await;
         if call.begun {
@@ -303,7 +371,10 @@ struct Call {
     epoch: u64,
     /// The server has said something.
     begun: bool,
-    acks: FuturesUnordered<Pin<Box<dyn Future<Output = proto::Answer> + Send>>>,
+    /// What the gate is asked for: subscriptions with the versions that are in use when it opens.
+    waits: FuturesUnordered<BoxFuture<'static, (u64, u64)>>,
+    /// Those subscriptions, each with the version that is asked for next.
+    waiting: HashMap<u64, Option<u64>>,
 }
 
 impl Call {
@@ -367,7 +438,13 @@ impl Call {
                     }
                     Some(_) => {}
                 },
-                Some(answer) = self.acks.next() => send(outbox.clone(), FromClient::Answer(answer)).await?,
+                Some((id, version)) = self.waits.next() => {
+                    let confirm = proto::Confirm { id, version };
+                    send(outbox.clone(), FromClient::Confirm(confirm)).await?;
+                    if let Some(next) = self.waiting.remove(&id).flatten() {
+                        self.wait(id, next);
+                    }
+                }
                 () = self.shared.work.notified() => {
                     let errands = std::mem::take(&mut self.shared.desk().errands);
                     for errand in errands {
@@ -389,22 +466,29 @@ impl Call {
                 send(outbox.clone(), FromClient::Unsubscribe(proto::Unsubscribe { id })).await
             }
             Errand::Refresh(id) => send(outbox.clone(), FromClient::Refresh(proto::Refresh { id })).await,
-            Errand::Confirm { call, .. } if call != self.number => Ok(()),
-            Errand::Confirm { id, nonce, .. } => {
-                let answer = proto::Answer { id, nonce, refused: String::new(), resync: false };
-                let wanted = self.shared.desk().subscriptions.get(&id).map(|wanted| wanted.service.clone());
-                match (self.settings.gate.clone(), wanted) {
-                    (Some(gate), Some(service)) => {
-                        self.acks.push(Box::pin(async move {
-                            gate.used(&service.kind, &service.query()).await;
-                            answer
-                        }));
-                        Ok(())
-                    }
-                    _ => send(outbox.clone(), FromClient::Answer(answer)).await,
+            Errand::Answer(_, said) if said.call != self.number => Ok(()),
+            Errand::Answer(id, said) => {
+                let in_use = self.settings.gate.is_none();
+                let answer = proto::Answer { id, nonce: said.nonce, in_use, ..proto::Answer::default() };
+                send(outbox.clone(), FromClient::Answer(answer)).await?;
+                match self.waiting.get_mut(&id) {
+                    Some(next) => *next = Some(said.version),
+                    None => self.wait(id, said.version),
                 }
+                Ok(())
             }
         }
+    }
+
+    /// Has the gate asked, if there is one, when this version is in use.
+    fn wait(&mut self, id: u64, version: u64) {
+        let own = self.shared.desk().subscriptions.get(&id).map(|wanted| wanted.own.clone());
+        let (Some(gate), Some((kind, query))) = (self.settings.gate.clone(), own) else { return };
+        self.waiting.insert(id, None);
+        self.waits.push(Box::pin(async move {
+            gate.used(kind, &query).await;
+            (id, version)
+        }));
     }
 
     async fn subscribe(
@@ -429,7 +513,9 @@ impl Call {
         let mut instances = match (told.base, before) {
             (0, _) => BTreeMap::new(),
             (_, Some(before)) => before.instances.clone(),
-            (_, None) => return Some(proto::Answer { id, nonce, refused: String::new(), resync: true }),
+            (_, None) => {
+                return Some(proto::Answer { id, nonce, resync: true, ..proto::Answer::default() });
+            }
         };
         for key in &told.removed {
             instances.remove(key);
@@ -438,7 +524,7 @@ impl Call {
             let key = instance.key.clone();
             let Some(instance) = instance.read() else {
                 let refused = format!("the instance {key} has no port");
-                return Some(proto::Answer { id, nonce, refused, resync: false });
+                return Some(proto::Answer { id, nonce, refused, ..proto::Answer::default() });
             };
             instances.insert(key, instance);
         }
@@ -500,8 +586,8 @@ fn connect(server: String, settings: Settings) -> BoxFuture<'static, Result<Chan
 /// Follows one service.
 struct ServerWatcher {
     maker: Arc<LinkMaker>,
-    kind: Arc<str>,
-    query: Query,
+    service: proto::Service,
+    own: (&'static str, Query),
     attached: Option<Attached>,
 }
 
@@ -513,8 +599,8 @@ struct Attached {
     silent: bool,
     /// The state that has to have come before anything is said.
     wanted: u64,
-    /// The state that was said last, to be confirmed.
-    said: Option<(u64, u64)>,
+    /// The state that was said last, to be answered.
+    said: Option<Said>,
     /// The state whose list was said last, and the one whose failure was.
     listed: u64,
     behind: u64,
@@ -524,14 +610,13 @@ struct Attached {
 }
 
 impl Attached {
-    fn new(link: Arc<Link>, kind: &str, query: &Query) -> Self {
+    fn new(link: Arc<Link>, service: proto::Service, own: (&'static str, Query)) -> Self {
         let (sender, view) = watch::channel(View::default());
         let id = {
             let mut desk = link.shared.desk();
             desk.next += 1;
             let id = desk.next;
-            let service = proto::Service::new(kind, query);
-            desk.subscriptions.insert(id, Wanted { service, view: sender });
+            desk.subscriptions.insert(id, Wanted { service, own, view: sender });
             id
         };
         link.shared.errand(Errand::Subscribe(id));
@@ -549,10 +634,10 @@ impl Attached {
         }
     }
 
-    /// The last list is in use.
-    fn confirm(&mut self) {
-        if let Some((call, nonce)) = self.said.take() {
-            self.link.shared.errand(Errand::Confirm { id: self.id, call, nonce });
+    /// What was said last has been taken in.
+    fn answer(&mut self) {
+        if let Some(said) = self.said.take() {
+            self.link.shared.errand(Errand::Answer(self.id, said));
         }
     }
 
@@ -570,7 +655,7 @@ impl Attached {
         if state.known && (self.silent || self.listed != view.states) {
             self.listed = view.states;
             self.silent = false;
-            self.said = Some((state.call, state.nonce));
+            self.said = Some(state.said());
             // Another server, or one that has lost its memory, may not know everything yet.
             let restarted = self.epoch.replace(state.epoch).is_some_and(|epoch| epoch != state.epoch);
             let standing = if restarted { Standing::Restarted } else { Standing::Continued };
@@ -580,7 +665,7 @@ impl Attached {
         // That the server cannot ask the registry is told after what it knows of it.
         let failure = state.failure.clone().filter(|_| self.behind != view.states)?;
         self.behind = view.states;
-        self.said = Some((state.call, state.nonce));
+        self.said = Some(state.said());
         Some(Err(SourceError::new(failure)))
     }
 }
@@ -595,9 +680,10 @@ impl Drop for Attached {
 impl Watcher for ServerWatcher {
     fn next(&mut self) -> BoxFuture<'_, Result<Listing, SourceError>> {
         Box::pin(async move {
-            let Self { maker, kind, query, attached } = self;
-            let attached = attached.get_or_insert_with(|| Attached::new(maker.run(), kind, query));
-            attached.confirm();
+            let Self { maker, service, own, attached } = self;
+            let attached =
+                attached.get_or_insert_with(|| Attached::new(maker.run(), service.clone(), own.clone()));
+            attached.answer();
             loop {
                 if let Some(news) = attached.news() {
                     return news;

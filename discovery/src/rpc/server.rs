@@ -20,17 +20,20 @@ use tokio::time::{Instant, timeout};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::debug;
 
+use super::drains::{Drains, covers};
 use super::proto;
 use super::proto::client_message::Body as FromClient;
 use super::proto::discovery_server::{Discovery as Rpc, DiscoveryServer};
 use super::proto::server_message::Body as FromServer;
 use super::topic::{State, Topic};
 use crate::source::Query;
-use crate::{Discovery, Target};
+use crate::{Discovery, Node, Retire, Retired, Target};
 
 /// A message of a client is a name or an answer.
 const LONGEST_MESSAGE: usize = 64 * 1024;
 const HELLO: Duration = Duration::from_secs(10);
+/// Clients that one answer about a drain names.
+const MOST_LATE: usize = 100;
 /// Calls of one connection: the stream, and somebody who asks who the clients are.
 const CALLS: u32 = 8;
 
@@ -43,11 +46,21 @@ pub struct Limits {
     pub subscriptions: usize,
     /// How long a client that is gone is known.
     pub linger: Duration,
+    /// Whether clients may have nodes drained.
+    pub drains: bool,
+    /// How long after the start clients of before may not be back yet.
+    pub returning: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { clients: 10_000, subscriptions: 1_000, linger: Duration::from_secs(300) }
+        Self {
+            clients: 10_000,
+            subscriptions: 1_000,
+            linger: Duration::from_secs(300),
+            drains: false,
+            returning: Duration::from_secs(5),
+        }
     }
 }
 
@@ -61,6 +74,8 @@ struct Inner {
     limits: Limits,
     epoch: u64,
     topics: Mutex<HashMap<(String, Query), Weak<Topic>>>,
+    drains: Drains,
+    begun: Instant,
     clients: Mutex<BTreeMap<u64, Arc<Client>>>,
     next: AtomicU64,
 }
@@ -98,6 +113,8 @@ impl Server {
             limits,
             epoch: fastrand::u64(1..),
             topics: Mutex::default(),
+            drains: Drains::default(),
+            begun: Instant::now(),
             clients: Mutex::default(),
             next: AtomicU64::new(0),
         }))
@@ -105,9 +122,21 @@ impl Server {
 
     /// Serves until it is dropped.
     pub async fn serve(self, listener: TcpListener, tls: Option<Arc<ServerConfig>>) {
+        // Ends with the server.
+        let mut sweep = tokio::task::JoinSet::new();
+        sweep.spawn(self.clone().sweep());
         let limits = grpc::Limits { connections: self.0.limits.clients, calls: CALLS };
         let rpc = DiscoveryServer::new(self).max_decoding_message_size(LONGEST_MESSAGE);
         grpc::serve(listener, tls, limits, rpc).await;
+    }
+
+    /// Forgets drains that are not said any more.
+    async fn sweep(self) {
+        let mut pace = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            pace.tick().await;
+            self.0.drains.sweep();
+        }
     }
 
     /// Who follows what, and what each has confirmed; see `ListClients`.
@@ -162,6 +191,75 @@ impl Server {
         (id, client)
     }
 
+    /// Takes nodes out of use for the clients, and says which of them may still use one; see `Drain`.
+    async fn drain(&self, asked: proto::DrainRequest) -> proto::DrainResponse {
+        let mut answer = proto::DrainResponse::default();
+        let how = Retire::from(asked.retire());
+        let allowed = self.0.limits.drains;
+        if allowed {
+            let (services, nodes) = (asked.services.clone(), asked.nodes.clone());
+            if !self.0.drains.set(asked.id, (!asked.end).then_some((services, nodes))) {
+                answer.problem = "there are too many drains".to_owned();
+            }
+            let is_meant = |kind: &str, query: &Query, node: &Node| {
+                let is_it = |service: &proto::Service| service.kind == kind && service.query() == *query;
+                asked.services.iter().any(is_it) && covers(&asked.nodes, &node.host, node.port.into())
+            };
+            answer.retired = match how {
+                Retire::Keep => Vec::new(),
+                how => {
+                    let retired = self.0.discovery.retire_where(is_meant, how, asked.end).await;
+                    retired.into_iter().map(Into::into).collect()
+                }
+            };
+        }
+        if asked.end {
+            return answer;
+        }
+        for service in &asked.services {
+            self.late(service, &asked.nodes, &asked.except, &mut answer);
+        }
+        if self.0.begun.elapsed() < self.0.limits.returning {
+            answer.problem = "it has just started: not all of its clients may be back yet".to_owned();
+        } else if !allowed && !answer.late.is_empty() {
+            answer.problem = "it lets nobody drain: set postern.discovery_server.drains there".to_owned();
+        }
+        answer
+    }
+
+    /// The clients that may still use nodes of a service.
+    fn late(
+        &self,
+        service: &proto::Service,
+        nodes: &[proto::Node],
+        except: &[String],
+        answer: &mut proto::DrainResponse,
+    ) {
+        let place = (service.kind.clone(), service.query());
+        let topics = self.0.topics.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(topic) = topics.get(&place).and_then(Weak::upgrade) else { return };
+        drop(topics);
+        let since = topic.unused_since(nodes);
+        for client in self.clients(Some((&service.kind, &place.1)), since.unwrap_or(u64::MAX)) {
+            let name = client.hello.map(|hello| hello.name).unwrap_or_default();
+            if except.contains(&name) {
+                continue;
+            }
+            if answer.late.len() >= MOST_LATE {
+                answer.more += 1;
+                continue;
+            }
+            let why = match since {
+                None => "the node is still offered to it".to_owned(),
+                Some(_) if !client.connected => {
+                    format!("gone for {} s, and may still use it", client.silent_ms / 1000)
+                }
+                Some(_) => "has not confirmed yet that it uses it no more".to_owned(),
+            };
+            answer.late.push(proto::Late { name, address: client.address, why });
+        }
+    }
+
     /// The topic of a service, shared by those who follow it.
     fn topic(&self, service: &proto::Service) -> Result<Arc<Topic>, String> {
         let query = service.query();
@@ -173,7 +271,7 @@ impl Server {
         let target = Target::service("discovery server", service.kind.as_str(), query.clone());
         self.0.discovery.check(&target).map_err(|error| error.to_string())?;
         let follows = self.0.discovery.follow(&service.kind, &query, target.guards.empty_confirm);
-        let topic = Arc::new(Topic::new(service.clone(), follows));
+        let topic = Arc::new(Topic::new(service.clone(), follows, self.0.drains.watch()));
         topics.retain(|_, topic| topic.strong_count() > 0);
         topics.insert(place, Arc::downgrade(&topic));
         Ok(topic)
@@ -250,6 +348,20 @@ impl Rpc for Server {
         let service = service.as_ref().map(|(kind, query)| (*kind, query));
         let clients = self.clients(service, asked.before);
         Ok(Response::new(proto::ListClientsResponse { epoch: self.0.epoch, clients }))
+    }
+
+    async fn drain(
+        &self,
+        request: Request<proto::DrainRequest>,
+    ) -> Result<Response<proto::DrainResponse>, Status> {
+        Ok(Response::new(Server::drain(self, request.into_inner()).await))
+    }
+}
+
+impl From<Retired> for proto::Retired {
+    fn from(retired: Retired) -> Self {
+        let Retired { source, instance, why, .. } = retired;
+        Self { source, instance, why: why.unwrap_or_default() }
     }
 }
 
@@ -348,6 +460,11 @@ impl Session {
                 }
             }
             FromClient::Answer(answer) => self.answered(answer),
+            FromClient::Confirm(proto::Confirm { id, version }) => {
+                if let Some(followed) = self.client.progress().subscriptions.get_mut(&id) {
+                    followed.confirmed = followed.confirmed.max(version.min(followed.sent));
+                }
+            }
         }
         Ok(())
     }
@@ -401,7 +518,7 @@ impl Session {
     }
 
     fn answered(&mut self, answer: proto::Answer) {
-        let proto::Answer { id, nonce, refused, resync } = answer;
+        let proto::Answer { id, nonce, refused, resync, in_use } = answer;
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return };
         // An answer to something else says that the two do not have the same in mind.
         let resync = resync || subscription.waiting != Some(nonce);
@@ -411,7 +528,9 @@ impl Session {
             subscription.dirty = true;
         } else if let Some(followed) = self.client.progress().subscriptions.get_mut(&id) {
             if refused.is_empty() {
-                followed.confirmed = followed.sent;
+                if in_use {
+                    followed.confirmed = followed.sent;
+                }
             } else {
                 // It stays with an older one, to which no change will fit.
                 subscription.sent = None;

@@ -20,6 +20,7 @@ impl Bench {
             Arc::new(plugins::Catalog::default()),
             Arc::default(),
             runtime.handle().clone(),
+            &Turns::default(),
         )
         .unwrap();
         Self {

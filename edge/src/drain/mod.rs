@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use config::error::ConfigError;
+use discovery::notice::{Heard, Named, Notice};
 use discovery::{Node, Retire, Retired};
 use layers::upstream::cluster::{Cluster, ClusterEnv};
 use layers::upstream::drains::{BadNodeName, Mark, NodeName};
@@ -109,6 +110,7 @@ pub struct View {
     pub gone: bool,
     /// What each registry answered; none before it was asked, and where nodes come from no registry.
     pub registries: Vec<Retired>,
+    /// The gateways, and of the other clients of discovery servers those that have not confirmed.
     pub observers: Vec<Observer>,
 }
 
@@ -152,6 +154,7 @@ struct Inner {
     turns: Turns,
     peers: Peers,
     file: PathBuf,
+    warning: Option<String>,
     drains: Mutex<BTreeMap<String, Drain>>,
     /// Held while the file is written, so that an older list never replaces a newer one.
     writing: tokio::sync::Mutex<()>,
@@ -171,6 +174,8 @@ struct Drain {
     confirmed: bool,
     registries: Option<Vec<Retired>>,
     others: Vec<Observer>,
+    /// Clients of discovery servers that may still use the node, and servers that cannot tell.
+    clients: Vec<Observer>,
     /// The node was seen to be gone: when it comes back it is a new one.
     left: bool,
     task: Option<JoinHandle<()>>,
@@ -197,6 +202,7 @@ impl Drain {
             confirmed: false,
             registries: None,
             others: Vec::new(),
+            clients: Vec::new(),
             left: false,
             task: None,
         }
@@ -224,7 +230,7 @@ impl Drain {
 
     fn view(&self, id: &str, name: &str) -> View {
         let mut observers = vec![self.observer(name)];
-        observers.extend(self.others.iter().cloned());
+        observers.extend(self.others.iter().chain(&self.clients).cloned());
         let registries = self.registries.clone().unwrap_or_default();
         let told = self.order.led.is_some()
             || self.registries.as_ref().is_some_and(|all| all.iter().all(|one| one.done));
@@ -257,6 +263,19 @@ struct Meant {
 }
 
 impl Meant {
+    /// The nodes by the names that registries may have for them; none for all.
+    fn named(&self) -> Vec<Named> {
+        let Some(node) = &self.node else { return Vec::new() };
+        let own = match node {
+            NodeName::Address(addr) => (Some(addr.ip().to_string().into()), Some(addr.port())),
+            NodeName::Ip(ip) => (Some(ip.to_string().into()), None),
+            NodeName::Host { name, port } => (Some(name.clone()), *port),
+        };
+        let known = self.endpoints.iter().map(|(host, addr)| (Some(host.clone()), Some(addr.port())));
+        let all: BTreeSet<_> = known.chain([own]).map(|(host, port)| Named { host, port }).collect();
+        all.into_iter().collect()
+    }
+
     /// Whether a registry means the node by `listed`. An address may be that of a name which a registry lists.
     fn is_node(&self, listed: &Node) -> bool {
         let Some(node) = &self.node else { return true };
@@ -277,10 +296,10 @@ impl Board {
     pub fn new(parts: Parts) -> Result<Self, ConfigError> {
         let Parts { name, clusters, running, turns, peers, file } = parts;
         let peers = Peers::new(&peers, &clusters.tls, &clusters.discovery, &clusters.control)?;
-        let kept = marks_file::read(&file).unwrap_or_else(|error| {
-            tracing::error!(%error, ?file, "the drains of the process before cannot be read; none is in force");
-            BTreeMap::new()
-        });
+        let (kept, warning) = marks_file::restore(&file);
+        if let Some(warning) = &warning {
+            tracing::error!("{warning}");
+        }
         let drains = kept.into_iter().filter_map(|(id, kept)| {
             let mark = mark(&id, &kept.order)
                 .inspect_err(|error| tracing::error!(%error, id, "a drain that was kept is left out"))
@@ -295,10 +314,11 @@ impl Board {
             turns,
             peers,
             file,
+            warning,
             writing: tokio::sync::Mutex::default(),
         }));
         let mut drains = board.0.drains();
-        board.0.set_marks(&drains);
+        board.0.set_marks(drains.values());
         for (id, drain) in &mut *drains {
             drain.task = Some(board.follow(id));
         }
@@ -315,15 +335,19 @@ impl Board {
         let inner = &*self.0;
         let id = order.led.as_ref().map_or_else(|| uuid::Uuid::now_v7().to_string(), |led| led.id.clone());
         let mark = mark(&id, &order)?;
-        if let Some(same) = inner.same(&order) {
-            return Ok(same);
-        }
-        // Another gateway may know nodes that this one does not: whoever leads has looked.
-        if order.led.is_none() {
-            inner.is_known(&order, &mark)?;
-        }
         let view = {
             let mut drains = inner.drains();
+            let is_same = |drain: &&Drain| {
+                let known = &drain.order;
+                (&known.service, &known.node, &known.led) == (&order.service, &order.node, &order.led)
+            };
+            if let Some(same) = drains.values().find(is_same) {
+                return Ok(same.view(&same.mark.id, &inner.name));
+            }
+            // Another gateway may know nodes that this one does not: whoever leads has looked.
+            if order.led.is_none() {
+                inner.is_known(&order, &mark)?;
+            }
             if drains.len() >= MOST {
                 return Err(Refusal::TooMany);
             }
@@ -334,22 +358,25 @@ impl Board {
             if drain.order.led.is_none() {
                 drain.others = inner.peers.not_asked();
             }
-            let drain = drains.entry(id.clone()).or_insert(drain);
+            inner.set_marks(drains.values().chain([&drain]));
+            inner.find(&mut drain);
             drain.task = Some(self.follow(&id));
-            inner.set_marks(&drains);
-            if let Some(drain) = drains.get_mut(&id) {
-                inner.find(drain);
-            }
-            drains.get(&id).map(|drain| drain.view(&id, &inner.name))
+            let view = drain.view(&id, &inner.name);
+            drains.insert(id, drain);
+            view
         };
         inner.keep().await;
-        // It is there: it was put there above, and nobody else knows its id yet.
-        view.ok_or(Refusal::TooMany)
+        Ok(view)
     }
 
     /// All drains.
     pub fn views(&self) -> Vec<View> {
         self.0.drains().iter().map(|(id, drain)| drain.view(id, &self.0.name)).collect()
+    }
+
+    /// What somebody has to know of the drains of an earlier process.
+    pub fn warning(&self) -> Option<&str> {
+        self.0.warning.as_deref()
     }
 
     /// One of them.
@@ -365,7 +392,13 @@ impl Board {
         let mut problems = Vec::new();
         if drain.order.led.is_none() {
             problems = inner.peers.undo(&inner.led(id)).await;
-            for retired in inner.retire(&drain.meant(), drain.order.registry, true).await {
+            let meant = drain.meant();
+            let mut retired = inner.retire(&meant, drain.order.registry, true).await;
+            for heard in inner.over(id, &meant, drain.order.registry).await {
+                problems.extend(heard.problem.map(|why| format!("{}: {why}", server(&heard.server))));
+                retired.extend(heard.retired);
+            }
+            for retired in retired {
                 problems.extend(retired.why.map(|why| format!("{}: {why}", retired.source)));
             }
         }
@@ -397,6 +430,9 @@ async fn look(inner: &Weak<Inner>, id: &str) {
                 tracing::info!(id, "a node that was drained is registered anew: the drain is over");
                 // This very task belongs to the drain: it must not be ended before the rest is done.
                 let ended = inner.end(id);
+                if let Some(drain) = ended.as_ref().filter(|drain| drain.order.led.is_none()) {
+                    inner.over(id, &drain.meant(), Retire::Keep).await;
+                }
                 inner.keep().await;
                 drop(ended);
                 return;
@@ -411,21 +447,76 @@ async fn look(inner: &Weak<Inner>, id: &str) {
 async fn lead(inner: &Weak<Inner>, id: &str) {
     let mut told = None::<Instant>;
     while let Some(inner) = inner.upgrade() {
-        let Some((order, meant, drained)) = inner.order(id) else { return };
-        if order.led.is_some() {
+        let led = inner.order(id).filter(|(order, ..)| order.led.is_none());
+        let Some((order, meant, drained)) = led else {
+            // Somebody else leads, or it has ended: then whoever has ended it has something to say still.
             drop(inner);
             return std::future::pending().await;
-        }
-        if !inner.is_retired(id) && told.is_none_or(|last| last.elapsed() >= RETRY) {
-            let retired = inner.retire(&meant, order.registry, false).await;
-            told = Some(Instant::now());
-            inner.change(id, |drain| drain.registries = Some(retired));
-        }
+        };
+        let is_due = !inner.is_retired(id) && told.is_none_or(|last| last.elapsed() >= RETRY);
         let others = inner.peers.observe(&order, &inner.led(id)).await;
+        let notice = Notice {
+            id: id.to_owned(),
+            nodes: meant.named(),
+            retire: if is_due { order.registry } else { Retire::Keep },
+            over: false,
+            // These are asked by themselves.
+            except: others.iter().map(|other| &other.name).chain([&inner.name]).cloned().collect(),
+        };
         inner.change(id, |drain| drain.others = others);
+        // What one of them takes its time for must not hold up the other.
+        let (heard, mut retired) = tokio::join!(
+            inner.clusters.discovery.pass_on(&notice, &meant.services),
+            inner.retire(&meant, notice.retire, false),
+        );
+        retired.extend(heard.iter().flat_map(retired_by));
+        inner.change(id, |drain| {
+            drain.clients = clients(&heard);
+            if is_due {
+                drain.registries = Some(retired);
+            }
+        });
+        if is_due {
+            told = Some(Instant::now());
+        }
         drop(inner);
         tokio::time::sleep(if drained { RETRY } else { PACE }).await;
     }
+}
+
+/// What the registries of a discovery server did, or that it could not be told.
+fn retired_by(heard: &Heard) -> Vec<Retired> {
+    if heard.answered {
+        return heard.retired.clone();
+    }
+    let why = heard.problem.clone();
+    vec![Retired { source: server(&heard.server), instance: String::new(), done: false, why }]
+}
+
+/// Who is waited for among the clients of discovery servers.
+fn clients(heard: &[Heard]) -> Vec<Observer> {
+    let late = |name: String, problem: &str| Observer {
+        name,
+        problem: Some(problem.to_owned()),
+        ..Observer::default()
+    };
+    let mut all = Vec::new();
+    for heard in heard {
+        all.extend(heard.late.iter().map(|(name, why)| late(name.clone(), why)));
+        if heard.more > 0 {
+            let name = format!("{} more clients of {}", heard.more, server(&heard.server));
+            all.push(late(name, "they have not confirmed yet that they use it no more"));
+        }
+        all.extend(heard.problem.iter().map(|problem| late(server(&heard.server), problem)));
+    }
+    // Two of its services may be concerned, and it may have moved from one server to another.
+    let mut seen = HashSet::new();
+    all.retain(|one: &Observer| seen.insert(one.name.clone()));
+    all
+}
+
+fn server(address: &str) -> String {
+    format!("discovery server {address}")
 }
 
 impl Inner {
@@ -444,8 +535,8 @@ impl Inner {
     }
 
     /// Makes the marks those of these drains, and has every cluster that is concerned look at them.
-    fn set_marks(&self, drains: &BTreeMap<String, Drain>) {
-        self.clusters.drains.set(drains.values().map(|drain| drain.mark.clone()).collect());
+    fn set_marks<'a>(&self, drains: impl Iterator<Item = &'a Drain>) {
+        self.clusters.drains.set(drains.map(|drain| drain.mark.clone()).collect());
     }
 
     /// The clusters that the mark is for.
@@ -473,18 +564,6 @@ impl Inner {
             drain.looked = Some((published, Instant::now()));
         });
         Some((mark, clusters))
-    }
-
-    /// The drain that was begun by the same order.
-    fn same(&self, order: &Order) -> Option<View> {
-        let drains = self.drains();
-        let is_same = |drain: &Drain| {
-            drain.order.service == order.service
-                && drain.order.node == order.node
-                && drain.order.led == order.led
-        };
-        let (id, drain) = drains.iter().find(|(_, drain)| is_same(drain))?;
-        Some(drain.view(id, &self.name))
     }
 
     /// Refuses what names nothing.
@@ -563,11 +642,18 @@ impl Inner {
         self.clusters.discovery.retire(is_meant, how, undo).await
     }
 
+    /// Tells discovery servers that a drain is over.
+    async fn over(&self, id: &str, meant: &Meant, retire: Retire) -> Vec<Heard> {
+        let (id, nodes, except) = (id.to_owned(), meant.named(), Vec::new());
+        let notice = Notice { id, nodes, retire, over: true, except };
+        self.clusters.discovery.pass_on(&notice, &meant.services).await
+    }
+
     /// Takes a drain off the list and lets its nodes be used again.
     fn end(&self, id: &str) -> Option<Drain> {
         let mut drains = self.drains();
         let drain = drains.remove(id)?;
-        self.set_marks(&drains);
+        self.set_marks(drains.values());
         drop(drains);
         for cluster in self.meant(&drain.mark) {
             cluster.refresh(&self.clusters.control);
