@@ -84,6 +84,7 @@ impl Interfaces {
             key_prefix: prefix.clone(),
             discovery,
             registries: process.discovery_written.clone(),
+            warnings: drains.iter().filter_map(Board::warning).map(str::to_owned).collect(),
         });
         let told = state.clone();
         metrics.collector(move |out| told.collect(out));
@@ -232,6 +233,8 @@ struct State {
     discovery: Discovery,
     /// `discovery` of config.yaml, as written.
     registries: Map<String, Value>,
+    /// What somebody should look at.
+    warnings: Vec<String>,
 }
 
 impl State {
@@ -261,6 +264,7 @@ impl State {
                 out.sample(prefix, names::ETCD_MODIFY_INDEXES.name, [("key", key)], index);
             }
         }
+        out.single("", &names::WARNINGS, self.warnings.len());
         plugins::api_breaker::expose(configuration.compiler.carry(), out);
         drop(configuration);
         self.collect_nodes(prefix, out);
@@ -426,6 +430,10 @@ impl LiveState for State {
                 Readiness::NotReady(reason)
             }
         }
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.warnings.clone()
     }
 
     fn applied(&self) -> Applied {

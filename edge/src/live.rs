@@ -4,6 +4,9 @@
 //! what is served, never what is stored. Everything is answered from memory, and nothing on a worker waits for
 //! an answer.
 
+#[cfg(test)]
+pub(crate) mod fake;
+
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -29,6 +32,11 @@ pub trait LiveState: Send + Sync + 'static {
 
     /// Whether requests should be sent here.
     fn readiness(&self) -> Readiness;
+
+    /// What somebody should look at, though requests are served.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// What was compiled last.
     fn applied(&self) -> Applied;

@@ -1,7 +1,8 @@
 //! The status API: whether the process lives, and whether it should get requests.
 //!
 //! `/status` answers 200 as long as the control runtime runs. `/status/ready` answers 503 with the reason
-//! until the first configuration is served, and again from the moment the process drains.
+//! until the first configuration is served, and again from the moment the process drains; while it answers 200 it tells
+//! what somebody should look at all the same.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -40,7 +41,10 @@ impl Status {
         match path {
             "/status" => ok(),
             "/status/ready" => match self.live.readiness() {
-                Readiness::Ready => ok(),
+                Readiness::Ready => match self.live.warnings() {
+                    warnings if warnings.is_empty() => ok(),
+                    warnings => Reply::json(StatusCode::OK, &json!({"status": "ok", "warnings": warnings})),
+                },
                 Readiness::NotReady(reason) => unavailable(&reason),
                 Readiness::Draining => unavailable("draining: the process is about to end"),
             },
@@ -60,98 +64,15 @@ impl Handler for Status {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
-    use std::sync::Mutex;
-    use std::time::SystemTime;
-
-    use config::{Item, Kind, Rejected, ResourceKey};
     use http_body_util::BodyExt;
-    use serde_json::Value;
 
     use super::*;
-    use crate::live::{Applied, Checker, Inventory};
-
-    struct Fake(Mutex<Readiness>);
-
-    impl LiveState for Fake {
-        fn objects(&self, _: Kind) -> Vec<Arc<Item>> {
-            Vec::new()
-        }
-
-        fn object(&self, _: &ResourceKey) -> Option<Arc<Item>> {
-            None
-        }
-
-        fn rejected(&self) -> Vec<Rejected> {
-            Vec::new()
-        }
-
-        fn health(&self) -> Vec<Checker> {
-            Vec::new()
-        }
-
-        fn readiness(&self) -> Readiness {
-            self.0.lock().unwrap().clone()
-        }
-
-        fn applied(&self) -> Applied {
-            Applied { revision: 0, at: SystemTime::UNIX_EPOCH }
-        }
-
-        fn explain(&self, request: Value) -> BoxFuture<'_, Result<Value, String>> {
-            Box::pin(async move { Ok(request) })
-        }
-
-        fn discovery(&self, _: &str) -> Option<Value> {
-            None
-        }
-
-        fn discovery_file(&self, kind: &str) -> Option<Value> {
-            self.discovery(kind)
-        }
-
-        fn endpoints(&self, name: Option<&str>) -> Inventory {
-            let upstreams = match name {
-                None | Some("upstreams/1") => vec![json!({"name": "upstreams/1"})],
-                Some(_) => Vec::new(),
-            };
-            Inventory { version: "v1".to_owned(), upstreams }
-        }
-
-        fn endpoints_changed(&self, _: Option<&str>, since: &str) -> bool {
-            since != "v1"
-        }
-
-        fn refresh_endpoints(&self, name: &str) -> bool {
-            name == "upstreams/1"
-        }
-
-        fn breakers(&self) -> Value {
-            json!([])
-        }
-
-        fn caches(&self) -> Value {
-            json!([{"name": "memory_cache"}])
-        }
-
-        fn purge_cache(&self, zone: &str) -> bool {
-            zone == "memory_cache"
-        }
-
-        fn lookup_tables(&self, _: Option<&str>) -> Vec<Value> {
-            Vec::new()
-        }
-
-        fn lookup_entry(&self, _: &str, _: &str) -> Option<Value> {
-            None
-        }
-
-        fn reload_plugins(&self) {}
-    }
+    use crate::live::fake::Fake;
 
     #[tokio::test]
     async fn it_lives_and_is_ready_only_when_it_is() {
         let waiting = Readiness::NotReady("no configuration yet: etcd: connection refused".to_owned());
-        let live = Arc::new(Fake(Mutex::new(waiting.clone())));
+        let live = Arc::new(Fake::default());
         let status = Status::new(Arc::clone(&live) as Arc<dyn LiveState>);
         for (readiness, method, path, code, contains) in [
             (waiting.clone(), Method::GET, "/status", 200, r#"{"status":"ok"}"#),
@@ -168,12 +89,23 @@ mod tests {
             (Readiness::Ready, Method::POST, "/status", 405, "GET"),
             (Readiness::Ready, Method::GET, "/", 404, "404"),
         ] {
-            *live.0.lock().unwrap() = readiness;
+            *live.readiness.lock().unwrap() = readiness;
             let response = status.answer(&method, path).into_response();
             assert_eq!(response.status().as_u16(), code, "{method} {path}");
             let body = response.into_body().collect().await.unwrap().to_bytes();
             let body = String::from_utf8_lossy(&body);
             assert!(body.contains(contains), "{method} {path}: {body}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_somebody_should_look_at_is_told_beside_being_ready() {
+        let live = Arc::new(Fake::default());
+        live.warnings.lock().unwrap().push("look".to_owned());
+        let status = Status::new(live);
+        let response = status.answer(&Method::GET, "/status/ready").into_response();
+        assert_eq!(response.status().as_u16(), 200);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(body, r#"{"status":"ok","warnings":["look"]}"#.as_bytes());
     }
 }

@@ -95,6 +95,7 @@ metrics! {
     DISCOVERY_ENDPOINTS Gauge "postern_discovery_endpoints" "Endpoints of an upstream with services of registries, by whether they get requests.",
     DISCOVERY_ALARMS_TOTAL Counter "postern_discovery_alarms_total" "How often more endpoints of an upstream were taken away at once than its drop_limit allows.",
     UPSTREAM_PANIC Gauge "postern_upstream_panic" "Upstreams of which too few nodes are healthy: 1 while all of them are used, or none.",
+    WARNINGS Gauge "postern_warnings" "What somebody should look at, as `/status/ready` tells it.",
     CONFIG_REVISION Gauge "postern_config_revision" "Revision of the configuration in use.",
     CONFIG_ITEMS Gauge "postern_config_items" "Resources in use, by kind.",
     CONFIG_REJECTED_ITEMS Gauge "postern_config_rejected_items" "Resources set aside because they are wrong, by kind.",
