@@ -151,6 +151,17 @@ impl Own {
         Self { ports: ports.into_iter().collect(), addresses: LocalAddresses::default() }
     }
 
+    /// Those on `ports` of a machine with these addresses and no others.
+    #[cfg(test)]
+    pub(crate) fn at(
+        ports: impl IntoIterator<Item = u16>,
+        addresses: impl IntoIterator<Item = IpAddr>,
+    ) -> Self {
+        let at = Instant::now() + Duration::from_secs(24 * 3600);
+        let read = Read { at, addresses: addresses.into_iter().collect() };
+        Self { addresses: LocalAddresses(ArcSwap::new(Arc::new(read))), ..Self::new(ports) }
+    }
+
     /// A connection to `destination` would reach the proxy itself.
     pub fn is_loop(&self, destination: SocketAddr) -> bool {
         let ip = destination.ip().to_canonical();

@@ -382,3 +382,6 @@ async fn silence(pings: Option<PingPong>, open: Rc<Open>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -149,6 +149,7 @@ fn written(rule: &Rule, family: Family) -> Vec<String> {
             Match::To6(nets) if family == Family::V6 => networks = option("-d", told(&nets.networks())),
             Match::From4(_) | Match::To4(_) | Match::From6(_) | Match::To6(_) => return Vec::new(),
             Match::Port(ports) => rest = groups(ports.spans()),
+            Match::New => rest = vec!["-m conntrack --ctstate NEW ".to_owned()],
             Match::Mark(mark) => rest = vec![format!("-m mark --mark {mark:#x} ")],
             Match::ConnectionMark(mark) => rest = vec![format!("-m connmark --mark {mark:#x} ")],
             Match::Uid(uid) => rest = vec![format!("-m owner --uid-owner {uid} ")],
@@ -157,6 +158,7 @@ fn written(rule: &Rule, family: Family) -> Vec<String> {
     let protocol = if protocol { "-p tcp " } else { "" };
     let target = match rule.acts.last() {
         Some(Act::Redirect(port)) => format!("-j REDIRECT --to-ports {port}"),
+        Some(Act::Drop) => "-j DROP".to_owned(),
         _ => "-j RETURN".to_owned(),
     };
     let mut all = Vec::new();

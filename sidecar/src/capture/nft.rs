@@ -86,6 +86,7 @@ impl Display for Match {
             Match::From6(nets) => write!(f, "ip6 saddr {}", set(nets.networks().into_iter().map(v6))),
             Match::To4(nets) => write!(f, "ip daddr {}", set(nets.networks().into_iter().map(v4))),
             Match::To6(nets) => write!(f, "ip6 daddr {}", set(nets.networks().into_iter().map(v6))),
+            Match::New => f.write_str("ct state new"),
             Match::Mark(mark) => write!(f, "meta mark {mark:#x}"),
             Match::ConnectionMark(mark) => write!(f, "ct mark {mark:#x}"),
             Match::Uid(uid) => write!(f, "meta skuid {uid}"),
@@ -98,6 +99,7 @@ impl Display for Act {
         match self {
             Act::Return => f.write_str("return"),
             Act::Accept => f.write_str("accept"),
+            Act::Drop => f.write_str("drop"),
             Act::Redirect(port) => write!(f, "redirect to :{port}"),
             Act::Tproxy(port) => write!(f, "tproxy to :{port}"),
             Act::SetMark(mark) => write!(f, "meta mark set {mark:#x}"),
@@ -210,6 +212,7 @@ fn read_rule(expressions: &[Value]) -> Option<Rule> {
             "match" => rule.matches.push(read_match(value)?),
             "return" => rule.acts.push(Act::Return),
             "accept" => rule.acts.push(Act::Accept),
+            "drop" => rule.acts.push(Act::Drop),
             "redirect" if is_port_alone(value) => rule.acts.push(Act::Redirect(port(value)?)),
             "tproxy" if is_port_alone(value) => rule.acts.push(Act::Tproxy(port(value)?)),
             "mangle" => {
@@ -238,6 +241,11 @@ fn port(value: &Value) -> Option<u16> {
 }
 
 fn read_match(value: &Value) -> Option<Match> {
+    let is_state = value.pointer("/left/ct/key").is_some_and(|key| key == "state");
+    if is_state {
+        let new = value.get("op")? == "in" && value.get("right")? == "new";
+        return new.then_some(Match::New);
+    }
     let same = match value.get("op")?.as_str()? {
         "==" => true,
         "!=" => false,

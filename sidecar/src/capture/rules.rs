@@ -71,6 +71,8 @@ pub enum Match {
     To4(Spans<u32>),
     /// The destination, IPv6.
     To6(Spans<u128>),
+    /// It begins a connection.
+    New,
     /// The packet's mark.
     Mark(u32),
     /// The connection's mark.
@@ -86,6 +88,8 @@ pub enum Act {
     Return,
     /// Take it as it is now.
     Accept,
+    /// Let nobody have it.
+    Drop,
     /// To this port of ours.
     Redirect(u16),
     /// To the socket that listens on this port, with its destination kept.
@@ -226,14 +230,18 @@ fn inbound(capture: &Capture) -> Vec<Rule> {
     if !v6.is_empty() {
         skip(&mut rules, "skip_inbound_cidrs", Match::From6(v6));
     }
-    rules.push(match capture.mode {
-        Mode::Redirect => rule("to the sidecar", [Match::Tcp(true)], [Act::Redirect(port)]),
-        Mode::Tproxy => rule(
-            "to the sidecar",
-            [Match::Tcp(true)],
-            [Act::Tproxy(port), Act::SetMark(capture.tproxy_mark.get()), Act::Accept],
-        ),
-    });
+    match capture.mode {
+        Mode::Redirect => rules.push(rule("to the sidecar", [Match::Tcp(true)], [Act::Redirect(port)])),
+        Mode::Tproxy => {
+            rules.push(rule(
+                "to the sidecar",
+                [Match::Tcp(true)],
+                [Act::Tproxy(port), Act::SetMark(capture.tproxy_mark.get()), Act::Accept],
+            ));
+            // Nobody listens: they would go on to the application, past every policy.
+            rules.push(rule("there is no sidecar", [Match::New], [Act::Drop]));
+        }
+    }
     rules
 }
 

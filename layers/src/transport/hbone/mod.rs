@@ -2,8 +2,11 @@
 //! connection carries many tunnels of one identity to one peer. Here is what both ends share: the stream, and the sizes.
 //! Who may open one is decided by whoever serves it.
 
+pub mod receiver;
 pub mod server;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use stream::{Lease, Open, Tunnel};
 

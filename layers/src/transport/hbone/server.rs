@@ -36,11 +36,7 @@ pub struct Connect {
 impl Connect {
     /// Where it leads, if that is an address.
     pub fn target(&self) -> Option<SocketAddr> {
-        let host = self.authority.host();
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-        let ip: IpAddr = host.parse().ok()?;
-        let port = self.authority.port_u16().filter(|port| *port != 0)?;
-        Some(SocketAddr::new(ip.to_canonical(), port))
+        address(&self.authority)
     }
 
     /// Where it leads, as it was written.
@@ -66,6 +62,18 @@ impl Connect {
     pub fn refuse(mut self, status: StatusCode, why: &'static str) {
         refuse(&mut self.respond, status, why);
     }
+}
+
+/// The address that an authority is, with its port, if it is one and nothing else.
+pub(super) fn address(authority: &Authority) -> Option<SocketAddr> {
+    if authority.as_str().contains('@') {
+        return None;
+    }
+    let host = authority.host();
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let ip: IpAddr = host.parse().ok()?;
+    let port = authority.port_u16().filter(|port| *port != 0)?;
+    Some(SocketAddr::new(ip.to_canonical(), port))
 }
 
 fn refuse(respond: &mut SendResponse<Bytes>, status: StatusCode, why: &'static str) {
