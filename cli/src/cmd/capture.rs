@@ -20,7 +20,7 @@ use crate::output::{self, Colour, Format, line, painted};
 #[derive(Args)]
 #[command(after_help = "Examples:\n  postern sidecar capture print\n  \
                         postern sidecar capture install --uid 2102 --skip-inbound-ports 22\n  \
-                        postern sidecar capture check -c sidecar.yaml --probe\n  \
+                        postern sidecar capture check -c capture.yaml --probe\n  \
                         postern sidecar capture remove\n\n\
                         All but print need CAP_NET_ADMIN in the workload's network namespace.\n\n\
                         Exit codes: 0 done, or what stands is what should; 1 check found a difference, or the settings are wrong; \
@@ -85,7 +85,7 @@ struct Print {
 /// What is captured; options win over the file.
 #[derive(Args)]
 struct Settings {
-    /// The sidecar's file, of which `capture` is read.
+    /// A YAML file, of which `capture` is read.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// How inbound connections are handed over.
