@@ -3,7 +3,6 @@
 
 use std::convert::Infallible;
 use std::error::Error;
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -20,7 +19,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -153,28 +152,7 @@ where
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    let accept = async || {
-        let (stream, address) = listener.accept().await?;
-        stream.set_nodelay(true)?;
-        Ok((stream, Some(address)))
-    };
-    serve_with(accept, limits, move |stream, address| {
-        let (tls, service) = (tls.clone(), service.clone());
-        async move {
-            let Some(tls) = tls else {
-                let caller = Caller { address, chain: Arc::from([]) };
-                return connection(stream, caller, limits, service).await;
-            };
-            let accepting = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await;
-            let stream =
-                accepting.map_err(|_| "no TLS handshake within 10 s")?.map_err(|error| error.to_string())?;
-            let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
-            let caller =
-                Caller { address, chain: shown.iter().map(|shown| shown.clone().into_owned()).collect() };
-            connection(stream, caller, limits, service).await
-        }
-    })
-    .await;
+    Server { door: Door::Tcp(listener, tls), limits, service }.run().await;
 }
 
 /// As [`serve`], for callers of this machine.
@@ -183,48 +161,99 @@ where
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    let accept = async || Ok((listener.accept().await?.0, None));
-    serve_with(accept, limits, move |stream, address| {
-        let service = service.clone();
-        async move { connection(stream, Caller { address, chain: Arc::from([]) }, limits, service).await }
-    })
-    .await;
+    Server { door: Door::Unix(listener), limits, service }.run().await;
 }
 
-async fn serve_with<T, F>(
-    mut accept: impl AsyncFnMut() -> io::Result<(T, Option<SocketAddr>)>,
-    limits: Limits,
-    serve: impl Fn(T, Option<SocketAddr>) -> F,
-) where
-    F: Future<Output = Result<(), String>> + Send + 'static,
-{
-    let places = Arc::new(Semaphore::new(limits.connections));
-    // Connections end with the server.
-    let mut connections = JoinSet::new();
-    loop {
-        let (stream, address) = tokio::select! {
-            accepted = accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    debug!(%error, "no connection was accepted");
-                    tokio::time::sleep(PAUSE).await;
-                    continue;
-                }
-            },
-            Some(_) = connections.join_next() => continue,
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            info!(?address, most = limits.connections, "a connection is turned away: there are too many");
-            continue;
-        };
-        let serving = serve(stream, address);
-        connections.spawn(async move {
-            // How a connection ends is the caller's affair.
-            if let Err(error) = serving.await {
-                debug!(?address, %error, "a connection has ended");
+/// Where callers come in.
+enum Door {
+    Tcp(TcpListener, Option<Arc<ServerConfig>>),
+    Unix(UnixListener),
+}
+
+/// A caller who has come in and not yet said who he is.
+enum Arrived {
+    Tcp(TcpStream, SocketAddr, Option<Arc<ServerConfig>>),
+    Unix(UnixStream),
+}
+
+impl Door {
+    async fn accept(&self) -> io::Result<Arrived> {
+        match self {
+            Self::Tcp(listener, tls) => {
+                let (stream, address) = listener.accept().await?;
+                Ok(Arrived::Tcp(stream, address, tls.clone()))
             }
-            drop(place);
-        });
+            Self::Unix(listener) => Ok(Arrived::Unix(listener.accept().await?.0)),
+        }
+    }
+}
+
+impl Arrived {
+    /// Who it is, and the stream to speak over.
+    async fn greet(self) -> Result<(Box<dyn Io>, Caller), String> {
+        let nobody = Arc::from([]);
+        match self {
+            Self::Unix(stream) => Ok((Box::new(stream), Caller { address: None, chain: nobody })),
+            Self::Tcp(stream, address, tls) => {
+                let address = Some(address);
+                stream.set_nodelay(true).map_err(|error| error.to_string())?;
+                let Some(tls) = tls else { return Ok((Box::new(stream), Caller { address, chain: nobody })) };
+                let accepting = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await;
+                let stream = accepting
+                    .map_err(|_| "no TLS handshake within 10 s")?
+                    .map_err(|error| error.to_string())?;
+                let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                let chain = shown.iter().map(|shown| shown.clone().into_owned()).collect();
+                Ok((Box::new(stream), Caller { address, chain }))
+            }
+        }
+    }
+}
+
+struct Server<S> {
+    door: Door,
+    limits: Limits,
+    service: S,
+}
+
+impl<S> Server<S>
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    async fn run(self) {
+        let places = Arc::new(Semaphore::new(self.limits.connections));
+        // Connections end with the server.
+        let mut connections = JoinSet::new();
+        loop {
+            let arrived = tokio::select! {
+                accepted = self.door.accept() => match accepted {
+                    Ok(arrived) => arrived,
+                    Err(error) => {
+                        debug!(%error, "no connection was accepted");
+                        tokio::time::sleep(PAUSE).await;
+                        continue;
+                    }
+                },
+                Some(_) = connections.join_next() => continue,
+            };
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                info!(most = self.limits.connections, "a connection is turned away: there are too many");
+                continue;
+            };
+            let (limits, service) = (self.limits, self.service.clone());
+            connections.spawn(async move {
+                let served = match arrived.greet().await {
+                    Ok((stream, caller)) => connection(stream, caller, limits, service).await,
+                    Err(error) => Err(error),
+                };
+                // How a connection ends is the caller's affair.
+                if let Err(error) = served {
+                    debug!(%error, "a connection has ended");
+                }
+                drop(place);
+            });
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use certs::grpc;
+use ::certs::grpc;
 use config::discovery::kubernetes::Kubernetes;
 use discovery::Query;
 use discovery::rpc::{client, proto};
