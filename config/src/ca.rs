@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use crate::document::{Document, LocatedError};
@@ -27,6 +27,7 @@ pub struct Ca {
     /// Where workloads call.
     pub listen: String,
     /// Where status and metrics are read; nowhere if it is `off`.
+    #[serde(deserialize_with = "address_or_off")]
     pub status: String,
     /// Keys, tokens, the audit log and the socket for operators.
     pub data_dir: PathBuf,
@@ -303,6 +304,21 @@ impl Ca {
         for path in paths {
             *path = dir.join(&*path);
         }
+    }
+}
+
+/// YAML reads a bare `off` as false.
+fn address_or_off<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "an address with a port, or `off`")]
+    enum Written {
+        Switch(bool),
+        Text(String),
+    }
+    match Written::deserialize(deserializer)? {
+        Written::Switch(false) => Ok("off".to_owned()),
+        Written::Switch(true) => Err(serde::de::Error::custom("write an address with a port, or `off`")),
+        Written::Text(text) => Ok(text),
     }
 }
 

@@ -68,7 +68,7 @@ async fn every_client_of_the_server_confirms_and_the_one_that_does_not_is_named(
     let server = DiscoveryServer::start(services.settings(), json!({"drains": true})).await;
     let (first, second) = (edge("first", &server, "file").await, edge("second", &server, "file").await);
     let request = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
-    let loads = [&first, &second].map(|edge| Load::start(edge.http, request, 100, 10, 250));
+    let loads = [&first, &second].map(|edge| Load::start(edge.http, request, 200, 10, 250));
     let target = format!("shop/{}", origins[0].node());
     let (code, view, err) = first.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
     assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
