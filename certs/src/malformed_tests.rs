@@ -200,6 +200,7 @@ fn names_that_are_no_identity_are_refused() {
         let said = world.code(&world.chain(|it| names(it, &[(URI, uri)])));
         assert_eq!(said, "identity", "{what}");
     }
+    #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
     let cases: [(&str, &[(u8, &[u8])]); 7] = [
         ("no names", &[]),
         ("two identities", &[(URI, GOOD.as_bytes()), (URI, b"spiffe://mesh.local/admin")]),

@@ -46,6 +46,7 @@ async fn run(plugin: &Registration, env: &TestEnv, settings: &Value, chained: bo
         error_response: None,
         hooks,
     });
+    #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
     let asked: Arc<Mutex<Vec<(String, BTreeSet<String>)>>> = Arc::default();
     let upstream = service({
         let asked = asked.clone();

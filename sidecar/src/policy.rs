@@ -295,7 +295,7 @@ impl PolicyTable {
         out.family("", metric);
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let mut all: Vec<_> = kept.counts.iter().collect();
-        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all.sort_by_key(|(scope, _)| *scope);
         let pending = (Scope::Authorization, Arc::from(PENDING));
         for ((scope, name), counts) in all.into_iter().chain([(&pending, &self.pending)]) {
             for (verdict, count) in counts.read() {

@@ -32,6 +32,7 @@ impl Services {
     ///
     /// # Errors
     /// What cannot work, with pointers into `services`; nothing has changed then.
+    #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
     pub fn settle(
         &mut self,
         wanted: &[ServicePolicy],

@@ -136,6 +136,7 @@ impl Snapshot {
 /// Destinations outside of the mesh, with what is remembered of them while they are in use.
 pub struct Passthrough {
     env: ClusterEnv,
+    #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
     known: Mutex<HashMap<(Arc<str>, u16, bool), (Arc<Target>, Instant)>>,
 }
 

@@ -262,6 +262,7 @@ mod tests {
         assert_eq!(state.unused_since(&one), None, "nothing is known yet");
         let drained: &[&[proto::Node]] = &[&two];
         // The ports that the registry lists, what is drained, and since when the second node is not used.
+        #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
         let steps: &[(std::ops::Range<u16>, &[&[proto::Node]], Option<u64>)] = &[
             (1..3, &[], None),
             (1..3, drained, Some(2)),

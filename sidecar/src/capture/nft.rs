@@ -166,7 +166,7 @@ pub async fn found(nft: &Tool) -> Result<Option<Vec<Found>>, CaptureError> {
         }
         Err(error) => return Err(error),
     };
-    read(&listed).map(Some).ok_or_else(|| CaptureError::Unreadable { tool: "nft" })
+    read(&listed).map(Some).ok_or(CaptureError::Unreadable { tool: "nft" })
 }
 
 /// Reads what `nft -j list table` says.

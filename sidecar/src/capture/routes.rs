@@ -129,19 +129,23 @@ async fn standing_rules(ip: &Tool, family: Family) -> Result<Vec<Value>, Capture
     let listed = ip.run(&[flag(family), "-j", "rule"], "").await?;
     let listed: Vec<Value> =
         serde_json::from_str(&listed).map_err(|_| CaptureError::Unreadable { tool: "ip" })?;
-    let ours = |rule: &Value| rule["priority"].to_string() == PREFERENCE && rule.get("fwmark").is_some();
+    let ours = |rule: &Value| {
+        let preference = rule.get("priority").map(Value::to_string);
+        preference.as_deref() == Some(PREFERENCE) && rule.get("fwmark").is_some()
+    };
     Ok(listed.into_iter().filter(ours).collect())
 }
 
 fn is(rule: &Value, capture: &Capture) -> bool {
-    let mark = rule["fwmark"].as_str().and_then(|mark| mark.parse().ok());
-    rule["table"] == capture.tproxy_table.to_string() && mark == Some(capture.tproxy_mark)
+    let text = |name| rule.get(name).and_then(Value::as_str);
+    let mark = text("fwmark").and_then(|mark| mark.parse().ok());
+    text("table") == Some(&*capture.tproxy_table.to_string()) && mark == Some(capture.tproxy_mark)
 }
 
 async fn forget(ip: &Tool, family: Family) -> Result<(), CaptureError> {
     for rule in standing_rules(ip, family).await? {
         ip.run(&[flag(family), "rule", "del", "preference", PREFERENCE], "").await?;
-        if let Some(table) = rule["table"].as_str() {
+        if let Some(table) = rule.get("table").and_then(Value::as_str) {
             let all = everything(family);
             // The route may be gone already, and with it the table.
             let _ =

@@ -297,6 +297,7 @@ mod tests {
 
     #[test]
     fn a_set_has_one_form() {
+        #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
         let cases: [(&[(u16, u16)], &[(u16, u16)]); 6] = [
             (&[], &[]),
             (&[(5, 5), (1, 2)], &[(1, 2), (5, 5)]),

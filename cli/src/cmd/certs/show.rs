@@ -165,7 +165,7 @@ pub fn progress(rotation: &RotationStatus, now: u64) -> String {
 
 fn bar(rotation: &RotationStatus) -> String {
     const WIDTH: u64 = 20;
-    let full = if rotation.of == 0 { WIDTH } else { rotation.done * WIDTH / rotation.of };
+    let full = (rotation.done * WIDTH).checked_div(rotation.of).unwrap_or(WIDTH);
     (0..WIDTH).map(|place| if place < full { '#' } else { '.' }).collect()
 }
 
