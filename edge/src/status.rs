@@ -106,6 +106,6 @@ mod tests {
         let response = status.answer(&Method::GET, "/status/ready").into_response();
         assert_eq!(response.status().as_u16(), 200);
         let body = response.into_body().collect().await.unwrap().to_bytes();
-        assert_eq!(body, r#"{"status":"ok","warnings":["look"]}"#.as_bytes());
+        assert_eq!(body, "{\"status\":\"ok\",\"warnings\":[\"look\"]}\n");
     }
 }
