@@ -19,7 +19,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -94,20 +94,6 @@ impl Dial {
     }
 }
 
-/// A connection to a server of this machine at a path.
-///
-/// # Errors
-/// In words, with what is below.
-pub async fn connect_unix(path: &Path) -> Result<Channel, String> {
-    let socket = path.to_owned();
-    let connector = tower::service_fn(move |_: Uri| {
-        let socket = socket.clone();
-        async move { Ok::<_, io::Error>(TokioIo::new(timeout(CONNECT, UnixStream::connect(socket)).await??)) }
-    });
-    let endpoint = Endpoint::from_static("http://localhost");
-    endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error))
-}
-
 trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
@@ -131,8 +117,8 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 /// Who calls; an extension of each request.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// None over a socket of this machine.
-    pub address: Option<SocketAddr>,
+    /// Where the connection comes from.
+    pub address: SocketAddr,
     /// What was shown in the handshake, leaf first, and believed by the configuration of the server.
     pub chain: Arc<[CertificateDer<'static>]>,
 }
@@ -152,109 +138,53 @@ where
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    Server { door: Door::Tcp(listener, tls), limits, service }.run().await;
-}
-
-/// As [`serve`], for callers of this machine.
-pub async fn serve_unix<S>(listener: UnixListener, limits: Limits, service: S)
-where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
-{
-    Server { door: Door::Unix(listener), limits, service }.run().await;
-}
-
-/// Where callers come in.
-enum Door {
-    Tcp(TcpListener, Option<Arc<ServerConfig>>),
-    Unix(UnixListener),
-}
-
-/// A caller who has come in and not yet said who he is.
-enum Arrived {
-    Tcp(TcpStream, SocketAddr, Option<Arc<ServerConfig>>),
-    Unix(UnixStream),
-}
-
-impl Door {
-    async fn accept(&self) -> io::Result<Arrived> {
-        match self {
-            Self::Tcp(listener, tls) => {
-                let (stream, address) = listener.accept().await?;
-                Ok(Arrived::Tcp(stream, address, tls.clone()))
-            }
-            Self::Unix(listener) => Ok(Arrived::Unix(listener.accept().await?.0)),
-        }
-    }
-}
-
-impl Arrived {
-    /// Who it is, and the stream to speak over.
-    async fn greet(self) -> Result<(Box<dyn Io>, Caller), String> {
-        let nobody = Arc::from([]);
-        match self {
-            Self::Unix(stream) => Ok((Box::new(stream), Caller { address: None, chain: nobody })),
-            Self::Tcp(stream, address, tls) => {
-                let address = Some(address);
-                stream.set_nodelay(true).map_err(|error| error.to_string())?;
-                let Some(tls) = tls else { return Ok((Box::new(stream), Caller { address, chain: nobody })) };
-                let accepting = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await;
-                let stream = accepting
-                    .map_err(|_| "no TLS handshake within 10 s")?
-                    .map_err(|error| error.to_string())?;
-                let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
-                let chain = shown.iter().map(|shown| shown.clone().into_owned()).collect();
-                Ok((Box::new(stream), Caller { address, chain }))
-            }
-        }
-    }
-}
-
-struct Server<S> {
-    door: Door,
-    limits: Limits,
-    service: S,
-}
-
-impl<S> Server<S>
-where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
-{
-    async fn run(self) {
-        let places = Arc::new(Semaphore::new(self.limits.connections));
-        // Connections end with the server.
-        let mut connections = JoinSet::new();
-        loop {
-            let arrived = tokio::select! {
-                accepted = self.door.accept() => match accepted {
-                    Ok(arrived) => arrived,
-                    Err(error) => {
-                        debug!(%error, "no connection was accepted");
-                        tokio::time::sleep(PAUSE).await;
-                        continue;
-                    }
-                },
-                Some(_) = connections.join_next() => continue,
-            };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                info!(most = self.limits.connections, "a connection is turned away: there are too many");
-                continue;
-            };
-            let (limits, service) = (self.limits, self.service.clone());
-            connections.spawn(async move {
-                let served = match arrived.greet().await {
-                    Ok((stream, caller)) => connection(stream, caller, limits, service).await,
-                    Err(error) => Err(error),
-                };
-                // How a connection ends is the caller's affair.
-                if let Err(error) = served {
-                    debug!(%error, "a connection has ended");
+    let places = Arc::new(Semaphore::new(limits.connections));
+    // Connections end with the server.
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, address) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    debug!(%error, "no connection was accepted");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
                 }
-                drop(place);
-            });
-        }
+            },
+            Some(_) = connections.join_next() => continue,
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            info!(%address, most = limits.connections, "a connection is turned away: there are too many");
+            continue;
+        };
+        let (tls, service) = (tls.clone(), service.clone());
+        connections.spawn(async move {
+            let served = match greet(stream, address, tls).await {
+                Ok((stream, caller)) => connection(stream, caller, limits, service).await,
+                Err(error) => Err(error),
+            };
+            // How a connection ends is the caller's affair.
+            if let Err(error) = served {
+                debug!(%address, %error, "a connection has ended");
+            }
+            drop(place);
+        });
     }
+}
+
+/// Who has come, and the stream to speak over.
+async fn greet(
+    stream: TcpStream,
+    address: SocketAddr,
+    tls: Option<Arc<ServerConfig>>,
+) -> Result<(Box<dyn Io>, Caller), String> {
+    stream.set_nodelay(true).map_err(|error| error.to_string())?;
+    let Some(tls) = tls else { return Ok((Box::new(stream), Caller { address, chain: Arc::from([]) })) };
+    let accepting = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await;
+    let stream = accepting.map_err(|_| "no TLS handshake within 10 s")?.map_err(|error| error.to_string())?;
+    let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let chain = shown.iter().map(|shown| shown.clone().into_owned()).collect();
+    Ok((Box::new(stream), Caller { address, chain }))
 }
 
 async fn connection<T, S>(stream: T, caller: Caller, limits: Limits, service: S) -> Result<(), String>

@@ -121,75 +121,75 @@ impl Running {
     /// context.
     pub fn follow(&self, mut events: mpsc::Receiver<StoreEvent>) {
         while let Some(first) = events.blocking_recv() {
-            let mut changed = Vec::new();
-            let mut revision = None;
-            let mut next = Some(first);
-            let mut taken = 0;
+            let mut batch = vec![first];
             // A single change is not delayed for company: only what is already on its way is taken along.
             let mut waited = false;
-            while let Some(event) = next.take() {
-                taken += 1;
-                self.take(event, &mut changed, &mut revision);
-                if taken < BATCH {
-                    next = events.try_recv().ok();
-                    if next.is_none() && taken > 1 && !waited {
-                        waited = true;
-                        #[expect(
-                            clippy::disallowed_methods,
-                            reason = "no worker: this thread only compiles"
-                        )]
-                        std::thread::sleep(DEBOUNCE);
-                        next = events.try_recv().ok();
-                    }
+            while batch.len() < BATCH {
+                if let Ok(event) = events.try_recv() {
+                    batch.push(event);
+                } else if batch.len() > 1 && !waited {
+                    waited = true;
+                    #[expect(clippy::disallowed_methods, reason = "no worker: this thread only compiles")]
+                    std::thread::sleep(DEBOUNCE);
+                } else {
+                    break;
                 }
             }
-            if let Some(revision) = revision {
-                self.compile(changed, revision);
-            }
+            self.take(batch);
         }
     }
 
     /// Reads the objects again that refer to a secret for whose path `is_told` holds. Blocks.
     pub fn read_again(&self, mut is_told: impl FnMut(&str) -> bool) {
         let is_told = |text: &str| secret_ref::manager_path(text).is_some_and(&mut is_told);
-        let changed = self.configuration().graph.read_again(is_told, &*self.catalog);
+        let mut configuration = self.configuration();
+        let changed = configuration.graph.read_again(is_told, &*self.catalog);
         if !changed.is_empty() {
-            let revision = self.progress.borrow().revision;
-            self.compile(changed, revision);
+            self.compile(configuration, changed, None);
         }
     }
 
     /// Compiles these objects again, because something that is not in the graph has changed. Blocks.
     pub fn again(&self, changed: Vec<ResourceKey>) {
-        let revision = self.progress.borrow().revision;
-        self.compile(changed, revision);
+        self.compile(self.configuration(), changed, None);
     }
 
-    fn take(&self, event: StoreEvent, changed: &mut Vec<ResourceKey>, revision: &mut Option<u64>) {
+    fn take(&self, batch: Vec<StoreEvent>) {
+        for event in &batch {
+            if let StoreEvent::Changes { changes, .. } = event {
+                self.ask_for_secrets(changes);
+            }
+        }
+        // One lock until it is published: whoever looks into the configuration sees what is served.
+        let mut configuration = self.configuration();
         let catalog = &*self.catalog;
-        match event {
-            StoreEvent::Snapshot { changes, revision: now } => {
-                changed.extend(self.configuration().graph.replace_all(changes, catalog));
-                *revision = Some(now);
-            }
-            StoreEvent::Changes { changes, revision: now } => {
-                self.ask_for_secrets(&changes);
-                let mut configuration = self.configuration();
-                for change in changes {
-                    changed.extend(configuration.graph.apply(change, catalog));
+        let (mut changed, mut revision) = (Vec::new(), None);
+        for event in batch {
+            match event {
+                StoreEvent::Snapshot { changes, revision: now } => {
+                    changed.extend(configuration.graph.replace_all(changes, catalog));
+                    revision = Some(now);
                 }
-                *revision = Some(now);
+                StoreEvent::Changes { changes, revision: now } => {
+                    for change in changes {
+                        changed.extend(configuration.graph.apply(change, catalog));
+                    }
+                    revision = Some(now);
+                }
+                StoreEvent::Stale { since, why } => {
+                    tracing::warn!(why, "the configuration may be old; the last good one is served");
+                    self.metrics.configuration.stale(since);
+                    self.progress.send_modify(|progress| progress.stale = Some((since, why)));
+                }
+                StoreEvent::Fresh => {
+                    tracing::info!("the configuration is current");
+                    self.metrics.configuration.fresh();
+                    self.progress.send_modify(|progress| progress.stale = None);
+                }
             }
-            StoreEvent::Stale { since, why } => {
-                tracing::warn!(why, "the configuration may be old; the last good one is served");
-                self.metrics.configuration.stale(since);
-                self.progress.send_modify(|progress| progress.stale = Some((since, why)));
-            }
-            StoreEvent::Fresh => {
-                tracing::info!("the configuration is current");
-                self.metrics.configuration.fresh();
-                self.progress.send_modify(|progress| progress.stale = None);
-            }
+        }
+        if revision.is_some() {
+            self.compile(configuration, changed, revision);
         }
     }
 
@@ -207,8 +207,13 @@ impl Running {
         }
     }
 
-    fn compile(&self, changed: Vec<ResourceKey>, revision: u64) {
-        let mut guard = self.configuration();
+    /// Publishes what follows from these changes; `revision` is None where the store has not moved.
+    fn compile(
+        &self,
+        mut guard: MutexGuard<'_, Configuration>,
+        changed: Vec<ResourceKey>,
+        revision: Option<u64>,
+    ) {
         let configuration = &mut *guard;
         for rejected in changed.iter().filter_map(|key| configuration.graph.rejected_at(key)) {
             for error in &rejected.errors {
@@ -230,6 +235,7 @@ impl Running {
         // Under the lock: of two that compile, the one that came later is published later.
         self.published.publish(Arc::new(snapshot));
         drop(guard);
+        let revision = revision.unwrap_or_else(|| self.progress.borrow().revision);
         self.metrics.configuration.revision.set(revision);
         self.metrics.configuration.published.inc();
         self.progress.send_modify(|progress| {
