@@ -8,6 +8,7 @@ const FILES: &[&str] = &[
     "proto/postern/ca/v1/ca_tokens.proto",
     "proto/postern/ca/v1/ca_admin.proto",
     "proto/workload.proto",
+    "proto/istio.proto",
 ];
 
 /// What commands print as JSON.

@@ -18,15 +18,15 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::backoff::Backoff;
 use crate::ca::authority::{pem_certificates, pem_key};
 use crate::files;
 use crate::http::{AskError, Question, Server};
 use crate::identity::TrustDomain;
 use crate::mesh::MeshIdentity;
-use crate::source::{Hopeless, Intake, Roots, Source, Told};
+use crate::source::{Hopeless, Intake, LONGEST_PAUSE, Roots, Source, Told, backoff};
 use crate::svid::Svid;
 use crate::token::Token;
+use crate::workload::plan::Backoff;
 
 /// How long Consul may wait for a change. No longer than what passes between two looks at the wall clock.
 const WAIT: Duration = Duration::from_secs(30);
@@ -91,7 +91,7 @@ impl ConsulConnect {
             path,
             first,
             index: first,
-            backoff: Backoff::default(),
+            pauses: backoff(),
             pause: Duration::ZERO,
             allowed: BURST,
             refilled: Instant::now(),
@@ -156,7 +156,7 @@ struct Watch {
     /// The index to begin with: with 0 Consul answers at once by another way.
     first: u64,
     index: u64,
-    backoff: Backoff,
+    pauses: Backoff,
     /// Before the next question.
     pause: Duration,
     allowed: u32,
@@ -178,11 +178,12 @@ impl Watch {
         self.refill().await;
         match self.ask().await {
             Ok(body) => {
-                self.backoff.answered();
+                self.pauses = backoff();
                 Ok(body)
             }
             Err(error) => {
-                self.pause = self.backoff.failed(error.retry_after());
+                let asked = error.retry_after().unwrap_or_default().min(LONGEST_PAUSE);
+                self.pause = self.pauses.pause(LONGEST_PAUSE).max(asked);
                 // Who was away may have forgotten what an index means.
                 self.index = self.first;
                 Err(error.to_string())

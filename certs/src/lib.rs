@@ -2,7 +2,6 @@
 //! files both come from. Of the mesh: SPIFFE identities, what a process shows and whom it believes. Nothing here knows
 //! tower or requests: the control side builds immutable values, the workers read them at each handshake.
 
-pub mod backoff;
 pub mod ca;
 pub mod clock;
 pub mod consul_connect;
@@ -11,14 +10,17 @@ pub mod files;
 pub mod grpc;
 pub mod http;
 pub mod identity;
+pub mod istio;
 pub mod mesh;
 pub mod outgoing;
+pub mod renewing;
 pub mod sni;
 pub mod source;
 pub mod svid;
 pub mod token;
 pub mod trust;
 pub mod unverified;
+pub mod vault_pki;
 pub mod verify;
 pub mod workload;
 pub mod workload_api;

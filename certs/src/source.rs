@@ -18,6 +18,15 @@ use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{InstallError, MeshIdentity};
 use crate::svid::Svid;
 use crate::trust::{Fingerprint, Trust};
+use crate::workload::plan::Backoff;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// The pauses of sources between attempts that fail.
+pub(crate) fn backoff() -> Backoff {
+    Backoff::new(FIRST_PAUSE, LONGEST_PAUSE)
+}
 
 /// An issuer, and how it is asked.
 pub trait Source: Send + 'static {
@@ -41,6 +50,8 @@ pub struct Standing {
     pub problem: Option<String>,
     /// Whether nobody asks any more.
     pub hopeless: bool,
+    /// What is not as it was asked for, although it is taken.
+    pub notice: Option<String>,
     /// Certificates that were taken.
     pub certificates: u64,
     /// Sets of roots that were taken.
@@ -64,6 +75,18 @@ impl Told {
                 tracing::warn!(source = self.name, problem, "identity is not renewed for now");
                 standing.problem = Some(problem);
             }
+            new
+        });
+    }
+
+    /// The issuer gave something else than it was asked for, and it is taken all the same. Nothing for what is as asked.
+    pub fn notice(&self, notice: Option<String>) {
+        self.standing.send_if_modified(|standing| {
+            let new = standing.notice != notice;
+            if let Some(notice) = notice.as_ref().filter(|_| new) {
+                tracing::warn!(source = self.name, notice, "identity is not as it was asked for");
+            }
+            standing.notice = notice;
             new
         });
     }
@@ -276,6 +299,3 @@ impl Intake {
         Ok(())
     }
 }
-
-/// The longest that a process waits before it looks at the wall clock again: clocks jump, and machines sleep.
-pub const TICK: Duration = Duration::from_secs(30);

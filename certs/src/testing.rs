@@ -22,6 +22,7 @@ pub(crate) const DAY: Duration = Duration::from_secs(86_400);
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A root and an issuer below it.
+#[derive(Debug)]
 pub(crate) struct Ca {
     pub domain: TrustDomain,
     pub root: Authority,
@@ -46,8 +47,18 @@ impl Ca {
     }
 
     pub(crate) fn sign(&self, key: &PublicKey, identity: &SpiffeId, ttl: Duration) -> Issued {
+        self.sign_at(key, identity, ttl, SystemTime::now())
+    }
+
+    pub(crate) fn sign_at(
+        &self,
+        key: &PublicKey,
+        identity: &SpiffeId,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Issued {
         let request = Request { key, identity, dns_names: &[], ttl, not_before: None };
-        self.issuer.leaf(&request, &Lifetimes::default(), SystemTime::now()).unwrap()
+        self.issuer.leaf(&request, &Lifetimes::default(), now).unwrap()
     }
 
     pub(crate) fn svid(&self, name: &str) -> Svid {

@@ -18,12 +18,12 @@ use zeroize::Zeroize;
 
 use super::proto::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::{HEADER, SOCKET_VARIABLE, domain, parted, proto};
-use crate::backoff::Backoff;
 use crate::grpc::chain;
 use crate::identity::SpiffeId;
 use crate::mesh::MeshIdentity;
-use crate::source::{Hopeless, Intake, Roots, Source, Told};
+use crate::source::{Hopeless, Intake, LONGEST_PAUSE, Roots, Source, Told, backoff};
 use crate::svid::Svid;
+use crate::workload::plan::Backoff;
 
 const CONNECT: Duration = Duration::from_secs(5);
 const PING: Duration = Duration::from_secs(30);
@@ -83,14 +83,14 @@ impl Source for WorkloadApi {
                 Err(problem) => return Hopeless(problem),
             };
             let mut intake = Intake::new(identity, told);
-            let mut backoff = Backoff::default();
+            let mut pauses = backoff();
             loop {
-                let status = self.stream(&path, &mut intake, &mut backoff).await;
+                let status = self.stream(&path, &mut intake, &mut pauses).await;
                 let reason = format!("{}: {}", path.display(), words(&status));
                 let pause = match status.code() {
                     Code::InvalidArgument => return Hopeless(reason),
                     Code::PermissionDenied => UNREGISTERED.mul_f64(0.8 + 0.4 * fastrand::f64()),
-                    _ => backoff.failed(None),
+                    _ => pauses.pause(LONGEST_PAUSE),
                 };
                 intake.told().problem(&reason);
                 tokio::time::sleep(pause).await;
@@ -101,14 +101,14 @@ impl Source for WorkloadApi {
 
 impl WorkloadApi {
     /// Takes what comes, until the stream ends: why it did.
-    async fn stream(&self, path: &Path, intake: &mut Intake, backoff: &mut Backoff) -> Status {
-        match self.messages(path, intake, backoff).await {
+    async fn stream(&self, path: &Path, intake: &mut Intake, pauses: &mut Backoff) -> Status {
+        match self.messages(path, intake, pauses).await {
             Ok(()) => Status::unavailable("the agent has ended the stream"),
             Err(status) => status,
         }
     }
 
-    async fn messages(&self, path: &Path, intake: &mut Intake, backoff: &mut Backoff) -> Result<(), Status> {
+    async fn messages(&self, path: &Path, intake: &mut Intake, pauses: &mut Backoff) -> Result<(), Status> {
         let endpoint = Endpoint::from_shared(format!("unix://{}", path.display()))
             .map_err(|error| Status::unavailable(chain(&error)))?
             .connect_timeout(CONNECT)
@@ -119,7 +119,7 @@ impl WorkloadApi {
         request.metadata_mut().insert(HEADER, MetadataValue::from_static("true"));
         let mut messages = SpiffeWorkloadApiClient::new(channel).fetch_x509svid(request).await?.into_inner();
         while let Some(message) = messages.message().await? {
-            backoff.answered();
+            *pauses = backoff();
             match self.read(message) {
                 Ok((roots, svid)) => match intake.take(Some(&roots), Some(svid)) {
                     Ok(_) => intake.told().well(),
