@@ -1,4 +1,4 @@
-//! A small HTTP client for the Control API of a running process.
+//! A small HTTP client for the Control API, or the admin interface, of a running process.
 
 use std::time::Duration;
 
@@ -49,7 +49,7 @@ async fn call(address: &str, path: &str, method: Method, body: Option<&Value>) -
         .await
         .with_context(|| format!("{uri} did not answer within {} s", DEADLINE.as_secs()))?
         .with_context(|| {
-            format!("{uri} cannot be reached: is `postern edge` running, and is this its Control API?")
+            format!("{uri} cannot be reached: is the process running, and is this its Control API or admin interface?")
         })?;
     let status = answer.status();
     let bytes = Limited::new(answer.into_body(), LARGEST)

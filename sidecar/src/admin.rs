@@ -23,6 +23,7 @@ use tokio::sync::Semaphore;
 use crate::connections::Connections;
 use crate::drain::Stage;
 use crate::identity::{self, IdentityStatus};
+use crate::policy::Question;
 use crate::running::Running;
 
 /// Connections at a time.
@@ -62,7 +63,7 @@ impl Admin {
         waits.map(|service| format!("the endpoints of {} are not known yet", service.name))
     }
 
-    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    fn answer(&self, method: &Method, path: &str, query: &str) -> Response<Full<Bytes>> {
         let is_get = matches!(*method, Method::GET | Method::HEAD);
         if path == "/v1/drain" && *method == Method::POST {
             self.stage.drain();
@@ -93,10 +94,17 @@ impl Admin {
                 let status = serde_json::to_value(self.running.policies().status()).unwrap_or_default();
                 reply(StatusCode::OK, &status)
             }
+            "/v1/policies/explain" => match Question::read(query) {
+                Ok(question) => {
+                    let answer = self.running.policies().explain(&question);
+                    reply(StatusCode::OK, &serde_json::to_value(answer).unwrap_or_default())
+                }
+                Err(wrong) => reply(StatusCode::BAD_REQUEST, &json!({"error_msg": wrong})),
+            },
             _ => reply(
                 StatusCode::NOT_FOUND,
                 &json!({"error_msg": "there are /status, /status/ready, /metrics, /v1/config, /v1/endpoints, \
-                    /v1/connections, /v1/identity, /v1/policies, and POST /v1/drain"}),
+                    /v1/connections, /v1/identity, /v1/policies, /v1/policies/explain, and POST /v1/drain"}),
             ),
         }
     }
@@ -158,7 +166,8 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
         let admin = admin.clone();
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let answer = admin.answer(request.method(), request.uri().path());
+                let uri = request.uri();
+                let answer = admin.answer(request.method(), uri.path(), uri.query().unwrap_or_default());
                 async { Ok::<_, Infallible>(answer) }
             });
             let served = http1::Builder::new()

@@ -397,7 +397,7 @@ pub struct PolicyStatus {
 }
 
 /// "Would this be allowed?"
-#[derive(Clone, Debug, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
     /// Who asks.
@@ -474,6 +474,22 @@ impl Question {
         } else {
             Ok(question)
         }
+    }
+
+    /// As [`read`](Self::read) reads it.
+    pub fn query(&self) -> String {
+        let Self { identity, address, port, method, path, host, headers, claims } = self;
+        let mut query = format!("address={address}&port={port}");
+        let mut add = |name: &str, value: &str| {
+            let value = percent_encoding::utf8_percent_encode(value, percent_encoding::NON_ALPHANUMERIC);
+            query.push_str(&format!("&{name}={value}"));
+        };
+        for (name, value) in [("identity", identity), ("method", method), ("path", path), ("host", host)] {
+            value.iter().for_each(|value| add(name, value));
+        }
+        headers.iter().for_each(|(name, value)| add(&format!("header.{name}"), value));
+        claims.iter().for_each(|(name, value)| add(&format!("claim.{name}"), &value.to_string()));
+        query
     }
 }
 

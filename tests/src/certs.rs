@@ -55,6 +55,11 @@ impl Authority {
         self.issuer.pem()
     }
 
+    /// The authority's own certificate.
+    pub fn der(&self) -> CertificateDer<'static> {
+        self.issuer.der().clone().into_owned()
+    }
+
     /// A server certificate with an ECDSA key for these DNS names or IP addresses.
     pub fn server(&self, names: &[&str]) -> Leaf {
         self.server_with(names, KeyKind::Ecdsa)

@@ -8,3 +8,4 @@ pub mod drain;
 pub mod endpoints;
 pub mod explain;
 pub mod import;
+pub mod policy;

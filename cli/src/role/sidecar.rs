@@ -12,6 +12,7 @@ use config::sidecar::Sidecar as Settings;
 use sidecar::app::{self, Options};
 
 use crate::cmd::capture::Capture;
+use crate::cmd::policy::Explain;
 use crate::output::{self, Colour};
 
 /// Arguments of `postern sidecar`.
@@ -44,6 +45,8 @@ enum Action {
     Exec(Exec),
     /// Find every error in the file, without starting anything.
     Check(File),
+    /// Ask a running sidecar what its policies decide, and why.
+    Explain(Explain),
     /// Lead a workload's connections to its sidecar by rules in the kernel.
     Capture(Capture),
 }
@@ -75,6 +78,7 @@ impl Sidecar {
             Some(Action::Exec(Exec { file, command })) => serve(file.config, command),
             Some(Action::Await(wait)) => wait.run(),
             Some(Action::Capture(capture)) => capture.run(),
+            Some(Action::Explain(explain)) => explain.run(),
             Some(Action::Check(file)) => {
                 let Some(settings) = load(&file.config)? else { return Ok(ExitCode::from(output::FOUND)) };
                 output::note(&format!(

@@ -400,6 +400,7 @@ fn a_question_is_answered_as_a_request_would_be() {
     let question = Question::read(&written).unwrap();
     assert_eq!((question.path.as_deref(), &question.claims["roles"]), (Some("/admin/x"), &json!([1])));
     assert_eq!(bench.table.explain(&question).why, "policy no-admin, rule 1");
+    assert_eq!(Question::read(&question.query()), Ok(question), "what is written is read");
     for (query, words) in
         [("", "`port` is missing"), ("port=x", "no port"), ("port=1&a=b", "`a` is not known")]
     {

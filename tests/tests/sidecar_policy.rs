@@ -1,0 +1,240 @@
+//! Policies of a sidecar over real sockets: who may ask what, bytes that nobody understands, live connections after a
+//! change, who called, where the application may go, and what would be decided.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use e2e::client::{Call, DEADLINE};
+use e2e::edge::binary;
+use e2e::origin::{Origin, echo};
+use e2e::sidecar::{Mesh, Sidecar, id};
+use e2e::{Value, eventually, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+const SHOP: &str = "spiffe://mesh.local/ns/shop/sa/web";
+const JOBS: &str = "spiffe://mesh.local/ns/jobs/sa/nightly";
+
+/// A sidecar of `orders` before an application at `origin`, with these policies.
+async fn sidecar(mesh: &Mesh, origin: SocketAddr, port: Value, policies: Value) -> Sidecar {
+    mesh.sidecar("orders").inbound(origin, port).proxies().config(json!({"policies": policies})).start().await
+}
+
+/// Sends every byte back.
+async fn mirror() -> Origin {
+    Origin::tcp(|mut stream, _| async move {
+        let mut piece = [0; 1024];
+        while let Ok(read @ 1..) = stream.read(&mut piece).await {
+            if stream.write_all(&piece[..read]).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await
+}
+
+fn from(identity: &str) -> Value {
+    json!([{"identities": [identity]}])
+}
+
+#[tokio::test]
+async fn requests_pass_or_are_refused_by_who_asks_what() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let policies = json!({"default": "deny", "authorization": [
+        {"name": "shop", "action": "allow", "rules": [{"from": [{"namespaces": ["shop"]}]}]},
+        {"name": "jobs", "action": "allow", "rules": [
+            {"from": from(JOBS), "to": [{"methods": ["GET"], "paths": ["/reports/*"]}]},
+        ]},
+        {"name": "no-admin", "action": "deny", "rules": [{"to": [{"paths": ["/admin", "/admin/*"]}]}]},
+        {"name": "watch", "action": "audit", "rules": [{"to": [{"methods": ["DELETE"]}]}]},
+    ]});
+    let sidecar = sidecar(&mesh, origin.addr, json!({}), policies).await;
+    let to = sidecar.inbound(0);
+    let (mut shop, mut jobs) = (mesh.caller(SHOP).http2(to).await, mesh.caller(JOBS).http2(to).await);
+    for (who, method, path, status) in [
+        ("shop", "GET", "/", 200),
+        ("shop", "DELETE", "/", 200),
+        ("shop", "GET", "/admin/x", 403),
+        ("shop", "GET", "/%61dmin", 403),
+        ("shop", "GET", "/x/../admin/", 403),
+        ("shop", "GET", "/admin%2Fx", 403),
+        ("jobs", "GET", "/reports/1", 200),
+        ("jobs", "GET", "/", 403),
+        ("jobs", "POST", "/reports/1", 403),
+    ] {
+        let caller = if who == "shop" { &mut shop } else { &mut jobs };
+        let answer = caller.send(Call::new(method, path)).await;
+        assert_eq!(answer.status, status, "{who} {method} {path}");
+    }
+    let refused = shop.send(Call::get("/admin")).await;
+    let told = refused.header("proxy-status");
+    assert_eq!(told, Some("postern; error=http_request_denied; details=\"policy_denied:no-admin\""));
+    let told = sidecar.ask("/v1/policies").await.json();
+    let policy = |name: &str| {
+        let all = told["authorization"].as_array().expect("a list");
+        all.iter().find(|policy| policy["name"] == name).expect("a policy").clone()
+    };
+    assert_eq!(policy("watch")["audited"], 1, "{told}");
+    assert_eq!(policy("no-admin")["denied"], 5, "{told}");
+    assert_eq!(policy("jobs")["allowed"], 1, "{told}");
+    assert_eq!(origin.requests(), 3, "nothing that was refused has reached the application");
+}
+
+#[tokio::test]
+async fn the_application_learns_who_called_and_nothing_that_a_caller_says_of_itself() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let sidecar = sidecar(&mesh, origin.addr, json!({}), json!({})).await;
+    let mut shop = mesh.caller(SHOP).http2(sidecar.inbound(0)).await;
+    let call = Call::get("/")
+        .header("x-forwarded-client-cert", "URI=spiffe://mesh.local/root")
+        .header("x_forwarded_client_cert", "URI=spiffe://mesh.local/root")
+        .header("l5d-client-id", "root")
+        .header("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+    let seen = shop.send(call).await.expect_status(200).json();
+    let told = seen["headers"]["x-forwarded-client-cert"].as_array().expect("the field");
+    let [told] = &told[..] else { panic!("{told:?}") };
+    let told = told.as_str().expect("text");
+    assert!(told.starts_with(&format!("By={};Hash=", id("orders"))), "{told}");
+    assert!(told.ends_with(&format!(";Subject=\"\";URI={SHOP}")), "{told}");
+    let headers = seen["headers"].as_object().expect("fields");
+    assert!(!headers.contains_key("x_forwarded_client_cert") && !headers.contains_key("l5d-client-id"));
+    assert!(headers.contains_key("traceparent"));
+}
+
+#[tokio::test]
+async fn bytes_pass_by_identity_and_are_cut_when_a_change_forbids_them() {
+    let (mesh, origin) = (Mesh::new(), mirror().await);
+    let port = origin.addr.port();
+    let allow = |who: &str| {
+        json!({"default": "deny", "authorization": [
+            {"name": "db", "action": "allow", "ports": [port], "rules": [{"from": from(who)}]},
+        ]})
+    };
+    let mut sidecar = sidecar(&mesh, origin.addr, json!({"protocol": "tcp"}), allow(SHOP)).await;
+    let to = sidecar.inbound(0);
+    let (shop, jobs) = (mesh.caller(SHOP), mesh.caller(JOBS));
+
+    let mut refused = jobs.bytes(to).await;
+    let _ = refused.write_all(b"hello").await;
+    let mut got = Vec::new();
+    let _ = timeout(DEADLINE, refused.read_to_end(&mut got)).await.expect("an end");
+    assert!(got.is_empty() && origin.connections() == 0, "no byte has reached the application");
+
+    let mut allowed = shop.bytes(to).await;
+    allowed.write_all(b"hello").await.expect("a byte that may pass");
+    let mut echoed = [0; 5];
+    timeout(DEADLINE, allowed.read_exact(&mut echoed)).await.expect("an answer").expect("our bytes");
+    assert_eq!(&echoed, b"hello");
+
+    sidecar.reload(json!({"policies": allow(JOBS)})).await;
+    let mut rest = Vec::new();
+    let _ = timeout(DEADLINE, allowed.read_to_end(&mut rest)).await.expect("an end");
+    assert!(rest.is_empty());
+    let mut now = jobs.bytes(to).await;
+    now.write_all(b"again").await.expect("a byte that may pass now");
+    timeout(DEADLINE, now.read_exact(&mut echoed)).await.expect("an answer").expect("our bytes");
+}
+
+#[tokio::test]
+async fn requests_under_way_are_ended_by_a_change_that_forbids_them_and_others_are_not() {
+    let origin = Origin::http(|request| async move {
+        if request.uri().path() == "/slow" {
+            tokio::time::sleep(Duration::from_secs(600)).await;
+        }
+        echo::answer("slow", request)
+    })
+    .await;
+    let mesh = Mesh::new();
+    let mut sidecar = sidecar(&mesh, origin.addr, json!({}), json!({})).await;
+    let to = sidecar.inbound(0);
+    let (mut shop, mut jobs) = (mesh.caller(SHOP).http2(to).await, mesh.caller(JOBS).http2(to).await);
+    let mut idle = mesh.caller(JOBS).http2(to).await;
+    idle.send(Call::get("/")).await.expect_status(200);
+    let under_way = tokio::spawn(async move { jobs.try_send(Call::get("/slow")).await.is_err() });
+    eventually("the request is at the application", || async { (origin.requests() >= 2).then_some(()) })
+        .await;
+    let deny = |rule: Value| json!({"policies": {"authorization": [{"name": "no", "action": "deny", "rules": [rule]}]}});
+    sidecar.reload(deny(json!({"from": from(JOBS), "to": [{"paths": ["/slow"]}]}))).await;
+    assert!(timeout(DEADLINE, under_way).await.expect("an end").expect("no panic"), "it has failed");
+    idle.send(Call::get("/")).await.expect_status(200);
+    shop.send(Call::get("/")).await.expect_status(200);
+
+    sidecar.reload(deny(json!({"from": from(JOBS)}))).await;
+    eventually("the idle connection is closed", || async { idle.is_closed().then_some(()) }).await;
+    shop.send(Call::get("/")).await.expect_status(200);
+}
+
+#[tokio::test]
+async fn a_file_that_is_wrong_changes_nothing() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let allow = json!({"default": "deny", "authorization": [
+        {"name": "shop", "action": "allow", "rules": [{"from": from(SHOP)}]},
+    ]});
+    let sidecar = sidecar(&mesh, origin.addr, json!({}), allow).await;
+    let mut wrong = sidecar.config.clone();
+    wrong["policies"] = json!({"default": "allow", "authorization": [
+        {"name": "nobody", "action": "deny", "services": ["other"], "rules": [{"from": from(SHOP)}]},
+    ]});
+    sidecar.write(&wrong.to_string());
+    eventually("the mistake is told", || async {
+        let told = sidecar.ask("/v1/config").await.json()["problem"].to_string();
+        told.contains("/policies/authorization/0/services").then_some(())
+    })
+    .await;
+    let mut jobs = mesh.caller(JOBS).http2(sidecar.inbound(0)).await;
+    jobs.send(Call::get("/")).await.expect_status(403);
+    let mut shop = mesh.caller(SHOP).http2(sidecar.inbound(0)).await;
+    shop.send(Call::get("/")).await.expect_status(200);
+}
+
+#[tokio::test]
+async fn the_application_goes_where_egress_lets_it() {
+    let (mesh, web, other) = (Mesh::new(), echo::start().await, echo::start().await);
+    let policies = json!({"egress": {"default": "deny", "rules": [
+        {"name": "web", "action": "allow", "cidrs": ["127.0.0.0/8"], "ports": [web.addr.port()]},
+    ]}});
+    let sidecar = sidecar(&mesh, web.addr, json!({}), policies).await;
+    let through = |origin: &Origin| {
+        let node = origin.addr.to_string();
+        Call::get(&format!("http://{node}/")).header("host", &node).send_to(sidecar.http_proxy())
+    };
+    through(&web).await.expect_status(200);
+    let refused = through(&other).await.expect_status(403);
+    let status = refused.header("proxy-status").expect("a reason");
+    assert!(status.contains("egress_denied"), "{status}");
+    assert_eq!(other.requests(), 0);
+    let told = sidecar.ask("/v1/policies").await.json();
+    assert_eq!(told["egress"][0]["allowed"], 1, "{told}");
+}
+
+#[tokio::test]
+async fn it_is_told_what_would_be_decided_and_why() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let port = origin.addr.port();
+    let policies = json!({"default": "deny", "authorization": [
+        {"name": "shop", "action": "allow", "rules": [{"from": from(SHOP), "to": [{"methods": ["GET"]}]}]},
+    ]});
+    let sidecar = sidecar(&mesh, origin.addr, json!({}), policies).await;
+    let explain = |line: String| {
+        let mut command = std::process::Command::new(binary());
+        command.args(["sidecar", "explain", "--admin", &sidecar.admin.to_string()]);
+        let output = command.args(line.split_whitespace()).output().expect("the binary");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).expect("text"))
+    };
+    for (line, code, told) in [
+        (
+            format!("--port {port} --identity {SHOP} -X GET --path /a&b=c"),
+            0,
+            "allowed by policy shop, rule 1\n",
+        ),
+        (format!("--port {port} --identity {JOBS} -X GET"), 1, "refused by "),
+        (format!("--port {port} --identity {SHOP}"), 1, "refused by "),
+        ("--port 0".to_owned(), 3, "`port` is missing"),
+    ] {
+        let (ended, said) = explain(line.clone());
+        assert!(ended == Some(code) && said.contains(told), "{line}: {ended:?} {said}");
+    }
+    let counts = sidecar.ask("/v1/policies").await.json();
+    assert_eq!(counts["authorization"][0]["allowed"], 0, "nothing is counted: {counts}");
+}
