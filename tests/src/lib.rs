@@ -6,6 +6,7 @@
 //! ports of its own (see [`ports`]), so that tests run side by side.
 
 pub mod busy;
+pub mod ca;
 pub mod caller;
 pub mod certs;
 pub mod client;

@@ -1,0 +1,150 @@
+//! A running `postern ca run` with a folder and ports of its own, and workloads that join it.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use certs::clock::SystemClock;
+use certs::mesh::MeshIdentity;
+use certs::workload::time::MeshTime;
+use certs::workload::{Proof, Settings, Status, Workload};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::client::Call;
+use crate::edge::binary;
+use crate::eventually_within;
+use crate::ports::Port;
+use crate::process::Process;
+
+/// Ended when dropped.
+pub struct Authority {
+    pub addr: SocketAddr,
+    pub status: SocketAddr,
+    process: Option<Process>,
+    folder: TempDir,
+    _ports: [Port; 2],
+}
+
+impl Authority {
+    /// With the settings of `more` besides its own addresses.
+    pub async fn start(more: Value) -> Authority {
+        let folder = tempfile::Builder::new().prefix("postern-ca-").tempdir().expect("a folder");
+        let ports = [Port::free(), Port::free()];
+        let mut settings =
+            json!({"listen": ports[0].addr().to_string(), "status": ports[1].addr().to_string()});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            settings[key] = value.clone();
+        }
+        std::fs::write(folder.path().join("ca.yaml"), settings.to_string()).expect("ca.yaml");
+        let [addr, status] = [ports[0].addr(), ports[1].addr()];
+        let mut authority = Authority { addr, status, process: None, folder, _ports: ports };
+        authority.run().await;
+        authority
+    }
+
+    /// Starts it again, after [`kill`](Self::kill) or [`stop`](Self::stop).
+    pub async fn run(&mut self) {
+        let folder = self.folder.path();
+        let args = ["ca", "run"].map(str::to_owned);
+        self.process = Some(Process::start(&binary(), &args, &[], folder, &folder.join("output")));
+        let (status, output) = (self.status, folder.join("output"));
+        eventually_within(Duration::from_secs(60), "the authority is ready", || {
+            let told = std::fs::read_to_string(&output).unwrap_or_default();
+            async move {
+                assert!(!told.contains("error:"), "{told}");
+                tokio::net::TcpStream::connect(status).await.ok()?;
+                (Call::get("/readyz").send_to(status).await.status == 200).then_some(())
+            }
+        })
+        .await;
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// As an operator stops it; gives the exit code.
+    pub async fn stop(&mut self) -> Option<i32> {
+        let mut process = self.process.take().expect("it runs");
+        process.signal(Signal::SIGTERM);
+        process.wait(Duration::from_secs(30)).await.code()
+    }
+
+    /// Where it keeps everything.
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("postern-ca")
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("output")).unwrap_or_default()
+    }
+
+    /// How it says it is doing.
+    pub async fn told(&self) -> Value {
+        Call::get("/status").send_to(self.status).await.json()
+    }
+
+    /// Runs `postern ca` with these arguments at this authority.
+    pub fn command(&self, args: &[&str]) -> (i32, String, String) {
+        let mut all = vec!["ca"];
+        all.extend(args);
+        let folder = self.folder.path().display().to_string();
+        all.extend(["-c", &folder]);
+        crate::edge::run(&all)
+    }
+
+    /// A token for this identity.
+    pub fn token(&self, identity: &str) -> String {
+        let (code, out, err) = self.command(&["token", "create", "--identity", identity]);
+        assert_eq!(code, 0, "{err}");
+        out.trim().to_owned()
+    }
+
+    /// Somebody who joins by this proof.
+    pub fn join(&self, proof: Proof, proxy_id: &str) -> Member {
+        let pin = std::fs::read_to_string(self.data().join("pin")).expect("the pin");
+        let settings = Settings {
+            servers: vec![self.addr.to_string()],
+            pins: Arc::from([pin.trim().parse().expect("a pin")]),
+            proof: Some(proof),
+            identity: None,
+            proxy_id: proxy_id.to_owned(),
+            version: "test".to_owned(),
+            ttl: None,
+        };
+        let time = MeshTime::new(SystemClock::new());
+        let identity = MeshIdentity::with_clock(time.clone());
+        Member { workload: Workload::start(settings, identity.clone(), time), identity }
+    }
+}
+
+/// A workload in this process.
+pub struct Member {
+    pub workload: Workload,
+    pub identity: MeshIdentity,
+}
+
+impl Member {
+    pub fn status(&self) -> Status {
+        self.workload.status().borrow().clone()
+    }
+
+    /// Until it has had that many certificates.
+    pub async fn until(&self, renewals: u64) {
+        eventually_within(Duration::from_secs(30), "a certificate", || {
+            let status = self.status();
+            async move { (status.renewals >= renewals).then_some(()) }
+        })
+        .await;
+    }
+}
