@@ -9,8 +9,8 @@ pub mod embedded;
 pub mod etcd;
 pub mod memory;
 
-#[cfg(test)]
-mod conduct;
+#[cfg(any(test, feature = "testing"))]
+pub mod conduct;
 
 use std::time::Duration;
 
