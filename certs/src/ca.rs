@@ -16,6 +16,7 @@ pub mod foundry;
 pub mod inspect;
 pub mod keeper;
 pub mod limits;
+pub mod mark;
 pub mod operators;
 pub mod record;
 pub mod rotation;
@@ -154,6 +155,8 @@ pub struct Current {
     /// Roots that are in no bundle any more and are not distrusted: a certificate below them still proves who somebody is
     /// when he asks for a new one.
     pub former_roots: Vec<CertificateDer<'static>>,
+    /// Roots that others have the key of: of the certificates below them, those that this authority has signed prove it.
+    pub distrusted_roots: Vec<CertificateDer<'static>>,
     /// For so long after its end a certificate still proves who somebody is when he asks for a new one. Zero but for a
     /// recovery from an expired root.
     pub renew_expired: Duration,
@@ -173,6 +176,7 @@ impl Current {
             renew: None,
             lifetimes: Lifetimes::default(),
             former_roots: Vec::new(),
+            distrusted_roots: Vec::new(),
             renew_expired: Duration::ZERO,
         })
     }

@@ -57,7 +57,7 @@ impl Ca {
         ttl: Duration,
         now: SystemTime,
     ) -> Issued {
-        let request = Request { key, identity, dns_names: &[], ttl, not_before: None };
+        let request = Request { key, identity, dns_names: &[], ttl, not_before: None, mark: None };
         self.issuer.leaf(&request, &Lifetimes::default(), now).unwrap()
     }
 

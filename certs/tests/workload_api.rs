@@ -29,7 +29,8 @@ fn root(domain: &TrustDomain) -> Authority {
 fn svid(issuer: &Authority, identity: &SpiffeId) -> Svid {
     let key = Key::generate(KeyKind::P256).expect("a key");
     let public = PublicKey::from_spki(&key.subject_public_key_info()).expect("a public key");
-    let request = Request { key: &public, identity, dns_names: &[], ttl: Duration::ZERO, not_before: None };
+    let request =
+        Request { key: &public, identity, dns_names: &[], ttl: Duration::ZERO, not_before: None, mark: None };
     let issued = issuer.leaf(&request, &Lifetimes::default(), SystemTime::now()).expect("a certificate");
     Svid::new(issued.chain, &key.private_key()).expect("an SVID")
 }

@@ -151,12 +151,14 @@ async fn what_is_in_the_way_is_named_and_there_is_a_way_back() {
     assert_eq!((code, err.contains("rollback")), (4, true), "{err}");
     let (code, _, err) = certs(&authority, &["advance", "--force"]).await;
     assert_eq!((code, err.contains("reason")), (3, true), "{err}");
-    let (code, out, err) = certs(&authority, &["rollback", "--reason", "not today", "--timeout", "60s"]).await;
+    let (code, out, err) =
+        certs(&authority, &["rollback", "--reason", "not today", "--timeout", "60s"]).await;
     assert_eq!(code, 0, "{out} {err}");
     assert_eq!(status(&authority).await["past"][0]["ended"], "rolled back");
 
     // Past the edge, and back from where everybody has renewed.
-    let (code, out, err) = certs(&authority, &[&["rotate", "root", "--step", "--no-wait"][..], &quick].concat()).await;
+    let (code, out, err) =
+        certs(&authority, &[&["rotate", "root", "--step", "--no-wait"][..], &quick].concat()).await;
     assert_eq!(code, 4, "{out} {err}");
     let waive = ["advance", "--waive", "edge-1", "--reason", "not in use"];
     assert_eq!(certs(&authority, &waive).await.0, 4);
@@ -202,7 +204,10 @@ async fn it_tells_what_ends_and_gets_out_of_trouble() {
     let (code, out, err) = certs(&authority, &args).await;
     assert_eq!(code, 0, "{out} {err}");
     let now = status(&authority).await;
-    assert_eq!((&now["roots"][0]["state"], &now["roots"][1]["state"]), (&json!("distrusted"), &json!("active")));
+    assert_eq!(
+        (&now["roots"][0]["state"], &now["roots"][1]["state"]),
+        (&json!("distrusted"), &json!("active"))
+    );
 
     // What makes no sense is refused with words, and an authority that is not there is no success.
     for (args, words) in [

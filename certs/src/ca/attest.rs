@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use rustls::pki_types::CertificateDer;
 
 use super::Current;
+use super::mark::Mark;
 use super::proto::attest_request::Proof;
 use crate::identity::SpiffeId;
 use consul::Consul;
@@ -61,6 +62,16 @@ pub enum Refusal {
     Unavailable(String),
 }
 
+/// What a proof is judged by.
+#[derive(Clone, Copy, Debug)]
+pub struct Judging<'a> {
+    pub caller: &'a Caller,
+    pub current: &'a Current,
+    /// By which the authority knows its own work.
+    pub mark: &'a Mark,
+    pub now: SystemTime,
+}
+
 /// The kinds of proof that are taken.
 #[derive(Default)]
 pub struct Attestors {
@@ -94,14 +105,13 @@ impl Attestors {
         &self,
         proof: &Proof,
         wanted: Option<&SpiffeId>,
-        caller: &Caller,
-        current: &Current,
-        now: SystemTime,
+        judging: &Judging<'_>,
     ) -> Result<Grant, Refusal> {
+        let Judging { current, now, .. } = *judging;
         let off = || Refusal::Proof(format!("proofs of the kind {} are not taken here", kind(proof)));
         let domain = &current.bundle().trust_domain;
         let grant = match proof {
-            Proof::Renewal(_) => renewal::attest(caller, current, now)?,
+            Proof::Renewal(_) => renewal::attest(judging)?,
             Proof::JoinToken(token) => {
                 let tokens = self.tokens.as_ref().ok_or_else(off)?;
                 tokens.redeem(&token.secret, wanted, domain, now).await?

@@ -21,6 +21,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::Lifetimes;
 use super::csr::{CsrError, PublicKey};
+use super::mark::{Mark, Said};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::trust::{Fingerprint, KeyId, Serial, Trust, Usage, validity};
 
@@ -223,6 +224,8 @@ pub struct Request<'a> {
     pub ttl: Duration,
     /// The certificate is not valid before this, where everything older was revoked.
     pub not_before: Option<SystemTime>,
+    /// What makes its number; without it that is random.
+    pub mark: Option<&'a Mark>,
 }
 
 /// A certificate that was signed.
@@ -452,7 +455,16 @@ impl Authority {
             }
             params.subject_alt_names.push(SanType::DnsName(name.as_str().try_into().map_err(|_| wrong())?));
         }
-        let serial = serial()?;
+        let serial = match request.mark {
+            None => serial()?,
+            Some(mark) => SerialNumber::from_slice(&mark.serial(&Said {
+                identity: request.identity,
+                dns_names: request.dns_names,
+                key: request.key.hash(),
+                not_before,
+                not_after,
+            })),
+        };
         params.serial_number = Some(serial.clone());
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -619,7 +631,8 @@ impl Authority {
         let key = PublicKey::from_spki(&key.subject_public_key_info()).map_err(|error| error.to_string())?;
         let identity = SpiffeId::new(trust.own(), "/postern/trial").map_err(|error| error.to_string())?;
         let ttl = Duration::from_secs(60);
-        let request = Request { key: &key, identity: &identity, dns_names: &[], ttl, not_before: None };
+        let request =
+            Request { key: &key, identity: &identity, dns_names: &[], ttl, not_before: None, mark: None };
         let lifetimes = Lifetimes { longest: ttl, renewal: Duration::ZERO };
         let issued = self.leaf(&request, &lifetimes, now).map_err(|error| error.to_string())?;
         for usage in [Usage::Client, Usage::Server] {

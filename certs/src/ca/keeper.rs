@@ -213,8 +213,12 @@ fn assemble(
     }
     current.renew = renew(record)?;
     // Whoever held a certificate of a root that went may come for a new one.
-    let former = record.roots.iter().filter(|root| root.state == RootState::Retired);
-    current.former_roots = former.map(|root| CertificateDer::from(root.certificate.0.clone())).collect();
+    let were = |state| {
+        let roots = record.roots.iter().filter(move |root| root.state == state);
+        roots.map(|root| CertificateDer::from(root.certificate.0.clone())).collect()
+    };
+    current.former_roots = were(RootState::Retired);
+    current.distrusted_roots = were(RootState::Distrusted);
     if let Some(rotation) = record.rotation.as_ref().filter(|rotation| rotation.doing() == State::Emergency)
         && record.root(&rotation.from.root).is_some_and(|root| root.state == RootState::Retired)
     {

@@ -134,6 +134,14 @@ impl Sealer {
     /// # Errors
     /// The library fails.
     pub fn derive(&self, purpose: &str, salt: &[u8; SALT]) -> Result<Self, SealError> {
+        self.key_for(purpose, salt).map(|key| Self(Secret::Key(key)))
+    }
+
+    /// The key of such a sealer, for what is no sealing.
+    ///
+    /// # Errors
+    /// The library fails.
+    pub fn key_for(&self, purpose: &str, salt: &[u8; SALT]) -> Result<Zeroizing<[u8; 32]>, SealError> {
         let key = match &self.0 {
             Secret::Key(key) => key.clone(),
             Secret::Passphrase(text, known) => stretched(text, known, salt),
@@ -142,7 +150,7 @@ impl Sealer {
         let mut out = Zeroizing::new([0; 32]);
         let filled = made.expand(&[purpose.as_bytes()], Length).and_then(|made| made.fill(&mut *out));
         filled.map_err(|_| SealError::Library)?;
-        Ok(Self(Secret::Key(out)))
+        Ok(out)
     }
 
     /// Seals `data` as `purpose`; text without spaces.

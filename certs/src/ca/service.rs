@@ -24,6 +24,7 @@ use super::audit::{Audit, Entry};
 use super::authority;
 use super::csr::PublicKey;
 use super::limits::{Buckets, Class, Desk, Full, Limits, Rate};
+use super::mark::Mark;
 use super::proto;
 use super::proto::watch_request::Body as FromWorkload;
 use super::proto::watch_response::Body as ToWorkload;
@@ -62,7 +63,7 @@ pub struct Parts {
     pub attestors: Attestors,
     pub audit: Arc<Audit>,
     pub limits: Limits,
-    /// Of which the key of sessions is made.
+    /// Of which the keys of sessions and of serial numbers are made.
     pub sealer: Arc<Sealer>,
     pub clock: Arc<dyn Clock>,
 }
@@ -74,6 +75,7 @@ pub struct Service(Arc<Inner>);
 struct Inner {
     parts: Parts,
     sessions: Sessions,
+    mark: Mark,
     desk: Desk,
     processes: Buckets<(SpiffeId, String)>,
     identities: Buckets<SpiffeId>,
@@ -114,6 +116,7 @@ impl Service {
         };
         Ok(Self(Arc::new(Inner {
             sessions: Sessions::new(&parts.sealer)?,
+            mark: Mark::new(&parts.sealer)?,
             desk: Desk::new(limits.signers, limits.queue),
             processes: Buckets::new(limits.identity),
             identities: Buckets::new(together),
@@ -228,7 +231,8 @@ impl Service {
                 })?),
             };
             let current = self.current();
-            let judged = self.0.parts.attestors.attest(&proof, wanted.as_ref(), caller, &current, self.now());
+            let judging = attest::Judging { caller, current: &current, mark: &self.0.mark, now: self.now() };
+            let judged = self.0.parts.attestors.attest(&proof, wanted.as_ref(), &judging);
             let judged = timeout(JUDGEMENT, judged).await;
             let judged =
                 judged.unwrap_or_else(|_| Err(Refusal::Unavailable("no judgement in time".to_owned())));
@@ -342,6 +346,7 @@ impl Service {
             ttl: if asked.is_zero() { allowed } else { asked.min(allowed) },
             // What comes after a revocation is not meant by it.
             not_before: until.map(|until| until + Duration::from_secs(1)),
+            mark: Some(&self.0.mark),
         };
         let issued = issuer
             .leaf(&request, &current.lifetimes, now)
@@ -754,7 +759,12 @@ impl proto::certificate_authority_server::CertificateAuthority for Service {
         };
         check_name(&hello.proxy_id)?;
         let identity = if hello.session.is_empty() {
-            let shown = renewal::verify(&caller, &self.current(), self.now());
+            let shown = renewal::verify(&attest::Judging {
+                caller: &caller,
+                current: &self.current(),
+                mark: &self.0.mark,
+                now: self.now(),
+            });
             shown.map_err(|error| Status::unauthenticated(error.to_string()))?.id
         } else {
             self.session(&hello.session)?.identity

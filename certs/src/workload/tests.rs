@@ -620,8 +620,14 @@ async fn files_are_followed_by_what_is_in_them() {
         std::fs::create_dir(&version).unwrap();
         let key = rcgen::KeyPair::generate().unwrap();
         let public = PublicKey::from_spki(&key.subject_public_key_info()).unwrap();
-        let request =
-            Request { key: &public, identity: &id(name), dns_names: &[], ttl: DAY, not_before: None };
+        let request = Request {
+            key: &public,
+            identity: &id(name),
+            dns_names: &[],
+            ttl: DAY,
+            not_before: None,
+            mark: None,
+        };
         let issued = root.leaf(&request, &crate::ca::Lifetimes::default(), begin()).unwrap();
         let chain: String = issued.chain.iter().map(pem).collect();
         std::fs::write(version.join("cert.pem"), chain).unwrap();

@@ -37,6 +37,7 @@ fn sign(authority: &Authority, ttl: Duration, at: SystemTime) -> Result<Issued, 
         dns_names: &["orders.test".to_owned()],
         ttl,
         not_before: None,
+        mark: None,
     };
     authority.leaf(&request, &Lifetimes::default(), at)
 }
@@ -254,7 +255,7 @@ fn a_certificate_after_a_revocation_is_not_revoked_by_it() {
     let key = public(KeyKind::P256);
     let later = now() + Duration::from_secs(10);
     let mut request =
-        Request { key: &key, identity: &identity(), dns_names: &[], ttl: DAY, not_before: None };
+        Request { key: &key, identity: &identity(), dns_names: &[], ttl: DAY, not_before: None, mark: None };
     let old = root.leaf(&request, &Lifetimes::default(), later).unwrap();
     assert!(trust.verify(&old.chain, Usage::Client, later).is_err());
     request.not_before = Some(now() + Duration::from_secs(1));
@@ -268,8 +269,14 @@ fn names_that_are_none_are_not_signed() {
     let key = public(KeyKind::P256);
     for name in ["", ".", "a..b", "-a", "a-", "a b", "a/b", "*.test", "\u{e4}", &"a".repeat(64)] {
         let names = [name.to_owned()];
-        let request =
-            Request { key: &key, identity: &identity(), dns_names: &names, ttl: DAY, not_before: None };
+        let request = Request {
+            key: &key,
+            identity: &identity(),
+            dns_names: &names,
+            ttl: DAY,
+            not_before: None,
+            mark: None,
+        };
         let refused = root.leaf(&request, &Lifetimes::default(), now()).unwrap_err();
         assert_eq!(refused, AuthorityError::DnsName(name.to_owned()));
     }

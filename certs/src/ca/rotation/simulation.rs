@@ -733,6 +733,7 @@ impl World for Real {
             dns_names: &[],
             ttl: Duration::ZERO,
             not_before: None,
+            mark: None,
         };
         let lifetimes = crate::ca::Lifetimes { longest, renewal: Duration::from_secs(60) };
         let issued = authority.leaf(&request, &lifetimes, now.into()).unwrap();

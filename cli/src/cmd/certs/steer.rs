@@ -1,16 +1,21 @@
 //! What may be said to a rotation that is under way, and how it is followed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use certs::ca::proto::admin_client::AdminClient;
-use certs::ca::proto::{AdvanceRequest, ReasonRequest, StatusReply, WatchStatusRequest};
+use certs::ca::proto::{
+    AdvanceRequest, Blocker, ReasonRequest, RotationStatus, StatusReply, WatchStatusRequest,
+};
 use clap::Args;
 use tonic::transport::Channel;
 
 use super::ask::{Asked, answer, request};
 use super::{ATTENTION, BLOCKED, IN_PROGRESS, OK, show};
 use crate::output::{self, Format};
+
+/// What has not changed is told again after this.
+const REPEAT: Duration = Duration::from_secs(10);
 
 /// Arguments of `postern certs advance`.
 #[derive(Args)]
@@ -141,11 +146,21 @@ fn told(asked: &Asked, status: &StatusReply) -> u8 {
     }
 }
 
+/// Whether there is nothing to tell but that time has passed.
+fn is_same(one: &RotationStatus, other: &RotationStatus) -> bool {
+    let waits = |rotation: &RotationStatus| -> Vec<(u32, Option<String>)> {
+        let who = |blocker: &Blocker| blocker.culprits.first().map(|culprit| culprit.who.clone());
+        rotation.blockers.iter().map(|blocker| (blocker.interlock, who(blocker))).collect()
+    };
+    (&one.id, &one.state, one.done, one.of, one.quiet_until, waits(one))
+        == (&other.id, &other.state, other.done, other.of, other.quiet_until, waits(other))
+}
+
 /// Shows how far what is under way is, until it is over or time is. With JSON only the end is printed.
 pub async fn follow(asked: &Asked, mut client: AdminClient<Channel>, limit: Option<Duration>) -> Result<u8> {
     let until = limit.map(|limit| tokio::time::Instant::now() + limit);
     let mut last: Option<StatusReply> = None;
-    let mut said = String::new();
+    let mut said: Option<(RotationStatus, Instant)> = None;
     let mut stream = answer(client.watch(WatchStatusRequest {}).await)?;
     loop {
         let next = match until {
@@ -157,11 +172,9 @@ pub async fn follow(asked: &Asked, mut client: AdminClient<Channel>, limit: Opti
             Ok(Ok(Some(status))) => status,
             // The authority was started anew: what is under way goes on in it.
             Ok(Ok(None) | Err(_)) => {
-                let again = std::time::Instant::now() + Duration::from_secs(30);
+                let again = Instant::now() + Duration::from_secs(30);
                 stream = loop {
-                    if std::time::Instant::now() > again
-                        || until.is_some_and(|u| tokio::time::Instant::now() > u)
-                    {
+                    if Instant::now() > again || until.is_some_and(|u| tokio::time::Instant::now() > u) {
                         bail!(
                             "the authority is gone; when it is back, `postern certs watch` shows where it is"
                         );
@@ -179,15 +192,16 @@ pub async fn follow(asked: &Asked, mut client: AdminClient<Channel>, limit: Opti
             last = Some(status);
             break;
         };
-        let mut now = show::progress(rotation, status.now);
-        for blocker in &rotation.blockers {
-            let first =
-                blocker.culprits.first().map_or_else(String::new, |one| format!(": {} {}", one.who, one.why));
-            now = format!("{now}\n  waits: {}{first}", blocker.what);
-        }
-        if asked.output == Format::Text && now != said {
-            output::note(&now);
-            said = now;
+        let old = said.as_ref();
+        let is_news = old.is_none_or(|(old, at)| at.elapsed() > REPEAT || !is_same(old, rotation));
+        if asked.output == Format::Text && is_news {
+            output::note(&show::progress(rotation, status.now));
+            for blocker in &rotation.blockers {
+                let who = blocker.culprits.first();
+                let who = who.map_or_else(String::new, |one| format!(": {} {}", one.who, one.why));
+                output::note(&format!("  waits: {}{who}", blocker.what));
+            }
+            said = Some((rotation.clone(), Instant::now()));
         }
         let stands = !rotation.for_whom.is_empty();
         last = Some(status);
