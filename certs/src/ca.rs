@@ -90,7 +90,8 @@ impl Bundle {
     pub fn trust(&self) -> Result<Trust, TrustError> {
         let roots = self.roots.iter().map(|root| root.certificate.clone());
         let trust = Trust::new(self.trust_domain.clone(), self.generation);
-        Ok(trust.with_roots(&self.trust_domain, roots)?.with_revoked(self.revoked.clone()))
+        let trust = trust.with_roots(&self.trust_domain, roots)?.with_revoked(self.revoked.clone());
+        Ok(trust.with_least_connection(self.least_connection_generation))
     }
 }
 

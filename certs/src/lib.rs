@@ -10,6 +10,7 @@ pub mod files;
 pub mod grpc;
 pub mod http;
 pub mod identity;
+pub mod identity_files;
 pub mod istio;
 pub mod mesh;
 pub mod outgoing;

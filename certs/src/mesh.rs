@@ -4,9 +4,10 @@
 //! moment of each handshake, so a renewal or a new bundle changes nothing that a listener or a pool holds. TLS 1.3 only;
 //! sessions are never resumed, because a ticket would outlive the root it was given under.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
@@ -25,7 +26,7 @@ use rustls::{
 };
 use tokio::sync::watch;
 
-use crate::identity::{IdentityPattern, SpiffeId};
+use crate::identity::{IdentityPattern, SpiffeId, TrustDomain};
 use crate::svid::Svid;
 use crate::trust::{Peer, Trust, TrustError, Usage, VerifyError};
 
@@ -40,6 +41,8 @@ pub enum InstallError {
     Identity { own: SpiffeId, new: SpiffeId },
     #[error("the bundle is not taken: {0}")]
     Trust(#[from] TrustError),
+    #[error("the bundle is of the trust domain `{new}`; this process is of `{own}`")]
+    Domain { own: TrustDomain, new: TrustDomain },
     #[error("the bundle has generation {new}; {current} is in force")]
     Older { new: u64, current: u64 },
 }
@@ -83,15 +86,28 @@ pub enum Clients {
     Optional,
 }
 
+/// Who a process is, as it is configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    pub domain: TrustDomain,
+    /// None where it is whoever its first certificate says.
+    pub id: Option<SpiffeId>,
+}
+
 /// One process in the mesh. Clones are the same.
 #[derive(Clone)]
 pub struct MeshIdentity(Arc<Inner>);
 
 struct Inner {
+    own: Option<Own>,
     svid: ArcSwapOption<Svid>,
     trust: ArcSwapOption<Trust>,
     changes: watch::Sender<u64>,
+    verified: AtomicU64,
     refused: Refusals,
+    /// Open connections by the bundle of their handshake.
+    open: Mutex<BTreeMap<u64, usize>>,
+    oldest: watch::Sender<Option<u64>>,
     clock: Arc<dyn TimeProvider>,
     provider: Arc<CryptoProvider>,
 }
@@ -112,11 +128,21 @@ impl MeshIdentity {
     /// As [`new`](Self::new), by another clock.
     #[must_use]
     pub fn with_clock(clock: Arc<dyn TimeProvider>) -> Self {
+        Self::only(None, clock)
+    }
+
+    /// A process that takes certificates and bundles for nobody but `own`.
+    #[must_use]
+    pub fn only(own: Option<Own>, clock: Arc<dyn TimeProvider>) -> Self {
         Self(Arc::new(Inner {
+            own,
             svid: ArcSwapOption::empty(),
             trust: ArcSwapOption::empty(),
             changes: watch::Sender::new(0),
+            verified: AtomicU64::new(0),
             refused: Refusals::default(),
+            open: Mutex::default(),
+            oldest: watch::Sender::new(None),
             clock,
             provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
         }))
@@ -155,10 +181,10 @@ impl MeshIdentity {
         let svid = svid.into();
         let trust = self.trust().ok_or(InstallError::NoTrust)?;
         trust.verify(svid.chain(), Usage::Server, self.now())?;
-        if let Some(own) = self.svid()
-            && own.id() != svid.id()
-        {
-            return Err(InstallError::Identity { own: own.id().clone(), new: svid.id().clone() });
+        let own = self.0.own.as_ref().and_then(|own| own.id.clone());
+        let own = own.or_else(|| self.svid().map(|own| own.id().clone()));
+        if let Some(own) = own.filter(|own| own != svid.id()) {
+            return Err(InstallError::Identity { own, new: svid.id().clone() });
         }
         self.0.svid.store(Some(svid));
         self.changed();
@@ -171,6 +197,9 @@ impl MeshIdentity {
     /// It has no root that can be used, or is older than what is in force, which stays.
     pub fn set_trust(&self, trust: Trust) -> Result<(), InstallError> {
         trust.check(self.now())?;
+        if let Some(own) = self.0.own.as_ref().filter(|own| own.domain != *trust.own()) {
+            return Err(InstallError::Domain { own: own.domain.clone(), new: trust.own().clone() });
+        }
         if let Some(current) = self.trust()
             && trust.generation() < current.generation()
         {
@@ -192,6 +221,34 @@ impl MeshIdentity {
     pub fn peer(&self, chain: &[CertificateDer<'_>], usage: Usage) -> Result<Peer, VerifyError> {
         let trust = self.trust().ok_or(VerifyError::NoTrust)?;
         trust.verify(chain, usage, self.now()).map(|verified| verified.peer)
+    }
+
+    /// A connection stands, made under the bundle of now; open until what is returned is dropped.
+    #[must_use]
+    pub fn connected(&self) -> Connected {
+        let generation = self.trust().map_or(0, |trust| trust.generation());
+        self.count(|open| *open.entry(generation).or_default() += 1);
+        Connected { identity: self.clone(), generation }
+    }
+
+    fn count(&self, change: impl FnOnce(&mut BTreeMap<u64, usize>)) {
+        let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut open);
+        let oldest = open.keys().next().copied();
+        // Under the lock: what is told last is what is.
+        self.0.oldest.send_if_modified(|told| std::mem::replace(told, oldest) != oldest);
+    }
+
+    /// The generation of the bundle under which the oldest open connection was made; none when there is no connection.
+    #[must_use]
+    pub fn oldest_connection(&self) -> watch::Receiver<Option<u64>> {
+        self.0.oldest.subscribe()
+    }
+
+    /// Peers that were verified in handshakes.
+    #[must_use]
+    pub fn verified(&self) -> u64 {
+        self.0.verified.load(Ordering::Relaxed)
     }
 
     /// Handshakes that were refused, by side and by [`VerifyError::code`].
@@ -245,6 +302,35 @@ impl fmt::Debug for MeshIdentity {
     }
 }
 
+/// An open connection.
+#[derive(Debug)]
+pub struct Connected {
+    identity: MeshIdentity,
+    generation: u64,
+}
+
+impl Connected {
+    /// Whether it was made under a bundle that the one of now wants no connections from any more.
+    #[must_use]
+    pub fn is_outdated(&self) -> bool {
+        let least = self.identity.0.trust.load().as_ref().map_or(0, |trust| trust.least_connection());
+        self.generation < least
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.identity.count(|open| {
+            if let Some(count) = open.get_mut(&self.generation) {
+                *count -= 1;
+                if *count == 0 {
+                    open.remove(&self.generation);
+                }
+            }
+        });
+    }
+}
+
 /// One side of handshakes, as rustls asks it.
 #[derive(Debug)]
 struct Ends {
@@ -263,11 +349,16 @@ impl Ends {
         let mut chain = Vec::with_capacity(above.len() + 1);
         chain.push(leaf.clone());
         chain.extend_from_slice(above);
-        let judged = self.judge(&chain, usage);
-        judged.map_err(|error| {
-            self.identity.0.refused.count(usage, error.code());
-            tls_error(error)
-        })
+        match self.judge(&chain, usage) {
+            Ok(()) => {
+                self.identity.0.verified.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) => {
+                self.identity.0.refused.count(usage, error.code());
+                Err(tls_error(error))
+            }
+        }
     }
 
     fn judge(&self, chain: &[CertificateDer<'_>], usage: Usage) -> Result<(), VerifyError> {

@@ -285,6 +285,8 @@ pub struct Trust {
     own: TrustDomain,
     generation: u64,
     domains: BTreeMap<TrustDomain, Domain>,
+    /// Connections made under an older bundle are to be made anew.
+    least_connection: u64,
     revoked: Revoked,
     crls: Vec<CertRevocationList<'static>>,
     skew: Duration,
@@ -306,6 +308,7 @@ impl Trust {
             own,
             generation,
             domains: BTreeMap::new(),
+            least_connection: 0,
             revoked: Revoked::default(),
             crls: Vec::new(),
             skew: SKEW,
@@ -336,6 +339,13 @@ impl Trust {
             known.roots.push(root);
         }
         Ok(self)
+    }
+
+    /// Connections made under a bundle before `generation` are to be made anew.
+    #[must_use]
+    pub fn with_least_connection(mut self, generation: u64) -> Self {
+        self.least_connection = generation;
+        self
     }
 
     /// With what was taken back.
@@ -378,6 +388,12 @@ impl Trust {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// The oldest bundle under which connections may have been made that go on.
+    #[must_use]
+    pub fn least_connection(&self) -> u64 {
+        self.least_connection
     }
 
     /// What was taken back.
@@ -437,6 +453,12 @@ impl Trust {
     pub fn is_revoked(&self, peer: &Peer) -> bool {
         self.revoked.serials.contains(&peer.serial)
             || self.revoked.identities.get(&peer.id).is_some_and(|until| peer.not_before <= *until)
+    }
+
+    /// Whether one of these authorities, those of a chain that was shown, is distrusted by name.
+    #[must_use]
+    pub fn distrusts(&self, authorities: &[Fingerprint]) -> bool {
+        authorities.iter().any(|authority| self.revoked.authorities.contains(authority))
     }
 
     fn path(

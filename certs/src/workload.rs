@@ -6,7 +6,6 @@
 //! what this process uses. Nothing is taken that peers would not believe.
 
 mod client;
-pub mod files;
 pub mod plan;
 pub mod time;
 
@@ -37,6 +36,8 @@ use time::MeshTime;
 
 /// How often the clocks are looked at, and how often something is said.
 const TICK: Duration = Duration::from_secs(30);
+/// Between two messages about connections that ended.
+const PACE: Duration = Duration::from_secs(1);
 /// One attempt, from the connection to the certificate.
 const ATTEMPT: Duration = Duration::from_secs(30);
 /// The authority says something at least every 30 seconds.
@@ -55,10 +56,10 @@ const JUMP: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub enum Proof {
     JoinToken(Zeroizing<String>),
-    JoinTokenFile(PathBuf),
-    /// A projected service-account token of Kubernetes, which is written anew from time to time.
-    KubernetesFile(PathBuf),
-    /// An ACL token of Consul, and the service where it is for several.
+    /// A file with a join token, or with the token of a service account of Kubernetes, which is written anew from time to
+    /// time and is told by its form.
+    TokenFile(PathBuf),
+    /// A file with an ACL token of Consul, and the service where it is for several.
     ConsulTokenFile(PathBuf, String),
 }
 
@@ -66,8 +67,7 @@ impl std::fmt::Debug for Proof {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::JoinToken(_) => "JoinToken(..)",
-            Self::JoinTokenFile(_) => "JoinTokenFile(..)",
-            Self::KubernetesFile(_) => "KubernetesFile(..)",
+            Self::TokenFile(_) => "TokenFile(..)",
             Self::ConsulTokenFile(..) => "ConsulTokenFile(..)",
         })
     }
@@ -162,9 +162,6 @@ struct Shared {
     asked: Mutex<Option<(Duration, u64)>>,
     /// The last such request that was done.
     done: AtomicU64,
-    /// The bundle under which the oldest connection was made; 0 for none.
-    oldest_connection: AtomicU64,
-    handshakes: AtomicU64,
 }
 
 impl Workload {
@@ -180,8 +177,6 @@ impl Workload {
             hint: Notify::new(),
             asked: Mutex::default(),
             done: AtomicU64::new(0),
-            oldest_connection: AtomicU64::new(0),
-            handshakes: AtomicU64::new(0),
         });
         let renewing = tokio::spawn(Renewal::new(shared.clone()).run()).abort_handle();
         let following = tokio::spawn(follow(shared.clone())).abort_handle();
@@ -195,16 +190,6 @@ impl Workload {
     /// Gets a new certificate now, once for all who ask at the same time.
     pub fn renew_now(&self) {
         self.shared.renew.notify_one();
-    }
-
-    /// The bundle under which the oldest connection that is still open was made.
-    pub fn set_oldest_connection(&self, generation: Option<u64>) {
-        self.shared.oldest_connection.store(generation.unwrap_or(0), Ordering::Relaxed);
-    }
-
-    /// Counts a handshake that went well.
-    pub fn count_handshake(&self) {
-        self.shared.handshakes.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -262,11 +247,11 @@ impl Shared {
         let mut ack = proto::ProxyAck {
             proxy_id: settings.proxy_id.clone(),
             bundle_generation: self.generation(),
-            oldest_connection_generation: self.oldest_connection.load(Ordering::Relaxed),
+            oldest_connection_generation: self.identity.oldest_connection().borrow().unwrap_or(0),
             clock_offset_ms: self.time.offset_ms(),
             version: settings.version.clone(),
             refused: self.status.borrow().refused.clone().unwrap_or_default(),
-            handshakes: self.handshakes.load(Ordering::Relaxed),
+            handshakes: self.identity.verified(),
             ..proto::ProxyAck::default()
         };
         for (_, reason, count) in self.identity.refused() {
@@ -495,8 +480,11 @@ async fn read_proof(proof: &Proof) -> Result<proto::attest_request::Proof, Strin
     };
     Ok(match proof {
         Proof::JoinToken(secret) => Wire::JoinToken(proto::JoinToken { secret: secret.to_string() }),
-        Proof::JoinTokenFile(path) => Wire::JoinToken(proto::JoinToken { secret: read(path).await? }),
-        Proof::KubernetesFile(path) => Wire::Kubernetes(proto::KubernetesToken { token: read(path).await? }),
+        Proof::TokenFile(path) => match read(path).await? {
+            // A JWT has three parts; a join token has no dots.
+            token if token.split('.').count() == 3 => Wire::Kubernetes(proto::KubernetesToken { token }),
+            secret => Wire::JoinToken(proto::JoinToken { secret }),
+        },
         Proof::ConsulTokenFile(path, service) => {
             Wire::Consul(proto::ConsulToken { token: read(path).await?, service: service.clone() })
         }
@@ -548,13 +536,14 @@ async fn stream(shared: &Arc<Shared>, server: &str, backoff: &mut Backoff) -> Re
     let (requests, mut messages) =
         opened.unwrap_or_else(|_| Err(Failure::new("no stream within 15 s".to_owned())))?;
     let mut changes = shared.identity.changes();
-    let mut due = true;
+    let mut oldest = shared.identity.oldest_connection();
+    let (mut due, mut moved) = (true, false);
     loop {
         tokio::select! {
             place = requests.reserve(), if due => {
                 let Ok(place) = place else { return Ok(()) };
                 place.send(proto::WatchRequest { body: Some(ToAuthority::Ack(shared.ack())) });
-                due = false;
+                (due, moved) = (false, false);
             }
             message = timeout(SILENCE, messages.message()) => {
                 let silent = || Failure::new("the authority has said nothing for two minutes".to_owned());
@@ -580,7 +569,10 @@ async fn stream(shared: &Arc<Shared>, server: &str, backoff: &mut Backoff) -> Re
                 }
                 due = true;
             }
-            () = shared.time.pause(TICK), if !due => due = true,
+            // Connections may come and go by the thousand; the authority waits for the last old one to go.
+            Ok(()) = oldest.changed(), if !moved => moved = true,
+            () = shared.time.pause(PACE), if moved && !due => due = true,
+            () = shared.time.pause(TICK), if !moved && !due => due = true,
         }
     }
 }

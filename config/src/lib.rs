@@ -21,6 +21,7 @@ pub mod graph;
 pub mod id;
 pub mod listed_plugins;
 pub mod lookup_table;
+pub mod membership;
 pub mod mesh;
 pub mod meta;
 pub mod pattern;

@@ -29,6 +29,7 @@ use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
 use crate::env::{self, Env, Typing};
 use crate::error::ConfigError;
+use crate::membership::Membership;
 use crate::template::Template;
 
 /// The settings a process starts with.
@@ -106,6 +107,8 @@ pub struct Process {
     pub discovery: Discovery,
     /// What `postern discovery serve` listens on.
     pub discovery_server: Option<DiscoveryServer>,
+    /// `postern.mesh`: how this gateway is of a mesh, if it is.
+    pub mesh: Option<Membership>,
     /// `discovery` as written, for those who ask.
     pub discovery_written: Map<String, Value>,
     /// `postern.locality`: where this process runs.
@@ -573,7 +576,7 @@ impl Process {
         let apisix = apisix::read(&root.section("apisix"));
         let nginx = nginx::read(root.section("nginx_config"), apisix.dev_mode, env);
         let deployment = deployment::read(root.section("deployment"), dir, &apisix, env);
-        let own = own::read(root.section("postern"), &nginx, env);
+        let own = own::read(root.section("postern"), &nginx, dir, env);
         let object = |key| match root.section(key).members() {
             Some(members) => members.clone(),
             None => Map::new(),
@@ -626,6 +629,7 @@ impl Process {
             discovery_written,
             place: own.place,
             discovery_server: own.discovery_server,
+            mesh: own.mesh,
             graphql_max_size,
             not_applicable: Vec::new(),
         };

@@ -19,6 +19,7 @@ use crate::document::{Document, LocatedError};
 use crate::env::{self, Env, Typing};
 use crate::error::{ConfigError, ErrorKind};
 use crate::fields::{Int, Seconds, Text};
+use crate::membership::{self, Ca};
 use crate::mesh::{Policies, Port, Protocol, Scope, ServiceName, ServicePolicy};
 use crate::plugin_catalog::PluginCatalog;
 use crate::typed;
@@ -75,48 +76,6 @@ pub struct Sidecar {
     /// Limits.
     #[serde(default)]
     pub limits: Limits,
-}
-
-/// Where certificate and trust bundle come from: one of `address`, `files`, `workload_api`, `consul`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Ca {
-    /// The CA of the mesh, `host:port`; several with commas.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub address: Option<Text<1, 1024>>,
-    /// What the CA has to show at the first contact: `sha256/` and the hash of its public key, base64.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pin: Option<Text<1, 256>>,
-    /// The roots that the CA is checked against at the first contact, PEM.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bundle_file: Option<PathBuf>,
-    /// A file with the join token, or with the token of the service account.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_file: Option<PathBuf>,
-    /// PEM files, which are watched.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub files: Option<CaFiles>,
-    /// The SPIFFE Workload API: `unix:/run/spire/agent.sock`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub workload_api: Option<Text<1, 1024>>,
-    /// Consul's own CA, at this agent: `http://127.0.0.1:8500`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub consul: Option<Text<1, 1024>>,
-}
-
-/// PEM files of an identity.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CaFiles {
-    /// The certificate, and those between it and the root.
-    pub cert: PathBuf,
-    /// Its key.
-    pub key: PathBuf,
-    /// The roots of the trust domain.
-    pub trust: PathBuf,
-    /// Revocation lists.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub crl: Option<PathBuf>,
 }
 
 /// Whom a sidecar stands before.
@@ -487,35 +446,13 @@ impl Sidecar {
     /// Everything that the types do not say and that is wrong. Fills in defaults of plugins.
     fn check(&mut self, catalog: &dyn PluginCatalog) -> Vec<ConfigError> {
         let (_, mut errors) = Discovery::read(&self.discovery);
-        let sources = [
-            self.ca.address.is_some(),
-            self.ca.files.is_some(),
-            self.ca.workload_api.is_some(),
-            self.ca.consul.is_some(),
-        ];
-        match sources.iter().filter(|is_there| **is_there).count() {
-            1 => {}
-            0 => errors.push(ConfigError::new(
-                "/ca",
-                ErrorKind::NoneOf { fields: vec!["address", "files", "workload_api", "consul"] },
-            )),
-            _ => errors.push(ConfigError::invalid(
-                "/ca",
-                "certificates come from one place: keep one of address, files, workload_api, consul",
-            )),
-        }
-        if let Some(identity) = self.workload.identity.as_deref() {
-            let own = format!("spiffe://{}/", &*self.trust_domain);
-            if !identity.starts_with(&own) || identity.len() == own.len() || identity.contains('*') {
-                errors.push(ConfigError::invalid(
-                    "/workload/identity",
-                    format!(
-                        "`{identity}` is no identity of `{}`: write {own}ns/default/sa/NAME",
-                        &*self.trust_domain
-                    ),
-                ));
-            }
-        }
+        errors.extend(self.ca.check().into_iter().map(|error| error.under("/ca")));
+        let identity = self.workload.identity.as_deref();
+        errors.extend(
+            identity.and_then(|identity| {
+                membership::check_identity(identity, &self.trust_domain, "/workload/identity")
+            }),
+        );
         self.check_services(catalog, &mut errors);
         self.check_listeners(&mut errors);
         errors.extend(self.policies.check().into_iter().map(|error| error.under("/policies")));
@@ -599,16 +536,12 @@ impl Sidecar {
 
     /// Makes paths of those that are relative to the file.
     fn resolve(&mut self, dir: &Path) {
+        self.ca.resolve(dir);
         let own = |path: &mut PathBuf| {
             if path.is_relative() {
                 *path = dir.join(&*path);
             }
         };
-        let Ca { bundle_file, token_file, files, .. } = &mut self.ca;
-        bundle_file.iter_mut().chain(token_file).for_each(own);
-        if let Some(CaFiles { cert, key, trust, crl }) = files {
-            [cert, key, trust].into_iter().chain(crl).for_each(own);
-        }
         self.data_dir.iter_mut().for_each(own);
         self.drain.consul.iter_mut().flat_map(|consul| consul.token_file.iter_mut()).for_each(own);
         if let Some(path) = self.access_log.iter_mut().find_map(|log| log.path.as_mut()) {

@@ -48,6 +48,8 @@ use crate::store::{Store, StoreError};
 use crate::{settings, stack};
 
 /// How long the start waits for the first resolution of upstream names. A name that does not resolve by then does not
+/// How long the first certificate of the mesh is waited for.
+const FIRST_IDENTITY: Duration = Duration::from_secs(10);
 /// keep the others from being served.
 const FIRST_RESOLUTION: Duration = Duration::from_secs(3);
 /// How long the start waits for secret managers.
@@ -422,6 +424,17 @@ async fn configured(running: &Running) {
     };
     if tokio::time::timeout(FIRST_RESOLUTION, resolved).await.is_err() {
         tracing::warn!("some upstream names do not resolve yet; the others are served");
+    }
+    let membership = running.configuration().compiler.membership().cloned();
+    let Some(membership) = membership else { return };
+    let mut changes = membership.identity().changes();
+    let identified = async {
+        // The sender lives as long as the membership.
+        while membership.missing().is_some() && changes.changed().await.is_ok() {}
+    };
+    if tokio::time::timeout(FIRST_IDENTITY, identified).await.is_err() {
+        let why = membership.missing().unwrap_or_default();
+        tracing::warn!(why, "upstreams of the mesh cannot be reached yet; the others are served");
     }
 }
 

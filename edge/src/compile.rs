@@ -25,6 +25,7 @@ use layers::plugin::{Registration, Upstreams};
 use layers::route::{AddrSet, Entry, HostPattern, MethodSet, Mode, Table};
 use layers::target::{Destination, Target, Timeouts};
 use layers::telemetry::metrics::Metrics;
+use layers::upstream::membership::Membership;
 use layers::upstream::cluster::{Cluster, ClusterEnv};
 use layers::upstream::tls_client::ClientPem;
 use layers::worker::turns::Turns;
@@ -57,6 +58,8 @@ pub struct Env {
     pub metrics: Arc<Metrics>,
     /// What upstreams are made with.
     pub clusters: ClusterEnv,
+    /// The membership in the mesh.
+    pub membership: Option<Membership>,
     /// The control runtime.
     pub control: tokio::runtime::Handle,
 }
@@ -73,6 +76,7 @@ impl Env {
         control: tokio::runtime::Handle,
         turns: &Turns,
     ) -> Result<Self, BadSetting> {
+        let membership = settings::membership(process)?;
         Ok(Self {
             plugins: catalog.all().map(|plugin| (plugin.name, plugin)).collect(),
             attrs: settings::plugin_attrs(process),
@@ -81,7 +85,8 @@ impl Env {
             consumers: Consumers::default(),
             endpoints: Endpoints::default(),
             lookups: Lookups::default(),
-            clusters: settings::clusters(process, &control, turns)?,
+            clusters: settings::clusters(process, membership.as_ref(), &control, turns)?,
+            membership,
             metrics,
             control,
         })
@@ -296,6 +301,11 @@ impl Compiler {
     /// `plugin_attr` of a plugin.
     pub fn attr(&self, plugin: &str) -> Option<&Value> {
         self.env.attrs.get(plugin)
+    }
+
+    /// The membership in the mesh, where there is one.
+    pub fn membership(&self) -> Option<&Membership> {
+        self.env.membership.as_ref()
     }
 
     /// What clusters are made with.

@@ -130,6 +130,10 @@ impl Control {
                 ok(&self.server_info().await)
             }
             (&Method::GET, ["breakers"]) => ok(&self.live.breakers()),
+            (&Method::GET, ["mesh"]) => match self.live.mesh() {
+                Some(told) => ok(&told),
+                None => not_found("this gateway is of no mesh: `postern.mesh` in config.yaml makes it one"),
+            },
             (&Method::GET, ["caches"]) => ok(&self.live.caches()),
             (&Method::DELETE, ["caches", zone]) => {
                 if self.live.purge_cache(zone) {
@@ -501,6 +505,7 @@ mod tests {
             ("GET", "/v1/route/1", "", 200, r#""createdIndex":1,"modifiedIndex":2"#),
             ("GET", "/v1/route/9", "", 404, r#"{"error_msg":"route[9] not found"}"#),
             ("GET", "/v1/services", "", 200, "[]"),
+            ("GET", "/v1/mesh", "", 200, "spiffe://mesh.local/ns/default/sa/edge"),
             ("GET", "/v1/breakers", "", 200, "route"),
             ("GET", "/v1/caches", "", 200, "memory_cache"),
             ("DELETE", "/v1/caches/memory_cache", "", 200, ""),

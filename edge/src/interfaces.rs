@@ -18,6 +18,7 @@ use layers::telemetry::exposition::Exposition;
 use layers::telemetry::metrics::Metrics;
 use layers::telemetry::names::{self, Metric};
 use layers::upstream::breaker::Phase;
+use layers::upstream::membership::Membership;
 use plugins::prometheus::Export;
 use plugins::proxy_cache::ProxyCache;
 use serde_json::{Map, Value, json};
@@ -249,6 +250,11 @@ impl State {
         let rejected = configuration.graph.rejected().map(|rejected| rejected.key.kind);
         let late = configuration.compiler.refused().keys().chain(configuration.certificates.refused().keys());
         let rejected: Vec<_> = rejected.chain(late.map(|key| key.kind)).collect();
+        if let Some(membership) = configuration.compiler.membership() {
+            out.family("", &names::MESH_HANDSHAKES_TOTAL);
+            membership.expose_handshakes(out);
+            membership.expose(out);
+        }
         let prefix = self.running.metrics().prefix();
         if self.provider == "etcd" {
             let reachable = self.running.progress().borrow().stale.is_none();
@@ -481,6 +487,10 @@ impl LiveState for State {
             names.extend(cluster.unresolved().into_iter().map(|(host, _)| host));
         }
         names.iter().filter(|name| self.discovery.refresh(Some(name))).count() > 0
+    }
+
+    fn mesh(&self) -> Option<Value> {
+        self.running.configuration().compiler.membership().map(Membership::told)
     }
 
     fn breakers(&self) -> Value {

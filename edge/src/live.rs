@@ -63,6 +63,9 @@ pub trait LiveState: Send + Sync + 'static {
     /// Asks for what the endpoints of the upstreams of this name come from, now. False if there is nothing to ask.
     fn refresh_endpoints(&self, name: &str) -> bool;
 
+    /// How this gateway is of the mesh; none if it is of none.
+    fn mesh(&self) -> Option<Value>;
+
     /// Circuits of `api-breaker` that have seen failures.
     fn breakers(&self) -> Value;
 

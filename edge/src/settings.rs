@@ -12,6 +12,7 @@ use layers::http::sanitize::Limits;
 use layers::plugin::Definition;
 use layers::route::Mode;
 use layers::upstream::Keepalive;
+use layers::upstream::membership::{self, Membership};
 use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::drains::Drains;
 use layers::upstream::sticky::{OwnKey, own_key};
@@ -148,11 +149,37 @@ fn session_key(process: &Process) -> OwnKey {
     })
 }
 
+/// The membership in the mesh, where there is one.
+///
+/// # Errors
+/// A setting of it cannot be used.
+pub fn membership(process: &Process) -> Result<Option<Membership>, BadSetting> {
+    let Some(mesh) = &process.mesh else { return Ok(None) };
+    let settings = membership::Settings {
+        trust_domain: &mesh.trust_domain,
+        identity: mesh.identity.as_deref(),
+        service: &mesh.service,
+        ca: &mesh.ca,
+        connection_age: mesh.connection_age.duration(),
+    };
+    let started = Membership::start(settings);
+    let bad = |error: membership::SettingError| BadSetting {
+        setting: format!("postern.mesh.{}", error.key),
+        problem: error.problem,
+    };
+    started.map(Some).map_err(bad)
+}
+
 /// What upstreams are made with.
 ///
 /// # Errors
 /// The trusted certificates, or a file of a registry, cannot be read.
-pub fn clusters(process: &Process, control: &Handle, turns: &Turns) -> Result<ClusterEnv, BadSetting> {
+pub fn clusters(
+    process: &Process,
+    mesh: Option<&Membership>,
+    control: &Handle,
+    turns: &Turns,
+) -> Result<ClusterEnv, BadSetting> {
     let in_use = Arc::new(InUse::new(turns.clone()));
     let discovery = discovery::Settings {
         dns: registries::names(process),
@@ -178,7 +205,7 @@ pub fn clusters(process: &Process, control: &Handle, turns: &Turns) -> Result<Cl
         session_key: session_key(process),
         drains: Drains::default(),
         place: Arc::new(process.place.clone()),
-        mesh: None,
+        mesh: mesh.map(|membership| membership.mesh().clone()),
         control: control.clone(),
     })
 }

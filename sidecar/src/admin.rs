@@ -16,13 +16,13 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use layers::telemetry::metrics::Metrics;
+use layers::upstream::membership::Membership;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use crate::connections::Connections;
 use crate::drain::Stage;
-use crate::identity::{self, IdentityStatus};
 use crate::policy::Question;
 use crate::running::Running;
 
@@ -36,7 +36,7 @@ pub struct Admin {
     /// The file in force.
     pub running: Running,
     /// The identity, and what is wrong with it.
-    pub identity: (certs::mesh::MeshIdentity, IdentityStatus),
+    pub membership: Membership,
     /// Open connections.
     pub connections: Connections,
     /// Shared metrics.
@@ -51,8 +51,7 @@ impl Admin {
         if let Some(stage) = self.stage.not_serving() {
             return Some(stage.to_owned());
         }
-        let (identity, status) = &self.identity;
-        if let Some(missing) = identity::missing(identity, status) {
+        if let Some(missing) = self.membership.missing() {
             return Some(missing);
         }
         if !self.running.policies().is_ready() {
@@ -89,7 +88,7 @@ impl Admin {
             "/v1/config" => reply(StatusCode::OK, &self.config()),
             "/v1/endpoints" => reply(StatusCode::OK, &self.endpoints()),
             "/v1/connections" => reply(StatusCode::OK, &self.connections.told()),
-            "/v1/identity" => reply(StatusCode::OK, &identity::told(&self.identity.0, &self.identity.1)),
+            "/v1/identity" => reply(StatusCode::OK, &self.membership.told()),
             "/v1/policies" => {
                 let status = serde_json::to_value(self.running.policies().status()).unwrap_or_default();
                 reply(StatusCode::OK, &status)

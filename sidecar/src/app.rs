@@ -9,9 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use certs::identity::{SpiffeId, TrustDomain};
 use certs::mesh::{Clients, MeshIdentity};
-use certs::trust::Usage;
 use config::error::ConfigError;
 use config::process::{Escape, Place};
 use config::sidecar::Sidecar;
@@ -29,6 +27,7 @@ use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::drains::Drains;
 use layers::upstream::forward::UpstreamService;
+use layers::upstream::membership::{self, Membership};
 use layers::upstream::mesh::{Carries, Mesh};
 use layers::upstream::sticky::own_key;
 use layers::upstream::tls_client::TlsClients;
@@ -41,13 +40,11 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Notify;
 
 use crate::admin::{self, Admin};
 use crate::connections::{Connections, Direction};
 use crate::door::OwnLive;
 use crate::drain::{self, Stage};
-use crate::identity::{Files, IdentityStatus};
 use crate::inbound::{Handshakes, Inbound, Receiver};
 use crate::live::Live;
 use crate::lookup::LookupLayer;
@@ -161,8 +158,9 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let mut signals = Signals::listen()?;
     let mut reopen = on(SignalKind::user_defined1())?;
     let metrics = Arc::new(Metrics::default());
-    let (mesh, identity, status) = mesh(&config)?;
-    let clusters = clusters(&config, &mesh)?;
+    let membership = membership(&config)?;
+    let identity = membership.identity().clone();
+    let clusters = clusters(&config, membership.mesh())?;
     let (policies, retired) = PolicyTable::new();
     tokio::spawn(retired.run());
     let sights = policies.published().clone();
@@ -185,6 +183,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let receiver = Arc::new(Receiver {
         snapshot: published.clone(),
         policies: sights.clone(),
+        identity: identity.clone(),
         tls,
         connections: connections.clone(),
         metrics: metrics.clone(),
@@ -224,7 +223,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let stage = Stage::default();
     watch(&metrics, &settings, [&inbound, &outbound]);
     let collected = Collected {
-        mesh: mesh.clone(),
+        membership: membership.clone(),
         receiver: receiver.clone(),
         connections: connections.clone(),
         running: running.clone(),
@@ -232,7 +231,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     metrics.collector(move |out| collected.collect(out));
     let admin = Arc::new(Admin {
         running: running.clone(),
-        identity: (identity.clone(), status),
+        membership,
         connections: connections.clone(),
         metrics,
         stage: stage.clone(),
@@ -437,35 +436,16 @@ async fn ended_now(child: &mut Option<Child>) -> u8 {
     child.wait().await.map_or(1, code)
 }
 
-/// The identity, kept as its source says.
-fn mesh(config: &Sidecar) -> Result<(Mesh, MeshIdentity, IdentityStatus), StartError> {
-    let domain: TrustDomain =
-        config.trust_domain.parse().map_err(|error| StartError::Setting(format!("trust_domain: {error}")))?;
-    let own: Option<SpiffeId> = config
-        .workload
-        .identity
-        .as_ref()
-        .map(|id| id.parse())
-        .transpose()
-        .map_err(|error| StartError::Setting(format!("workload.identity: {error}")))?;
-    let (identity, status) = (MeshIdentity::new(), IdentityStatus::default());
-    let renew = Arc::new(Notify::new());
-    let asked = renew.clone();
-    let mesh =
-        Mesh::new(identity.clone(), config.limits.connection_age.duration(), move || asked.notify_one());
-    match &config.ca.files {
-        Some(files) => {
-            let files = Files { files: files.clone(), domain, own };
-            tokio::spawn(files.follow(identity.clone(), status.clone(), renew));
-        }
-        None => {
-            return Err(StartError::Setting(
-                "ca: this binary takes certificates from `files` alone: write {files: {cert, key, trust}}"
-                    .to_owned(),
-            ));
-        }
-    }
-    Ok((mesh, identity, status))
+/// Begins to keep the identity.
+fn membership(config: &Sidecar) -> Result<Membership, StartError> {
+    let settings = membership::Settings {
+        trust_domain: &config.trust_domain,
+        identity: config.workload.identity.as_deref(),
+        service: &config.workload.service,
+        ca: &config.ca,
+        connection_age: config.limits.connection_age.duration(),
+    };
+    Membership::start(settings).map_err(|error| StartError::Setting(error.to_string()))
 }
 
 fn clusters(config: &Sidecar, mesh: &Mesh) -> Result<ClusterEnv, StartError> {
@@ -647,7 +627,7 @@ fn watch(metrics: &Arc<Metrics>, settings: &stack::Settings, workers: [&Workers;
 
 /// What of the mesh is worth a metric.
 struct Collected {
-    mesh: Mesh,
+    membership: Membership,
     receiver: Arc<Receiver>,
     connections: Connections,
     running: Running,
@@ -660,27 +640,14 @@ impl Collected {
         for (outcome, count) in self.receiver.handshakes.read() {
             out.sample("", metric.name, [("side", "inbound"), ("outcome", outcome)], count);
         }
-        let (done, failed) = self.mesh.handshakes();
-        for (outcome, count) in [("done", done)].into_iter().chain(failed) {
-            out.sample("", metric.name, [("side", "outbound"), ("outcome", outcome)], count);
-        }
-        let metric = &names::MESH_PEERS_REFUSED_TOTAL;
-        out.family("", metric);
-        for (usage, reason, count) in self.mesh.identity().refused() {
-            let side = if usage == Usage::Client { "inbound" } else { "outbound" };
-            out.sample("", metric.name, [("side", side), ("reason", reason)], count);
-        }
+        self.membership.expose_handshakes(out);
         let metric = &names::MESH_CONNECTIONS;
         out.family("", metric);
         for direction in [Direction::Inbound, Direction::Outbound] {
             let count = self.connections.count(direction) as u64;
             out.sample("", metric.name, [("direction", direction.as_str())], count);
         }
-        let ends = self.mesh.identity().svid().map(|svid| svid.leaf().not_after);
-        let ends = ends.and_then(|ends| ends.duration_since(std::time::UNIX_EPOCH).ok());
-        out.single("", &names::MESH_CERTIFICATE_ENDS, ends.unwrap_or_default().as_secs());
-        let generation = self.mesh.identity().trust().map_or(0, |trust| trust.generation());
-        out.single("", &names::MESH_TRUST_GENERATION, generation);
+        self.membership.expose(out);
         self.running.policies().expose(out);
     }
 }

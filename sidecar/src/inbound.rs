@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use certs::mesh::verify_error;
-use certs::trust::Peer;
+use certs::mesh::{Connected, MeshIdentity, verify_error};
+use certs::trust::{Fingerprint, Peer};
 use config::mesh::Protocol;
 use config::sidecar::Mode;
 use layers::error::{Error, Reason};
@@ -48,6 +48,8 @@ pub struct Receiver {
     pub snapshot: Arc<Published<Snapshot>>,
     /// What the policies say.
     pub policies: Arc<Published<Sight>>,
+    /// Who this is.
+    pub identity: MeshIdentity,
     /// How hands are shaken with other sidecars.
     pub tls: Arc<ServerConfig>,
     /// Open connections.
@@ -121,6 +123,14 @@ struct Visit<'a> {
     number: usize,
     port: Arc<Port>,
     snapshot: Arc<Snapshot>,
+}
+
+/// What the other end has shown.
+#[derive(Default)]
+struct Shown {
+    peer: Option<Arc<Peer>>,
+    authorities: Arc<[Fingerprint]>,
+    connected: Option<Arc<Connected>>,
 }
 
 /// What a connection was told apart as.
@@ -220,7 +230,13 @@ impl Visit<'_> {
             peer: Some(peer.clone()),
             ..Tls::default()
         };
-        let admission = self.admit(Some(peer.clone()), carries == Carries::Opaque)?;
+        let above = session.peer_certificates().into_iter().flatten().skip(1);
+        let shown = Shown {
+            peer: Some(peer.clone()),
+            authorities: above.map(|authority| Fingerprint::of(authority)).collect(),
+            connected: Some(Arc::new(self.receiver.identity.connected())),
+        };
+        let admission = self.admit(shown, carries == Carries::Opaque)?;
         let tracked = self.track(Some(peer));
         let stream = Stream::Tls(Box::new(stream));
         Ok(match carries {
@@ -246,7 +262,7 @@ impl Visit<'_> {
             First::Http2 => Some(Speaks::Either),
             First::Tls | First::Opaque => None,
         };
-        let admission = self.admit(None, speaks.is_none())?;
+        let admission = self.admit(Shown::default(), speaks.is_none())?;
         let tracked = self.track(None);
         let stream = Stream::Plain(socket);
         match speaks {
@@ -270,8 +286,10 @@ impl Visit<'_> {
 
     /// Asks the policies about a connection that carries bytes. Requests are asked about one by one, so that who may not
     /// ask is answered, with the name of the policy.
-    fn admit(&self, peer: Option<Arc<Peer>>, carries_bytes: bool) -> Result<Admission, Error> {
-        let arrival = live::Arrival { peer, from: self.arrival.ends.source, port: self.port.forward.port() };
+    fn admit(&self, shown: Shown, carries_bytes: bool) -> Result<Admission, Error> {
+        let Shown { peer, authorities, connected } = shown;
+        let (from, port) = (self.arrival.ends.source, self.port.forward.port());
+        let arrival = live::Arrival { peer, authorities, connected, from, port };
         if carries_bytes {
             self.may_send_bytes(&arrival)?;
         }

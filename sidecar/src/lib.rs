@@ -17,7 +17,6 @@ mod documented;
 pub mod door;
 mod drain;
 pub mod egress;
-pub mod identity;
 pub mod inbound;
 pub mod live;
 mod lookup;

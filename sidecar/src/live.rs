@@ -11,8 +11,8 @@ use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use certs::mesh::MeshIdentity;
-use certs::trust::Peer;
+use certs::mesh::{Connected, MeshIdentity};
+use certs::trust::{Fingerprint, Peer};
 use http::{HeaderValue, Method, Uri, header};
 use layers::exchange::{Door, Exchange, Finish, State};
 use layers::worker::deadlines::{Ended, Watch};
@@ -31,6 +31,10 @@ const PER_TICK: usize = 4096;
 pub struct Arrival {
     /// Who has shown an identity of the mesh.
     pub peer: Option<Arc<Peer>>,
+    /// The authorities that the peer has shown above it.
+    pub authorities: Arc<[Fingerprint]>,
+    /// Counts the connection under the bundle that it was made under.
+    pub connected: Option<Arc<Connected>>,
     /// The other end.
     pub from: SocketAddr,
     /// The port of the application.
@@ -156,7 +160,9 @@ impl Live {
     fn forbidden(&self, entry: &Entry, sight: &Sight) -> Option<&'static str> {
         if let (Some((mesh, _)), Some(peer)) = (&self.mesh, &entry.arrival.peer)
             && let Some(trust) = mesh.trust()
-            && (trust.is_revoked(peer) || trust.roots(peer.id.trust_domain()).next().is_none())
+            && (trust.is_revoked(peer)
+                || trust.distrusts(&entry.arrival.authorities)
+                || trust.roots(peer.id.trust_domain()).next().is_none())
         {
             return Some("revoked");
         }

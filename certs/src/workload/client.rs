@@ -24,6 +24,7 @@ use crate::ca::proto;
 use crate::ca::proto::certificate_authority_client::CertificateAuthorityClient;
 use crate::ca::service::retry_after;
 use crate::identity::SpiffeId;
+use crate::outgoing;
 use crate::svid::Svid;
 
 const CONNECT: Duration = Duration::from_secs(5);
@@ -151,7 +152,7 @@ impl Service<Uri> for Connector {
         let Self { server, tls, name } = self.clone();
         Box::pin(async move {
             let open = async {
-                let stream = TcpStream::connect(&*server).await?;
+                let stream = outgoing::connect_to(&*server).await?;
                 stream.set_nodelay(true)?;
                 tls.connect(name, stream).await
             };

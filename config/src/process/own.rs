@@ -1,7 +1,9 @@
 //! The `postern` group: settings APISIX has no key for. What is written here wins over `nginx_config`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use crate::membership::Membership;
 
 use super::discovery_server::{self, DiscoveryServer};
 use super::nginx::Nginx;
@@ -15,9 +17,10 @@ pub(super) struct Own {
     pub(super) place: Place,
     pub(super) peers: Vec<HostPort>,
     pub(super) discovery_server: Option<DiscoveryServer>,
+    pub(super) mesh: Option<Membership>,
 }
 
-pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
+pub(super) fn read(own: Section<'_>, nginx: &Nginx, dir: &Path, env: &dyn Env) -> Own {
     let written = own.path("data_dir");
     let from_env = env.var("POSTERN_DATA_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
     let workers = match own.get("workers") {
@@ -32,6 +35,10 @@ pub(super) fn read(own: Section<'_>, nginx: &Nginx, env: &dyn Env) -> Own {
         place: place(&own),
         peers: peers(&own),
         discovery_server: discovery_server::read(own.section("discovery_server")),
+        mesh: own.get("mesh").and_then(|value| {
+            let read = Membership::read(value, dir);
+            read.map_err(|errors| errors.into_iter().for_each(|error| own.below("mesh", error))).ok()
+        }),
     };
     own.finish();
     result

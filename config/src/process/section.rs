@@ -123,6 +123,11 @@ impl<'a> Section<'a> {
         self.reader.error(ConfigError::invalid(self.at(key), problem));
     }
 
+    /// An error somewhere below a key.
+    pub(super) fn below(&self, key: &str, error: ConfigError) {
+        self.reader.error(error.under(&self.at(key)));
+    }
+
     fn wrong_type(&self, key: &str, value: &Value, expected: &str) {
         self.reader.wrong_type(&self.at(key), value, expected);
     }

@@ -120,6 +120,10 @@ impl LiveState for Fake {
         name == "upstreams/1"
     }
 
+    fn mesh(&self) -> Option<Value> {
+        Some(json!({"svid": {"id": "spiffe://mesh.local/ns/default/sa/edge"}}))
+    }
+
     fn breakers(&self) -> Value {
         json!([{"route": "1"}])
     }

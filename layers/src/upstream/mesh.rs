@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use certs::identity::IdentityPattern;
-use certs::mesh::{Expected, MeshIdentity, verify_error};
+use certs::mesh::{Connected, Expected, MeshIdentity, verify_error};
 use certs::trust::{KeyId, Usage, VerifyError};
 use discovery::Details;
 use http::HeaderName;
@@ -270,6 +270,7 @@ impl MeshPeer {
             until: now.checked_add(age).unwrap_or(now),
             chain: chain.into_iter().flatten().map(|cert| cert.clone().into_owned()).collect(),
             issuer: svid.map(|svid| svid.leaf().issuer.clone()),
+            connected: inner.identity.connected(),
             looked: Cell::new(self.mesh.changes()),
         }
     }
@@ -297,6 +298,7 @@ pub(crate) struct MeshLink {
     chain: Vec<CertificateDer<'static>>,
     /// Who had signed what we showed.
     issuer: Option<KeyId>,
+    connected: Connected,
     /// The change of identity or trust since which it was looked at.
     looked: Cell<u64>,
 }
@@ -313,7 +315,7 @@ impl MeshLink {
         }
         let identity = self.peer.mesh.identity();
         let issuer = identity.svid().map(|svid| svid.leaf().issuer.clone());
-        if issuer != self.issuer || self.verdict().is_err() {
+        if issuer != self.issuer || self.connected.is_outdated() || self.verdict().is_err() {
             return true;
         }
         self.looked.set(changes);

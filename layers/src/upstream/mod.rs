@@ -16,6 +16,7 @@ pub mod health;
 pub mod http1;
 pub mod least_conn;
 pub mod locality;
+pub mod membership;
 pub mod mesh;
 pub mod opaque;
 pub mod panic;

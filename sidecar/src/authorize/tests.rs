@@ -62,7 +62,13 @@ impl Bench {
     /// A connection that is served, and what it can be ended by.
     fn connect(&self, identity: &str) -> (Admission, Watched) {
         let peer = (!identity.is_empty()).then(|| Arc::new(peer(identity)));
-        let admission = self.live.admit(Arrival { peer, from: ([10, 0, 0, 1], 4000).into(), port: 8080 });
+        let admission = self.live.admit(Arrival {
+            peer,
+            authorities: Arc::default(),
+            connected: None,
+            from: ([10, 0, 0, 1], 4000).into(),
+            port: 8080,
+        });
         let watched = self.deadlines.watch(Phase::Idle);
         admission.watched(watched.watch());
         (admission, watched)
