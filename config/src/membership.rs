@@ -46,7 +46,8 @@ impl Membership {
         let mut read: Membership = typed::parse(value)?;
         let mut errors: Vec<_> = read.ca.check().into_iter().map(|error| error.under("/ca")).collect();
         let identity = read.identity.as_deref();
-        errors.extend(identity.and_then(|identity| check_identity(identity, &read.trust_domain, "/identity")));
+        errors
+            .extend(identity.and_then(|identity| check_identity(identity, &read.trust_domain, "/identity")));
         if !errors.is_empty() {
             return Err(errors);
         }
@@ -128,7 +129,8 @@ impl Ca {
                 return vec![ConfigError::new("", ErrorKind::NoneOf { fields })];
             }
             _ => {
-                let problem = "certificates come from one place: keep one of address, files, workload_api, consul";
+                let problem =
+                    "certificates come from one place: keep one of address, files, workload_api, consul";
                 return vec![ConfigError::invalid("", problem)];
             }
         }
@@ -231,7 +233,8 @@ mod tests {
             (json!({"workload_api": "unix:/a", "consul_token_file": "x"}), "/ca/consul_token_file", "needs"),
             (json!({"addres": "ca:15012"}), "/ca/addres", "address"),
         ] {
-            let errors = Membership::read(&json!({"trust_domain": "mesh.local", "ca": ca}), Path::new("")).unwrap_err();
+            let errors = Membership::read(&json!({"trust_domain": "mesh.local", "ca": ca}), Path::new(""))
+                .unwrap_err();
             let [error] = &*errors else { panic!("{errors:?}") };
             assert!(error.pointer == at && error.to_string().contains(told), "{error}");
         }

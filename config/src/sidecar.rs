@@ -448,11 +448,9 @@ impl Sidecar {
         let (_, mut errors) = Discovery::read(&self.discovery);
         errors.extend(self.ca.check().into_iter().map(|error| error.under("/ca")));
         let identity = self.workload.identity.as_deref();
-        errors.extend(
-            identity.and_then(|identity| {
-                membership::check_identity(identity, &self.trust_domain, "/workload/identity")
-            }),
-        );
+        errors.extend(identity.and_then(|identity| {
+            membership::check_identity(identity, &self.trust_domain, "/workload/identity")
+        }));
         self.check_services(catalog, &mut errors);
         self.check_listeners(&mut errors);
         errors.extend(self.policies.check().into_iter().map(|error| error.under("/policies")));
