@@ -197,7 +197,7 @@ mod tests {
         };
         let mut standing = following.standing();
         let mut until = async |is: fn(&Standing) -> bool| {
-            let waiting = standing.wait_for(|standing| is(standing));
+            let waiting = standing.wait_for(is);
             tokio::time::timeout(PATIENCE, waiting).await.unwrap().unwrap().clone()
         };
         until_shown(&first).await;
