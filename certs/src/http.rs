@@ -96,23 +96,7 @@ impl Server {
         if !known || authority.is_empty() || authority.contains('@') || uri.query().is_some() {
             return Err(wrong());
         }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|_| wrong())?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let connector = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(Tcp);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(4)
-            .retry_canceled_requests(true)
-            .build(connector);
+        let client = client(roots).map_err(|_| wrong())?;
         Ok(Self { url: url.trim_end_matches('/').into(), client })
     }
 
@@ -171,9 +155,36 @@ impl Server {
     }
 }
 
+/// A client that connects as everything of this process does and believes `roots`.
+///
+/// # Errors
+/// The cryptographic library fails.
+pub(crate) fn client<B>(roots: Arc<RootCertStore>) -> Result<Client<HttpsConnector<Tcp>, B>, rustls::Error>
+where
+    B: hyper::body::Body + Send,
+    B::Data: Send,
+{
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let tls = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(tls)
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(Tcp);
+    Ok(Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE)
+        .pool_max_idle_per_host(4)
+        .retry_canceled_requests(true)
+        .build(connector))
+}
+
 /// Connects as everything of this process does.
 #[derive(Clone, Debug)]
-struct Tcp;
+pub(crate) struct Tcp;
 
 impl Tcp {
     /// To the host and port of a URL.

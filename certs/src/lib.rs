@@ -2,6 +2,7 @@
 //! files both come from. Of the mesh: SPIFFE identities, what a process shows and whom it believes. Nothing here knows
 //! tower or requests: the control side builds immutable values, the workers read them at each handshake.
 
+pub mod acme;
 pub mod ca;
 pub mod clock;
 pub mod consul_connect;

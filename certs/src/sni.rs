@@ -25,6 +25,9 @@ const SESSIONS_WITH_TICKETS: usize = 256;
 /// Sessions remembered for a setting without tickets, about 1 KB each when full.
 const SESSIONS_WITHOUT_TICKETS: usize = 4096;
 
+/// The protocol by which an ACME authority asks for a challenge of the kind TLS-ALPN-01 (RFC 8737).
+pub const ACME_TLS: &[u8] = b"acme-tls/1";
+
 /// An `ssl` resource of type `server` with its secrets resolved.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct SslObject {
@@ -181,6 +184,8 @@ pub struct SniTable {
     wildcard: Sharded<Claims>,
     any: Claims,
     sessions: Arc<HashMap<SessionKey, Arc<SessionScope>>>,
+    /// What answers challenges that are pending, by name.
+    challenges: Arc<HashMap<Box<str>, Arc<ServerConfig>>>,
 }
 
 impl SniTable {
@@ -194,7 +199,24 @@ impl SniTable {
             wildcard: Sharded::default(),
             any: Claims::default(),
             sessions: Arc::default(),
+            challenges: Arc::default(),
         }
+    }
+
+    /// The table with these handshakes for [`ACME_TLS`] in the place of all former ones; names in their normal form.
+    #[must_use]
+    pub fn with_challenges(&self, pending: impl IntoIterator<Item = (Box<str>, Arc<ServerConfig>)>) -> Self {
+        Self { challenges: Arc::new(pending.into_iter().collect()), ..self.clone() }
+    }
+
+    /// The handshake that answers a pending challenge, if the client asks for one: it offers [`ACME_TLS`] and nothing else.
+    #[must_use]
+    pub fn challenge(&self, hello: &ClientHello<'_>) -> Option<&Arc<ServerConfig>> {
+        // Nearly always there is none.
+        if self.challenges.is_empty() || !hello.alpn()?.eq([ACME_TLS]) {
+            return None;
+        }
+        self.challenges.get(normal_name(hello.server_name()?)?.as_str())
     }
 
     /// A table of these resources, and what had to be left out.
@@ -563,7 +585,7 @@ pub fn normal_name(name: &str) -> Option<String> {
     (fits && name.bytes().all(clean)).then(|| name.to_ascii_lowercase())
 }
 
-fn certified_key(
+pub(crate) fn certified_key(
     pair: &CertPem,
     provider: &CryptoProvider,
 ) -> Result<Arc<CertifiedKey>, (&'static str, Problem)> {

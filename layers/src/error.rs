@@ -65,6 +65,8 @@ reasons! {
     RouteRefused "route_refused" 503 Gateway "proxy_configuration_error",
     /// The recognised consumer was set aside because its group or a plugin of it is missing or refused.
     ConsumerRefused "consumer_refused" 503 Gateway "proxy_configuration_error",
+    /// The answer to an ACME authority that gives a certificate.
+    AcmeChallenge "acme_challenge" 200 Gateway "http_request_denied",
     /// A plugin answered.
     Plugin "plugin" 403 Gateway "http_request_denied",
     /// An authorization policy of the sidecar does not allow the request.

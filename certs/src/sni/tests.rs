@@ -6,12 +6,16 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     PKCS_RSA_SHA256, RsaKeySize,
 };
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{
     ClientSessionMemoryCache, ClientSessionStore, Tls12ClientSessionValue, Tls13ClientSessionValue,
 };
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{ServerName, UnixTime};
 use rustls::server::Acceptor;
-use rustls::{ClientConfig, ClientConnection, HandshakeKind, NamedGroup, RootCertStore, ServerConnection};
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, NamedGroup, RootCertStore,
+    ServerConnection, SignatureScheme,
+};
 
 use super::*;
 
@@ -177,8 +181,12 @@ fn handshake(table: &SniTable, config: &ClientConfig, name: &str, piece: usize) 
             break accepted;
         }
     };
-    let entry = table.find(accepted.client_hello().server_name()).ok_or("no entry")?;
-    let mut server = accepted.into_connection(entry.config(true).clone()).map_err(|(e, _)| e.to_string())?;
+    let hello = accepted.client_hello();
+    let config = match table.challenge(&hello) {
+        Some(config) => config.clone(),
+        None => table.find(hello.server_name()).ok_or("no entry")?.config(true).clone(),
+    };
+    let mut server = accepted.into_connection(config).map_err(|(e, _)| e.to_string())?;
     for _ in 0..6 {
         let mut wire = Vec::new();
         while server.wants_write() {
@@ -502,4 +510,96 @@ fn a_session_survives_the_change_of_another_resource() {
 
 fn kind(table: &SniTable, config: &ClientConfig, name: &str) -> HandshakeKind {
     handshake(table, config, name, 4096).unwrap().server.handshake_kind().unwrap()
+}
+
+/// An authority looks at the certificate by itself; webpki refuses the extension that it looks for.
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[test]
+fn a_pending_challenge_is_shown_to_whoever_asks_for_it_and_to_nobody_else() {
+    use crate::acme::{Challenge, ChallengeKind, alpn_config};
+    use ::aws_lc_rs::digest::{SHA256, digest};
+
+    let ca = Ca::new("root");
+    let object = SslObject {
+        id: "1".into(),
+        order: 1,
+        names: vec!["a.test".to_owned(), "b.test".to_owned()],
+        pairs: vec![ca.server("a.test")],
+        client: None,
+        protocols: Vec::new(),
+    };
+    let (table, errors) = SniTable::build(TableSettings::default(), [object]);
+    assert!(errors.is_empty());
+    let challenge = Challenge {
+        kind: ChallengeKind::TlsAlpn01,
+        name: "a.test".to_owned(),
+        token: "token".to_owned(),
+        authorization: "token.thumb".to_owned(),
+    };
+    let pending = table.with_challenges([("a.test".into(), alpn_config(&challenge).unwrap())]);
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let client = |protocols: &[&[u8]]| {
+        let mut config = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anybody))
+            .with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        config
+    };
+    // critical, acmeIdentifier, and the hash in an octet string (RFC 8737, section 3).
+    let mut extension = vec![0x04, 0x22, 0x04, 0x20];
+    extension.extend_from_slice(digest(&SHA256, b"token.thumb").as_ref());
+    let shown = |done: &Done| {
+        let certificate = done.client.peer_certificates().unwrap()[0].to_vec();
+        certificate.windows(extension.len()).any(|window| window == extension)
+    };
+    let acme = client(&[ACME_TLS]);
+    let done = handshake(&pending, &acme, "A.test", 1 << 14).unwrap();
+    assert!(shown(&done));
+    assert_eq!(done.server.alpn_protocol(), Some(ACME_TLS));
+    let usual = client(&[b"h2", b"http/1.1"]);
+    assert!(!shown(&handshake(&pending, &usual, "a.test", 1 << 14).unwrap()), "a browser");
+    let both = client(&[ACME_TLS, b"http/1.1"]);
+    assert!(!shown(&handshake(&pending, &both, "a.test", 1 << 14).unwrap()), "no authority asks so");
+    assert!(handshake(&pending, &acme, "b.test", 1 << 14).is_err(), "another name");
+    assert!(handshake(&table, &acme, "a.test", 1 << 14).is_err(), "nothing is pending");
 }

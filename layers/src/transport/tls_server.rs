@@ -41,6 +41,8 @@ pub struct TlsListen {
 pub enum HandshakeError {
     #[error("no ssl resource serves {}", .0.as_deref().unwrap_or("a client that names no server"))]
     UnknownName(Option<Box<str>>),
+    #[error("it was a challenge of an ACME authority, which is answered")]
+    AcmeChallenge,
     #[error("the TLS handshake failed: {0}")]
     Tls(#[from] io::Error),
     #[error("the client certificate is not accepted: {0}")]
@@ -62,7 +64,8 @@ pub struct Accepted<T> {
 /// Runs the handshake on `io`. The caller bounds its time.
 ///
 /// # Errors
-/// The client names no server we know, speaks no TLS we serve, or shows no certificate where one is required.
+/// The client names no server we know, speaks no TLS we serve, or shows no certificate where one is required; or it was an
+/// ACME authority, who wanted the handshake alone.
 pub async fn accept<T>(io: T, listen: &TlsListen) -> Result<Accepted<T>, HandshakeError>
 where
     T: AsyncRead + AsyncWrite + Unpin,
@@ -70,7 +73,14 @@ where
     let mut start = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
     let hello = start.client_hello();
     let name: Option<Box<str>> = hello.server_name().map(|name| name.to_ascii_lowercase().into());
-    let found = listen.table.load().find(name.as_deref()).cloned();
+    let table = listen.table.load();
+    if let Some(config) = table.challenge(&hello).cloned() {
+        drop(table);
+        start.into_stream(config).await?.shutdown().await?;
+        return Err(HandshakeError::AcmeChallenge);
+    }
+    let found = table.find(name.as_deref()).cloned();
+    drop(table);
     let Some(entry) = found else {
         // Best effort: a client that does not read it learns by the closed connection.
         let _ = start.io.write_all(&UNRECOGNIZED_NAME).await;

@@ -277,7 +277,11 @@ impl<S: HttpService> Acceptor<S> {
     }
 
     fn handshake_failed(&self, error: &HandshakeError, peer: SocketAddr) {
-        self.context.stats().handshakes_failed.add(1);
+        let stats = self.context.stats();
+        match error {
+            HandshakeError::AcmeChallenge => stats.handshakes.add(1),
+            _ => stats.handshakes_failed.add(1),
+        }
         tracing::debug!(%error, %peer, "handshake");
     }
 
