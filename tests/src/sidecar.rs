@@ -47,25 +47,10 @@ impl Mesh {
 
     /// A sidecar of the workload `name`, to be described further. It takes its identity from files.
     pub fn sidecar(&self, name: &str) -> SidecarBuilder {
-        let holder = tempfile::Builder::new().prefix("postern-sidecar-").tempdir().expect("a folder");
-        let folder = holder.path().to_owned();
-        let admin = Port::free();
-        self.identity(&folder, &id(name));
-        let config = json!({
-            "trust_domain": DOMAIN,
-            "ca": {"files": {"cert": "svid.pem", "key": "svid.key", "trust": "roots.pem"}},
-            "workload": {"service": name},
-            "admin": {"listen": admin.addr().to_string()},
-            "drain": {"propagation": 0, "grace": 60},
-        });
-        SidecarBuilder {
-            folder,
-            config,
-            admin: admin.addr(),
-            ports: vec![admin],
-            holder,
-            command: Vec::new(),
-        }
+        let builder = SidecarBuilder::new(name);
+        self.identity(&builder.folder, &id(name));
+        builder
+            .config(json!({"ca": {"files": {"cert": "svid.pem", "key": "svid.key", "trust": "roots.pem"}}}))
     }
 
     /// Writes an identity of this mesh into a folder.
@@ -74,6 +59,24 @@ impl Mesh {
         write_file(&folder.join("svid.key"), &leaf.key);
         write_file(&folder.join("svid.pem"), &leaf.cert);
         write_file(&folder.join("roots.pem"), &self.authority.pem());
+    }
+}
+
+impl crate::ca::Authority {
+    /// A sidecar of the workload `name`, to be described further. It takes its identity from this authority.
+    pub fn sidecar(&self, name: &str) -> SidecarBuilder {
+        let builder = SidecarBuilder::new(name);
+        let ca = self.proof(&builder.folder, name);
+        builder.config(json!({"ca": ca}))
+    }
+
+    /// `ca` of a sidecar or a gateway, and a token for `name` in its folder that is good for a few starts.
+    pub fn proof(&self, folder: &Path, name: &str) -> Value {
+        let (code, token, err) = self.command(&["token", "create", "--identity", &id(name), "--uses", "10"]);
+        assert_eq!(code, 0, "{err}");
+        let file = folder.join(format!("{name}.token"));
+        write_file(&file, token.trim());
+        json!({"address": self.addr.to_string(), "pin_file": self.data().join("pin"), "token_file": file})
     }
 }
 
@@ -88,6 +91,25 @@ pub struct SidecarBuilder {
 }
 
 impl SidecarBuilder {
+    fn new(name: &str) -> SidecarBuilder {
+        let holder = tempfile::Builder::new().prefix("postern-sidecar-").tempdir().expect("a folder");
+        let admin = Port::free();
+        let config = json!({
+            "trust_domain": DOMAIN,
+            "workload": {"service": name},
+            "admin": {"listen": admin.addr().to_string()},
+            "drain": {"propagation": 0, "grace": 60},
+        });
+        SidecarBuilder {
+            folder: holder.path().to_owned(),
+            config,
+            admin: admin.addr(),
+            ports: vec![admin],
+            holder,
+            command: Vec::new(),
+        }
+    }
+
     /// Merges `patch` into the file (RFC 7396).
     pub fn config(mut self, patch: Value) -> Self {
         merge(&mut self.config, patch);

@@ -1,0 +1,285 @@
+//! An authority, sidecars and an edge as processes: certificates come by themselves, and nothing fails while every one of
+//! them is exchanged.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use e2e::ca::Authority;
+use e2e::client::DEADLINE;
+use e2e::load::Load;
+use e2e::origin::{Origin, echo, grpc, websocket};
+use e2e::sidecar::{Sidecar, id};
+use e2e::{Edge, Value, eventually, eventually_within, json};
+use futures_util::{SinkExt, StreamExt};
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+async fn authority() -> Authority {
+    let limits = json!({"certificates_per_second": 1000, "certificates_burst": 1000});
+    Authority::start(json!({"limits": limits})).await
+}
+
+/// A gateway with an identity of this authority, and the folder of its token.
+async fn edge(authority: &Authority, routes: Value) -> (Edge, TempDir) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mesh = json!({"trust_domain": "mesh.local", "identity": id("edge"), "ca": authority.proof(folder.path(), "edge")});
+    let edge = Edge::file()
+        .config(json!({"postern": {"mesh": mesh}, "nginx_config": {"http": {"enable_access_log": false}}}))
+        .resources(json!({"routes": routes}))
+        .start()
+        .await;
+    (edge, folder)
+}
+
+/// A route to a service behind a sidecar.
+fn route(uri: &str, node: SocketAddr, identity: &str) -> Value {
+    json!({"uri": uri, "enable_websocket": true, "upstream": {"type": "roundrobin", "scheme": "mesh",
+        "nodes": {node.to_string(): 1}, "identities": [identity], "retries": 1}})
+}
+
+/// Runs `postern certs` without holding up the clients of this process.
+async fn certs(authority: &Authority, args: &[&str]) -> (i32, String, String) {
+    let socket = authority.data().join("operators.sock").display().to_string();
+    let all: Vec<_> = ["certs"]
+        .into_iter()
+        .chain(args.iter().copied())
+        .chain(["--socket", &socket])
+        .map(str::to_owned)
+        .collect();
+    let run = move || e2e::edge::run(&all.iter().map(String::as_str).collect::<Vec<_>>());
+    tokio::task::spawn_blocking(run).await.expect("the command runs")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_edge_reaches_services_by_identity_without_a_certificate_in_its_configuration() {
+    let (authority, origin) = (authority().await, echo::start().await);
+    let payments = authority.sidecar("payments").inbound(origin.addr, json!({})).start().await;
+    let node = payments.inbound(0);
+    let routes = json!([route("/good", node, &id("payments")), route("/other", node, &id("orders"))]);
+    let (edge, _folder) = edge(&authority, routes).await;
+    let answer = edge.get("/good").await.expect_status(200).json();
+    let told = answer["headers"]["x-forwarded-client-cert"].to_string();
+    assert!(told.contains(&id("edge")) && told.contains(&id("payments")), "{told}");
+    edge.get("/other").await.expect_status(502);
+
+    let mesh = edge.call_control("/v1/mesh").await.expect_status(200).json();
+    assert_eq!((&mesh["svid"]["id"], &mesh["following"]), (&json!(id("edge")), &json!(true)), "{mesh}");
+    assert!(!mesh.to_string().contains("PRIVATE"), "{mesh}");
+    eventually("the authority knows both", || async {
+        let (_, out, _) = certs(&authority, &["status", "-o", "json"]).await;
+        let status: Value = serde_json::from_str(&out).ok()?;
+        (status["fleet"]["current"] == 2).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_without_its_authority_serves_what_is_not_of_the_mesh() {
+    let origin = echo::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let nobody = e2e::ports::Port::free();
+    std::fs::write(folder.path().join("token"), "pjt_x").unwrap();
+    let mesh = json!({"trust_domain": "mesh.local", "ca": {"address": nobody.addr().to_string(),
+        "pin": "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "token_file": folder.path().join("token")}});
+    let routes =
+        json!([route("/mesh", origin.addr, &id("a")), {"uri": "/plain", "upstream": origin.upstream()}]);
+    let edge = Edge::file()
+        .config(json!({"postern": {"mesh": mesh}}))
+        .resources(json!({"routes": routes}))
+        .start()
+        .await;
+    edge.get("/plain").await.expect_status(200);
+    edge.get("/mesh").await.expect_status(503);
+    let told = edge.call_control("/v1/mesh").await.json();
+    assert!(told["svid"].is_null() && told["problem"].is_string(), "{told}");
+    assert_eq!(origin.requests(), 1, "a node of the mesh is never spoken to in the plain");
+}
+
+/// Clients that speak all the time; what they found wrong is told at the end.
+struct Streams {
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicUsize>,
+    tasks: Vec<JoinHandle<Result<(), String>>>,
+}
+
+impl Streams {
+    fn start() -> Streams {
+        Streams { stop: Arc::default(), done: Arc::default(), tasks: Vec::new() }
+    }
+
+    /// gRPC streams of a second or two, one after the other.
+    fn grpc(&mut self, addr: SocketAddr) {
+        let (stop, done) = (self.stop.clone(), self.done.clone());
+        self.tasks.push(tokio::spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                let failed = |what: &str, why: &dyn std::fmt::Display| format!("gRPC: {what}: {why}");
+                let mut client = grpc::WordsClient::connect(addr).await;
+                let (sender, words) = grpc::outgoing();
+                sender.send(grpc::word("word", 0)).await.map_err(|error| failed("send", &error))?;
+                let opened = client.chat(words).await.map_err(|error| failed("open", &error))?;
+                let mut answers = opened.into_inner();
+                for number in 1..10 {
+                    let answer =
+                        timeout(DEADLINE, answers.message()).await.map_err(|error| failed("wait", &error))?;
+                    answer.map_err(|error| failed("cut", &error))?.ok_or("gRPC: an early end")?;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    sender.send(grpc::word("word", number)).await.map_err(|error| failed("send", &error))?;
+                }
+                drop(sender);
+                while answers.message().await.map_err(|error| failed("end", &error))?.is_some() {}
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        }));
+    }
+
+    /// A WebSocket that stays open for `turns` messages, one after the other.
+    fn websocket(&mut self, addr: SocketAddr, path: &'static str, turns: usize) {
+        let (stop, done) = (self.stop.clone(), self.done.clone());
+        self.tasks.push(tokio::spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                let failed = |why: &dyn std::fmt::Display| format!("WebSocket: {why}");
+                let stream = TcpStream::connect(addr).await.map_err(|error| failed(&error))?;
+                let asked = tokio_tungstenite::client_async(format!("ws://mesh{path}"), stream);
+                let (mut socket, _) = asked.await.map_err(|error| failed(&error))?;
+                for number in 0..turns {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let text = number.to_string();
+                    socket.send(text.clone().into()).await.map_err(|error| failed(&error))?;
+                    let answer = timeout(DEADLINE, socket.next()).await.map_err(|error| failed(&error))?;
+                    let answer = answer.ok_or("WebSocket: cut")?.map_err(|error| failed(&error))?;
+                    if answer.to_text().ok() != Some(&*text) {
+                        return Err(format!("WebSocket: {answer} for {text}"));
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                socket.close(None).await.map_err(|error| failed(&error))?;
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        }));
+    }
+
+    /// How many streams ended in order, when all have.
+    async fn finish(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.expect("a client does not panic").unwrap_or_else(|error| panic!("{error}"));
+        }
+        self.done.load(Ordering::Relaxed)
+    }
+}
+
+/// How many rotations of leafs, issuers and roots; fewer by `POSTERN_ROTATIONS=5,2,1`.
+fn rotations() -> [usize; 3] {
+    let given = std::env::var("POSTERN_ROTATIONS").unwrap_or_else(|_| "100,20,10".to_owned());
+    let given: Vec<usize> = given.split(',').map(|count| count.parse().expect("a number")).collect();
+    given.try_into().expect("three numbers")
+}
+
+/// The parts of a mesh under load: an edge and a workload that call a service, and streams that pass.
+struct Busy {
+    edge_load: Load,
+    mesh_load: Load,
+    streams: Streams,
+    _origins: [Origin; 3],
+    _sidecars: Vec<Sidecar>,
+    _edge: (Edge, TempDir),
+}
+
+const REQUEST: &str = "GET /http HTTP/1.1\r\nhost: payments\r\n\r\n";
+
+impl Busy {
+    async fn start(authority: &Authority) -> Busy {
+        let (http, words, socket) = (echo::start().await, grpc::start().await, websocket::start().await);
+        let callee = authority
+            .sidecar("payments")
+            .inbound(http.addr, json!({}))
+            .inbound(words.addr, json!({}))
+            .inbound(socket.addr, json!({}))
+            .start()
+            .await;
+        let caller = authority
+            .sidecar("orders")
+            .service("payments", callee.inbound(0), json!({}))
+            .service("words", callee.inbound(1), json!({"identities": [id("payments")]}))
+            .service("socket", callee.inbound(2), json!({"identities": [id("payments")], "protocol": "tcp"}))
+            .start()
+            .await;
+        let routes = json!([
+            route("/http", callee.inbound(0), &id("payments")),
+            route("/socket", callee.inbound(2), &id("payments")),
+        ]);
+        let edge = edge(authority, routes).await;
+        edge.0.get("/http").await.expect_status(200);
+        let mut streams = Streams::start();
+        streams.grpc(caller.listener(1));
+        streams.websocket(caller.listener(2), "/socket", 10);
+        streams.websocket(edge.0.http, "/socket", 15);
+        Busy {
+            edge_load: Load::start(edge.0.http, REQUEST, 200, 10, 200),
+            mesh_load: Load::start(caller.listener(0), REQUEST, 200, 10, 200),
+            streams,
+            _origins: [http, words, socket],
+            _sidecars: vec![callee, caller],
+            _edge: edge,
+        }
+    }
+
+    async fn finish(self) {
+        let mut good = 0;
+        for load in [self.edge_load, self.mesh_load] {
+            let account = load.finish().await;
+            account.expect_no_failure();
+            assert_eq!(account.died, 0);
+            good += account.good;
+        }
+        let streams = self.streams.finish().await;
+        assert!(good > 100 && streams > 0, "{good} requests, {streams} streams");
+        println!("{good} requests and {streams} streams, none of them failed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn nothing_fails_while_leafs_issuers_and_roots_are_rotated_under_load() {
+    let authority = authority().await;
+    let busy = Busy::start(&authority).await;
+    for (kind, count) in ["leaf", "issuer", "root"].into_iter().zip(rotations()) {
+        let begun = std::time::Instant::now();
+        for number in 0..count {
+            let args = ["rotate", kind, "--soak", "200ms", "--spread", "300ms", "--timeout", "120s"];
+            let (code, out, err) = certs(&authority, &args).await;
+            assert_eq!(code, 0, "{kind} {number}: {out} {err}");
+        }
+        println!("{count} rotations ({kind}) in {:?}", begun.elapsed());
+    }
+    busy.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn an_authority_that_is_killed_in_a_rotation_fails_nothing_and_goes_on() {
+    let mut authority = authority().await;
+    let busy = Busy::start(&authority).await;
+    let begin = ["rotate", "root", "--soak", "300ms", "--spread", "1s", "--no-wait"];
+    assert_eq!(certs(&authority, &begin).await.0, 4);
+    for _ in 0..6 {
+        authority.kill();
+        authority.run().await;
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..700))).await;
+    }
+    let (code, out, err) = certs(&authority, &["watch", "--timeout", "120s"]).await;
+    assert_eq!(code, 0, "{out} {err}");
+    eventually_within(Duration::from_secs(60), "one root is left", || async {
+        let (_, out, _) = certs(&authority, &["status", "-o", "json"]).await;
+        let status: Value = serde_json::from_str(&out).ok()?;
+        (status["rotation"].is_null() && status["past"][0]["ended"] == "done").then_some(())
+    })
+    .await;
+    busy.finish().await;
+}
