@@ -7,6 +7,7 @@ const FILES: &[&str] = &[
     "proto/postern/ca/v1/ca.proto",
     "proto/postern/ca/v1/ca_tokens.proto",
     "proto/postern/ca/v1/ca_admin.proto",
+    "proto/postern/signer/v1/signer.proto",
     "proto/workload.proto",
     "proto/istio.proto",
 ];

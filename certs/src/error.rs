@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::signer::NotOffered;
+
 /// One field of one `ssl` resource that is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertError {
@@ -45,6 +47,10 @@ pub enum Problem {
     Key(String),
     #[error("does not belong to the certificate `{0}`: the public keys differ")]
     KeyMismatch(String),
+    #[error("names the pool of signers `{pool}`, which is not configured; `postern.signers` has {known}")]
+    UnknownPool { pool: String, known: String },
+    #[error(transparent)]
+    NotOffered(NotOffered),
     #[error("is no server name; write a host name, `*.example.com` or `*`")]
     ServerName,
     #[error("no server name is given; add `sni` or `snis`")]

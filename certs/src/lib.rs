@@ -16,6 +16,7 @@ pub mod istio;
 pub mod mesh;
 pub mod outgoing;
 pub mod renewing;
+pub mod signer;
 pub mod sni;
 pub mod source;
 pub mod svid;

@@ -17,6 +17,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{Error, InconsistentKeys, ServerConfig, SignatureAlgorithm, SupportedProtocolVersion};
 
 use crate::error::{CertError, Problem};
+use crate::signer::{KeyAddress, Pool, Pools, RemoteKey};
 use crate::verify::{ClientAuth, ClientIdentity, ClientPolicy, HandshakeVerifier};
 
 const SHARDS: usize = 256;
@@ -39,6 +40,8 @@ pub struct SslObject {
     pub names: Vec<String>,
     /// `cert` and `key` first, then `certs` and `keys` pairwise.
     pub pairs: Vec<CertPem>,
+    /// The same where the keys are at the nodes of a pool, all of them at those of one.
+    pub remote: Vec<RemotePair>,
     /// `client`, if client certificates are asked for.
     pub client: Option<ClientAuth>,
     /// `ssl_protocols`; empty means the listener's own.
@@ -52,6 +55,15 @@ pub struct CertPem {
     pub cert: String,
     /// PKCS#8, PKCS#1 or SEC1, not encrypted.
     pub key: String,
+}
+
+/// A certificate chain in PEM, and where its key is.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct RemotePair {
+    /// Leaf first.
+    pub cert: String,
+    /// Who signs for it.
+    pub key: KeyAddress,
 }
 
 impl fmt::Debug for CertPem {
@@ -99,6 +111,7 @@ pub struct TableSettings {
     protocols: Vec<Protocol>,
     tickets: bool,
     fallback: Option<Box<str>>,
+    signers: Pools,
 }
 
 impl TableSettings {
@@ -130,7 +143,20 @@ impl TableSettings {
             protocols,
             tickets,
             fallback: fallback_sni.and_then(normal_name).map(String::into_boxed_str),
+            signers: Pools::default(),
         })
+    }
+
+    /// With pools of signers, for keys that are held there.
+    #[must_use]
+    pub fn with_signers(self, signers: Pools) -> Self {
+        Self { signers, ..self }
+    }
+
+    /// The pools.
+    #[must_use]
+    pub fn signers(&self) -> &Pools {
+        &self.signers
     }
 }
 
@@ -141,6 +167,7 @@ impl Default for TableSettings {
             protocols: vec![Protocol::Tls12, Protocol::Tls13],
             tickets: true,
             fallback: None,
+            signers: Pools::default(),
         }
     }
 }
@@ -331,17 +358,30 @@ impl SniTable {
         if object.names.is_empty() {
             errors.push(CertError::new(id, "/snis", Problem::NoServerName));
         }
-        if object.pairs.is_empty() {
+        if object.pairs.is_empty() && object.remote.is_empty() {
             errors.push(CertError::new(id, "/cert", Problem::NoCertificate));
         }
-        let mut keys = Vec::with_capacity(object.pairs.len());
+        let (mut keys, mut signer) = (Vec::with_capacity(object.pairs.len()), None);
+        let mut wrong = |index: usize, (field, problem): (&str, Problem)| {
+            let field = match index.checked_sub(1) {
+                None => format!("/{field}"),
+                Some(index) => format!("/{field}s/{index}"),
+            };
+            errors.push(CertError::new(id, field, problem));
+        };
         for (i, pair) in object.pairs.iter().enumerate() {
             match certified_key(pair, &self.settings.provider) {
                 Ok(key) => keys.push(key),
-                Err((field, problem)) => {
-                    let field = if i == 0 { format!("/{field}") } else { format!("/{field}s/{}", i - 1) };
-                    errors.push(CertError::new(id, field, problem));
+                Err(error) => wrong(i, error),
+            }
+        }
+        for (i, pair) in object.remote.iter().enumerate() {
+            match remote_key(pair, &self.settings.signers) {
+                Ok((key, pool)) => {
+                    keys.push(key);
+                    signer = Some(pool);
                 }
+                Err(error) => wrong(i, error),
             }
         }
         // An ECDSA or Ed25519 signature costs a fraction of an RSA one: offered first to those who can.
@@ -372,6 +412,7 @@ impl SniTable {
             fingerprint,
             names,
             certificates: Arc::new(Certificates(keys)),
+            signer,
             client,
             sessions,
             with_h2: OnceLock::new(),
@@ -415,6 +456,7 @@ pub struct SslEntry {
     fingerprint: u64,
     names: Vec<Name>,
     certificates: Arc<Certificates>,
+    signer: Option<Arc<Pool>>,
     client: Option<Arc<ClientPolicy>>,
     sessions: Arc<SessionScope>,
     with_h2: OnceLock<Arc<ServerConfig>>,
@@ -432,6 +474,12 @@ impl SslEntry {
     #[must_use]
     pub fn client(&self) -> Option<&Arc<ClientPolicy>> {
         self.client.as_ref()
+    }
+
+    /// Who signs, where the keys are not here: handshakes wait for them.
+    #[must_use]
+    pub fn signer(&self) -> Option<&Arc<Pool>> {
+        self.signer.as_ref()
     }
 
     /// The names served, as configured but in lower case.
@@ -585,17 +633,37 @@ pub fn normal_name(name: &str) -> Option<String> {
     (fits && name.bytes().all(clean)).then(|| name.to_ascii_lowercase())
 }
 
-pub(crate) fn certified_key(
-    pair: &CertPem,
-    provider: &CryptoProvider,
-) -> Result<Arc<CertifiedKey>, (&'static str, Problem)> {
-    let chain = CertificateDer::pem_slice_iter(pair.cert.as_bytes())
+/// A field of a pair, and what is wrong with it.
+pub(crate) type Refused = (&'static str, Problem);
+
+/// A chain in PEM, and the subject of its leaf.
+fn chain_of(pem: &str) -> Result<(Vec<CertificateDer<'static>>, String), Refused> {
+    let chain = CertificateDer::pem_slice_iter(pem.as_bytes())
         .collect::<Result<Vec<_>, _>>()
         .map_err(|e| ("cert", Problem::Pem(e.to_string())))?;
     let Some(leaf) = chain.first() else { return Err(("cert", Problem::NoCertificateBlock)) };
     let Some(identity) = ClientIdentity::parse(leaf) else {
         return Err(("cert", Problem::Certificate("the first certificate is not valid X.509".to_owned())));
     };
+    let subject = identity.subject;
+    Ok((chain, subject))
+}
+
+/// A certificate whose key is at the nodes of a pool.
+fn remote_key(pair: &RemotePair, signers: &Pools) -> Result<(Arc<CertifiedKey>, Arc<Pool>), Refused> {
+    let (chain, _) = chain_of(&pair.cert)?;
+    let pool = signers.get(&pair.key.pool).ok_or_else(|| {
+        let pool = pair.key.pool.to_string();
+        ("key", Problem::UnknownPool { pool, known: signers.names() })
+    })?;
+    let leaf = chain.first().ok_or(("cert", Problem::NoCertificateBlock))?;
+    let key =
+        RemoteKey::of(leaf, pool, &pair.key.name).map_err(|error| ("key", Problem::NotOffered(error)))?;
+    Ok((Arc::new(CertifiedKey::new(chain, Arc::new(key))), Arc::clone(pool)))
+}
+
+pub(crate) fn certified_key(pair: &CertPem, provider: &CryptoProvider) -> Result<Arc<CertifiedKey>, Refused> {
+    let (chain, subject) = chain_of(&pair.cert)?;
     let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).map_err(|error| match error {
         pem::Error::NoItemsFound => ("key", Problem::NoKeyBlock),
         error => ("key", Problem::Pem(error.to_string())),
@@ -607,7 +675,7 @@ pub(crate) fn certified_key(
     let certified = CertifiedKey::new(chain, key);
     match certified.keys_match() {
         Ok(()) | Err(Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(Arc::new(certified)),
-        Err(Error::InconsistentKeys(_)) => Err(("key", Problem::KeyMismatch(identity.subject))),
+        Err(Error::InconsistentKeys(_)) => Err(("key", Problem::KeyMismatch(subject))),
         Err(error) => Err(("cert", Problem::Certificate(error.to_string()))),
     }
 }

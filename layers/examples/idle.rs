@@ -123,6 +123,7 @@ fn table() -> Result<SniTable, Failure> {
         order: 0,
         names: vec!["idle.test".to_owned()],
         pairs: vec![CertPem { cert: certificate.pem(), key: key.serialize_pem() }],
+        remote: Vec::new(),
         client: None,
         protocols: Vec::new(),
     };

@@ -71,6 +71,7 @@ fn object(id: &str, names: &[&str], pair: CertPem) -> SslObject {
         order: 0,
         names: names.iter().map(|n| (*n).to_owned()).collect(),
         pairs: vec![pair],
+        remote: Vec::new(),
         client: None,
         protocols: Vec::new(),
     }
@@ -562,6 +563,7 @@ fn a_pending_challenge_is_shown_to_whoever_asks_for_it_and_to_nobody_else() {
         order: 1,
         names: vec!["a.test".to_owned(), "b.test".to_owned()],
         pairs: vec![ca.server("a.test")],
+        remote: Vec::new(),
         client: None,
         protocols: Vec::new(),
     };

@@ -10,4 +10,5 @@ pub mod listen;
 pub mod original_dst;
 pub mod proxy_protocol;
 pub mod tcp;
+mod tls_remote;
 pub mod tls_server;

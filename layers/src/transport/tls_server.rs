@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use certs::signer::pool::Crowded;
 use certs::verify::ClientIdentity;
 use certs::{SniTable, SslEntry};
 use rustls::pki_types::{CertificateDer, UnixTime};
@@ -20,6 +21,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::error::Reason;
 use crate::exchange::{ClientCertificate, Conn, Tls};
+use crate::transport::tls_remote;
 
 /// A fatal `unrecognized_name` alert (RFC 6066), as a record before any key is agreed on.
 const UNRECOGNIZED_NAME: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 112];
@@ -47,6 +49,8 @@ pub enum HandshakeError {
     Tls(#[from] io::Error),
     #[error("the client certificate is not accepted: {0}")]
     ClientCertificate(rustls::Error),
+    #[error(transparent)]
+    Crowded(#[from] Crowded),
 }
 
 /// A connection after its handshake.
@@ -68,7 +72,7 @@ pub struct Accepted<T> {
 /// ACME authority, who wanted the handshake alone.
 pub async fn accept<T>(io: T, listen: &TlsListen) -> Result<Accepted<T>, HandshakeError>
 where
-    T: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut start = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
     let hello = start.client_hello();
@@ -87,7 +91,11 @@ where
         let _ = start.io.shutdown().await;
         return Err(HandshakeError::UnknownName(name));
     };
-    let stream = start.into_stream(entry.config(listen.http2).clone()).await?;
+    let config = entry.config(listen.http2).clone();
+    let stream = match entry.signer() {
+        None => start.into_stream(config).await?,
+        Some(pool) => Box::pin(tls_remote::handshake(start, config, pool)).await?,
+    };
     let (_, session) = stream.get_ref();
     let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
     let client = client_certificate(&entry, session, resumed)?;

@@ -1112,6 +1112,7 @@ impl Ca {
             order: 0,
             names: vec![name.to_owned()],
             pairs: vec![self.leaf(name)],
+            remote: Vec::new(),
             client: client.map(|skip| ClientAuth {
                 ca: self.pem.clone(),
                 depth: 1,
