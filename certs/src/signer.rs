@@ -6,7 +6,7 @@ pub mod access;
 mod journal;
 mod key;
 pub mod metrics;
-mod node;
+pub mod node;
 pub mod pool;
 pub mod service;
 pub mod store;

@@ -95,6 +95,9 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
     };
     let plugins = process.as_ref().and_then(|process| process.plugins.clone());
     let kinds = process.as_ref().map(|process| process.discovery.asked());
+    let pools = process
+        .as_ref()
+        .map(|process| process.signers.iter().map(|pool| pool.name.clone()).collect::<Vec<_>>());
     report.notices = process.map(|process| process.not_applicable).unwrap_or_default();
     let candidates = FILES.map(|name| dir.join(name)).into_iter();
     let files: Vec<PathBuf> = match named {
@@ -102,17 +105,28 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
         None => candidates.filter(|file| file.exists()).collect(),
     };
     for file in files {
-        check_file(&file, catalog, plugins.as_deref(), kinds.as_deref(), env, &mut report);
+        let configured =
+            Configured { plugins: plugins.as_deref(), kinds: kinds.as_deref(), signers: pools.as_deref() };
+        check_file(&file, catalog, configured, env, &mut report);
     }
     report.errors.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
     report
 }
 
+/// What of `config.yaml` resources depend on; none of it where the file cannot be read.
+#[derive(Clone, Copy)]
+struct Configured<'a> {
+    plugins: Option<&'a [String]>,
+    /// Kinds of discovery.
+    kinds: Option<&'a [&'static str]>,
+    /// Pools of signers.
+    signers: Option<&'a [String]>,
+}
+
 fn check_file(
     path: &Path,
     catalog: &dyn PluginCatalog,
-    plugins: Option<&[String]>,
-    kinds: Option<&[&'static str]>,
+    Configured { plugins, kinds, signers }: Configured<'_>,
     env: &Arc<dyn Env + Send + Sync>,
     report: &mut Report,
 ) {
@@ -148,6 +162,7 @@ fn check_file(
         let errors = graph.check_references(&item.key, &item.resource).into_iter();
         let errors = errors.filter(|error| !unasked(error));
         let errors = errors.chain(kinds.into_iter().flat_map(|kinds| unknown_kinds(&item.resource, kinds)));
+        let errors = errors.chain(signers.and_then(|pools| unknown_signers(&item.resource, pools)));
         let errors = errors.map(|error| file.locate(&item.key, error));
         found.entry(item.key.clone()).or_default().extend(errors);
     }
@@ -162,6 +177,14 @@ fn check_file(
             errors: found.remove(&item.key).unwrap_or_default(),
         }
     }));
+}
+
+/// The pool of signers of a certificate, if it is not configured.
+fn unknown_signers(resource: &Resource, pools: &[String]) -> Option<ConfigError> {
+    match resource {
+        Resource::Ssl(ssl) => ssl.check_signers(pools.iter().map(String::as_str)),
+        _ => None,
+    }
 }
 
 /// The services of kinds that are not configured, in whatever upstream the object has.
@@ -232,6 +255,22 @@ routes:
         assert_eq!(errors.len(), 2, "{errors:?}");
         assert!(errors[0].contains("/upstreams/4/discovery_type") && errors[0].contains(told), "{errors:?}");
         assert!(errors[1].contains("/upstream/discovery/sources/0/type"), "{errors:?}");
+    }
+
+    #[test]
+    fn pools_of_signers_that_are_not_configured_are_told() {
+        let pool = "{name: main, nodes: ['a:7443'], cert_file: c, key_file: k, ca_file: r}";
+        let config = format!("postern: {{signers: [{pool}]}}\n{FILE_PROVIDER}");
+        let ssl = |id: u32, key: &str| {
+            let cert = "c".repeat(128);
+            format!("  - {{id: {id}, sni: a.test, cert: {cert}, key: {key}}}\n")
+        };
+        let resources =
+            format!("ssls:\n{}{}#END\n", ssl(1, "signer://main/shop"), ssl(2, "signer://mian/shop"));
+        let (_, errors) = check(&[("config.yaml", &config), ("apisix.yaml", &resources)]);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors[0].contains("/ssls/1/key") && errors[0].contains("`mian`"), "{errors:?}");
+        assert!(errors[0].contains("has main"), "{errors:?}");
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod fields;
 pub mod global_rule;
 pub mod graph;
 pub mod id;
+pub mod key_material;
 pub mod listed_plugins;
 pub mod lookup_table;
 pub mod membership;

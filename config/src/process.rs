@@ -10,6 +10,7 @@ mod discovery_server;
 mod nginx;
 mod own;
 mod section;
+mod signers;
 mod units;
 mod wasm;
 
@@ -24,6 +25,7 @@ use serde_json::{Map, Value};
 
 pub use self::discovery_server::DiscoveryServer;
 use self::section::Reader;
+pub use self::signers::SignerPool;
 pub use self::wasm::{WasmPhase, WasmPlugin};
 use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
@@ -109,6 +111,8 @@ pub struct Process {
     pub discovery_server: Option<DiscoveryServer>,
     /// `postern.mesh`: how this gateway is of a mesh, if it is.
     pub mesh: Option<Membership>,
+    /// Pools of signers, which hold private keys of certificates.
+    pub signers: Vec<SignerPool>,
     /// `discovery` as written, for those who ask.
     pub discovery_written: Map<String, Value>,
     /// `postern.locality`: where this process runs.
@@ -630,6 +634,7 @@ impl Process {
             place: own.place,
             discovery_server: own.discovery_server,
             mesh: own.mesh,
+            signers: own.signers,
             graphql_max_size,
             not_applicable: Vec::new(),
         };
@@ -919,6 +924,45 @@ postern:
         let process = Process::read(&mut document, Path::new(""), &vars).unwrap();
         assert_eq!(process.in_data_dir("x"), Path::new("/data/x"));
         assert_eq!(process.workers, Workers::Count(2));
+    }
+
+    #[test]
+    fn pools_of_signers_are_read() {
+        let process = read(
+            "postern:
+  signers:
+    - {name: main, nodes: ['s-1:7443', '10.0.0.2:7443'], server_name: signer.internal, cert_file: gw.pem, key_file: /etc/gw.key, ca_file: ca.pem}
+    - {name: slow, nodes: ['s-3:7443'], cert_file: c, key_file: k, ca_file: r, timeout: 2s, deadline: 3s, in_flight: 8}
+",
+        );
+        let [main, slow] = process.signers.as_slice() else { panic!("{:?}", process.signers) };
+        assert_eq!((main.name.as_str(), main.nodes.len()), ("main", 2));
+        assert_eq!(
+            (main.certificate.as_path(), main.key.as_path()),
+            (Path::new("conf/gw.pem"), Path::new("/etc/gw.key"))
+        );
+        assert_eq!((main.timeout, main.deadline), (Duration::from_millis(500), Duration::from_millis(1500)));
+        assert_eq!((slow.deadline, slow.in_flight), (Duration::from_secs(3), 8));
+        let files = "cert_file: c, key_file: k, ca_file: r";
+        for (text, told) in [
+            ("{nodes: ['a:1'], cert_file: c, key_file: k, ca_file: r}".to_owned(), "`name` is missing"),
+            ("{name: m, nodes: ['a:1'], cert_file: c, key_file: k}".to_owned(), "`ca_file` is missing"),
+            (format!("{{name: 'a b', nodes: ['a:1'], {files}}}"), "no name of a pool"),
+            (format!("{{name: m, nodes: [], {files}}}"), "one node at least"),
+            (format!("{{name: m, nodes: [a], {files}}}"), "no HOST:PORT"),
+            (format!("{{name: m, nodes: ['a:1', 'a:1'], {files}}}"), "named twice"),
+            (format!("{{name: m, nodes: ['a:1'], {files}, timeout: 1m}}"), "from 10ms to 10s"),
+            (format!("{{name: m, nodes: ['a:1'], {files}, in_flight: 0}}"), "from 1 to 4096"),
+            (format!("{{name: m, nodes: ['a:1'], {files}, timeuot: 1s}}"), "`timeout`"),
+            (
+                format!("{{name: m, nodes: ['a:1'], {files}}}, {{name: m, nodes: ['b:1'], {files}}}"),
+                "another pool",
+            ),
+        ] {
+            let errors = try_read(&format!("postern: {{signers: [{text}]}}\n")).unwrap_err();
+            let told_all = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+            assert!(told_all.contains(told), "{text}: {told_all}");
+        }
     }
 
     #[test]

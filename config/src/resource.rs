@@ -917,6 +917,13 @@ mod tests {
                 })),
             ),
             (Kind::Ssl, "1", ssl(json!({"sni": null, "type": "client"}))),
+            (
+                Kind::Ssl,
+                "1",
+                ssl(
+                    json!({"key": "signer://main/shop", "certs": ["c".repeat(128)], "keys": ["signer://main/rsa"]}),
+                ),
+            ),
             (Kind::Proto, "1", json!({"content": "syntax = \"proto3\";"})),
             (
                 Kind::Secret,
@@ -1274,6 +1281,27 @@ mod tests {
             (Kind::Ssl, ssl(json!({"snis": ["a"]})), "", "exclude each other"),
             (Kind::Ssl, ssl(json!({"key": null})), "", "`key` is missing"),
             (Kind::Ssl, ssl(json!({"key": "short"})), "/key", "the length 5"),
+            (Kind::Ssl, ssl(json!({"key": "signer://main"})), "/key", "signer://"),
+            (
+                Kind::Ssl,
+                ssl(json!({"key": "signer://main/shop", "sni": null, "type": "client"})),
+                "/key",
+                "handshakes of servers alone",
+            ),
+            (
+                Kind::Ssl,
+                ssl(json!({"certs": ["c".repeat(128)], "keys": ["signer://main/shop"]})),
+                "/keys/0",
+                "all at one pool",
+            ),
+            (
+                Kind::Ssl,
+                ssl(
+                    json!({"key": "signer://main/a", "certs": ["c".repeat(128)], "keys": ["signer://other/b"]}),
+                ),
+                "/keys/0",
+                "all keys of an object are at one pool",
+            ),
             (Kind::Ssl, ssl(json!({"certs": ["c".repeat(128)]})), "/keys", "one key for each"),
             (Kind::Ssl, ssl(json!({"ssl_protocols": ["TLSv1.1"]})), "/ssl_protocols", "TLS 1.1 alone"),
             (Kind::Ssl, ssl(json!({"ssl_protocols": ["SSLv3"]})), "/ssl_protocols/0", "`TLSv1.2`, `TLSv1.3`"),

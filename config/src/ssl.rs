@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{ConfigError, ErrorKind};
 use crate::fields::{Desc, Distinct, Host, Int, Labels, List, OwnId, Status, Text, Timestamp};
+use crate::key_material::{KeyMaterial, SignerKey};
 use crate::pattern;
 use crate::rules::{Rule, Rules};
 use crate::secret_ref::Literals;
-use crate::sensitive::PrivateKey;
 
 /// A certificate in PEM: 128 bytes to 64 KiB.
 pub type Certificate = Text<128, 65536>;
@@ -41,14 +41,14 @@ pub struct Ssl {
     pub kind: SslType,
     /// The certificate with its chain, in PEM.
     pub cert: Certificate,
-    /// The private key of `cert`, in PEM.
-    pub key: PrivateKey,
+    /// The private key of `cert`, in PEM; or `signer://POOL/KEY`, the name of one that nodes of `postern signer` hold.
+    pub key: KeyMaterial,
     /// Further certificates for the same names, such as an ECDSA one beside an RSA one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub certs: Vec<Certificate>,
-    /// The private keys of `certs`, in the same order.
+    /// The private keys of `certs`, in the same order: all in PEM, or all at the pool of `key`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub keys: Vec<PrivateKey>,
+    pub keys: Vec<KeyMaterial>,
     /// The server name: exact, `*.foo.com` for one label more, or `*` for any. Either this or `snis`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sni: Option<Host>,
@@ -121,12 +121,52 @@ impl Ssl {
     }
 
     /// Certificates with their keys, the main one first.
-    pub fn pairs(&self) -> impl Iterator<Item = (&Certificate, &PrivateKey)> {
+    pub fn pairs(&self) -> impl Iterator<Item = (&Certificate, &KeyMaterial)> {
         std::iter::once((&self.cert, &self.key)).chain(self.certs.iter().zip(&self.keys))
+    }
+
+    /// The pool of signers that holds the keys, if they are not here.
+    pub fn signers(&self) -> Option<&str> {
+        self.key.remote().map(|key| &*key.pool)
+    }
+
+    /// What is wrong where these are the pools of signers that are configured.
+    pub fn check_signers<'a>(&self, pools: impl IntoIterator<Item = &'a str>) -> Option<ConfigError> {
+        let pool = self.signers()?;
+        let pools: Vec<&str> = pools.into_iter().collect();
+        if pools.contains(&pool) {
+            return None;
+        }
+        let known = match pools.as_slice() {
+            [] => "`postern.signers` of config.yaml has none".to_owned(),
+            some => format!("`postern.signers` of config.yaml has {}", some.join(", ")),
+        };
+        Some(ConfigError::invalid("/key", format!("there is no pool of signers `{pool}`: {known}")))
+    }
+
+    /// Where keys are.
+    fn check_keys(&self, errors: &mut Vec<ConfigError>) {
+        let pool = |key: &KeyMaterial| key.remote().map(|SignerKey { pool, .. }| pool.clone());
+        let first = pool(&self.key);
+        if first.is_some() && self.kind == SslType::Client {
+            let words =
+                "signers sign handshakes of servers alone: write the key of a client certificate in PEM";
+            errors.push(ConfigError::invalid("/key", words));
+        }
+        for (index, _) in self.keys.iter().enumerate().filter(|(_, key)| pool(key) != first) {
+            let words = match &first {
+                Some(pool) => format!("`key` is at the pool `{pool}`: all keys of an object are at one pool"),
+                None => {
+                    "`key` is in PEM: the keys of an object are all in PEM, or all at one pool".to_owned()
+                }
+            };
+            errors.push(ConfigError::invalid(format!("/keys/{index}"), words));
+        }
     }
 
     /// The rules between values of fields.
     pub(crate) fn check(&self, errors: &mut Vec<ConfigError>) {
+        self.check_keys(errors);
         let mut error = |pointer: &str, kind| errors.push(ConfigError::new(pointer, kind));
         if self.certs.len() != self.keys.len() {
             let kind = ErrorKind::OutOfRange {

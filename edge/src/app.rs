@@ -45,7 +45,7 @@ use crate::store::etcd::{Etcd, EtcdSettings, EtcdTls};
 use crate::store::file::FileStore;
 use crate::store::standalone::Standalone;
 use crate::store::{Store, StoreError};
-use crate::{settings, stack};
+use crate::{settings, signers, stack};
 
 /// How long the start waits for the first resolution of upstream names. A name that does not resolve by then does not
 /// How long the first certificate of the mesh is waited for.
@@ -332,10 +332,14 @@ fn running(
     let empty = compiler.compile(&graph, []);
     let (published, retired) = Published::new(Arc::new(empty));
     tokio::spawn(retired.run());
-    let certificates = Certificates::new(tls_settings(process)?);
+    let signers = signers::pools(process, &tokio::runtime::Handle::current());
+    let certificates = Certificates::new(tls_settings(process)?.with_signers(signers.clone()));
     let configuration = Configuration { graph, compiler, certificates };
     let running = Running::new(configuration, catalog, secrets, published, metrics.clone());
     tokio::spawn(running.secrets().clone().run(client, running.clone()));
+    let exposed = signers.clone();
+    metrics.collector(move |out| signers::collect(&exposed, out));
+    tokio::spawn(signers::follow(signers, running.clone()));
     tokio::spawn(lookups.run(clusters, running.clone(), process.data_dir.join("lookup_tables")));
     Ok(running)
 }

@@ -2,25 +2,33 @@
 //!
 //! A change counts from the next handshake on. A resource that cannot be used leaves its former self in service.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use certs::sni::{CertPem, Change, Protocol, SniTable, SslObject, TableSettings};
+use certs::signer::{KeyAddress, Pools};
+use certs::sni::{CertPem, Change, Protocol, RemotePair, SniTable, SslObject, TableSettings};
 use certs::verify::ClientAuth;
 use config::ssl::{Ssl, SslType, TlsVersion};
 use config::{ConfigError, ResourceKey};
 
+/// How long a changed resource waits for its signers to tell which keys they have.
+const SIGNERS: Duration = Duration::from_secs(1);
+
 /// The published table, and what could not be used.
 pub struct Certificates {
     table: Arc<ArcSwap<SniTable>>,
+    signers: Pools,
     refused: BTreeMap<ResourceKey, Vec<ConfigError>>,
 }
 
 impl Certificates {
     /// No certificates yet.
     pub fn new(settings: TableSettings) -> Self {
-        Self { table: Arc::new(ArcSwap::from_pointee(SniTable::new(settings))), refused: BTreeMap::new() }
+        let signers = settings.signers().clone();
+        let table = Arc::new(ArcSwap::from_pointee(SniTable::new(settings)));
+        Self { table, signers, refused: BTreeMap::new() }
     }
 
     /// The table that handshakes ask.
@@ -28,12 +36,18 @@ impl Certificates {
         &self.table
     }
 
+    /// Pools of signers, which hold keys.
+    pub fn signers(&self) -> &Pools {
+        &self.signers
+    }
+
     /// Resources that cannot be used, and why.
     pub fn refused(&self) -> &BTreeMap<ResourceKey, Vec<ConfigError>> {
         &self.refused
     }
 
-    /// Takes in resources that are new or different (with their creation index) or gone.
+    /// Takes in resources that are new or different (with their creation index) or gone. Blocks, but not for long, where a
+    /// key is at signers.
     pub fn update<'a>(
         &mut self,
         changed: impl IntoIterator<Item = (&'a ResourceKey, Option<(&'a Ssl, u64)>)>,
@@ -62,6 +76,7 @@ impl Certificates {
         if changes.is_empty() {
             return;
         }
+        self.ask_signers(&changes);
         let (table, errors) = self.table.load().apply(changes);
         for error in errors {
             tracing::error!(object = %format_args!("ssls/{}", error.id), %error, "the certificate cannot be used");
@@ -73,15 +88,35 @@ impl Certificates {
     }
 }
 
+impl Certificates {
+    /// A key may have been put on the nodes just before its resource was written here.
+    fn ask_signers(&self, changes: &[Change]) {
+        let remote = changes.iter().filter_map(|change| match change {
+            Change::Put(object) => Some(object.remote.iter()),
+            Change::Remove(_) => None,
+        });
+        let names: BTreeSet<_> = remote.flatten().map(|pair| Arc::clone(&pair.key.pool)).collect();
+        for pool in names.iter().filter_map(|name| self.signers.get(name)) {
+            pool.handle().block_on(pool.look_again(SIGNERS));
+        }
+    }
+}
+
 fn object(key: &ResourceKey, ssl: &Ssl, order: u64) -> SslObject {
+    let pairs = ssl.pairs().filter_map(|(cert, key)| {
+        Some(CertPem { cert: cert.as_str().to_owned(), key: key.pem()?.reveal().to_owned() })
+    });
+    let remote = ssl.pairs().filter_map(|(cert, key)| {
+        let key = key.remote()?;
+        let key = KeyAddress { pool: (&*key.pool).into(), name: (&*key.name).into() };
+        Some(RemotePair { cert: cert.as_str().to_owned(), key })
+    });
     SslObject {
         id: key.id.clone(),
         order,
         names: ssl.snis().map(|name| name.as_str().to_owned()).collect(),
-        pairs: ssl
-            .pairs()
-            .map(|(cert, key)| CertPem { cert: cert.as_str().to_owned(), key: key.reveal().to_owned() })
-            .collect(),
+        pairs: pairs.collect(),
+        remote: remote.collect(),
         client: ssl.client.as_ref().map(|client| ClientAuth {
             ca: client.ca.as_str().to_owned(),
             depth: client.depth.get(),

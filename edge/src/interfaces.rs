@@ -112,6 +112,7 @@ impl Interfaces {
                 prefix: prefix.clone(),
                 cors: settings.cors,
                 stream: !process.stream.tcp.is_empty() || !process.stream.udp.is_empty(),
+                signers: process.signers.iter().map(|pool| pool.name.clone()).collect(),
                 standalone: opened.standalone.clone(),
                 reload_plugins: Arc::new(move || reload.reload_plugins()),
             });

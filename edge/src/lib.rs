@@ -26,6 +26,7 @@ mod running;
 pub mod secrets;
 pub mod seed;
 pub mod settings;
+mod signers;
 pub mod snapshot;
 mod stack;
 pub mod status;

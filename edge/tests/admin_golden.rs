@@ -227,6 +227,7 @@ fn admin(text: &str, data_dir: &Path) -> Admin {
         prefix: "/apisix".to_owned(),
         cors: true,
         stream: directives.contains(&"stream"),
+        signers: vec!["main".to_owned()],
         standalone,
         reload_plugins: Arc::new(|| {}),
     })

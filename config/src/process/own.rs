@@ -8,6 +8,7 @@ use crate::membership::Membership;
 use super::discovery_server::{self, DiscoveryServer};
 use super::nginx::Nginx;
 use super::section::Section;
+use super::signers::{self, SignerPool};
 use super::{Env, HostPort, Limits, Place, Workers};
 
 pub(super) struct Own {
@@ -18,6 +19,7 @@ pub(super) struct Own {
     pub(super) peers: Vec<HostPort>,
     pub(super) discovery_server: Option<DiscoveryServer>,
     pub(super) mesh: Option<Membership>,
+    pub(super) signers: Vec<SignerPool>,
 }
 
 pub(super) fn read(own: Section<'_>, nginx: &Nginx, dir: &Path, env: &dyn Env) -> Own {
@@ -39,6 +41,7 @@ pub(super) fn read(own: Section<'_>, nginx: &Nginx, dir: &Path, env: &dyn Env) -
             let read = Membership::read(value, dir);
             read.map_err(|errors| errors.into_iter().for_each(|error| own.below("mesh", error))).ok()
         }),
+        signers: signers::read(&own, dir),
     };
     own.finish();
     result

@@ -73,6 +73,8 @@ pub struct AdminParts {
     pub cors: bool,
     /// Whether TCP and UDP are served at all; otherwise stream routes are refused.
     pub stream: bool,
+    /// The pools of signers that certificates may name.
+    pub signers: Vec<String>,
     /// The standalone store, if it is the provider: then there is `/configs` and no single resource.
     pub standalone: Option<Arc<Standalone>>,
     /// What a reload of plugins does.
@@ -89,6 +91,7 @@ pub struct Admin {
     prefix: String,
     cors: bool,
     stream: bool,
+    signers: Vec<String>,
     standalone: Option<Arc<Standalone>>,
     reload_plugins: ReloadPlugins,
     /// Shared by writes, taken alone by those that must not run beside others.
@@ -108,6 +111,7 @@ impl Admin {
             prefix,
             cors,
             stream,
+            signers,
             standalone,
             reload_plugins,
         } = parts;
@@ -121,6 +125,7 @@ impl Admin {
             prefix,
             cors,
             stream,
+            signers,
             standalone,
             reload_plugins,
             order,

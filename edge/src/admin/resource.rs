@@ -266,6 +266,11 @@ impl Admin {
         self.secrets.ask(&paths, SECRETS_WAIT).await;
         let resource = Resource::parse_with(&key, body, &*self.catalog, &self.secrets)
             .map_err(|errors| Reply::invalid(key.kind, &errors))?;
+        if let Resource::Ssl(ssl) = &resource
+            && let Some(error) = ssl.check_signers(self.signers.iter().map(String::as_str))
+        {
+            return Err(Reply::invalid(key.kind, &[error]));
+        }
         let mut references = Vec::new();
         resource.visit_references(&mut |pointer, target| references.push((pointer.to_owned(), target)));
         for (pointer, target) in references {
@@ -628,13 +633,19 @@ fn refers(item: &Stored, target: &ResourceKey) -> Option<By> {
     (split() || transcode() || lookup()).then_some(By::Plugin)
 }
 
-/// Take out what nobody may read back: private keys.
+/// Take out what nobody may read back: private keys. The name of one that signers hold is none.
 pub(crate) fn redact(kind: Kind, value: &mut Value) {
     if kind == Kind::Ssl
         && let Some(object) = value.as_object_mut()
     {
-        object.shift_remove("key");
-        object.shift_remove("keys");
+        let is_name = |key: &Value| key.as_str().is_some_and(|key| key.starts_with("signer://"));
+        let are_names = |keys: &Value| keys.as_array().is_some_and(|keys| keys.iter().all(is_name));
+        if !object.get("key").is_some_and(is_name) {
+            object.shift_remove("key");
+        }
+        if !object.get("keys").is_some_and(are_names) {
+            object.shift_remove("keys");
+        }
     }
     redact_client_keys(value, 0);
 }

@@ -250,9 +250,9 @@ impl Key {
     }
 }
 
-/// PEM, and references to secrets that are elsewhere.
+/// PEM, and names of secrets and keys that are elsewhere.
 fn is_plain(text: &str) -> bool {
-    text.is_empty() || text.starts_with("-----") || text.starts_with('$')
+    text.is_empty() || ["-----", "$", "signer://"].iter().any(|start| text.starts_with(start))
 }
 
 fn change(
@@ -382,7 +382,7 @@ mod tests {
     fn what_is_not_encrypted_stays() {
         let encryption = Encryption::default();
         let consumer = &ResourceKey::new(Kind::Consumer, "jack");
-        for text in ["k", "MTIzNDU2Nzg5MDEyMzQ1Ng==", "", "$env://KEY", "not base64!"] {
+        for text in ["k", "MTIzNDU2Nzg5MDEyMzQ1Ng==", "", "$env://KEY", "signer://main/shop", "not base64!"] {
             let value = json!({"plugins": {"key-auth": {"key": text}}}).to_string();
             assert_eq!(encryption.open(consumer, value.as_bytes()), value.as_bytes(), "{text}");
         }
