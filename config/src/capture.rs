@@ -89,7 +89,7 @@ impl Default for Capture {
 }
 
 impl Capture {
-    /// Reads `capture` of a sidecar's file; the rest of the file is not looked at. Without it everything has its default.
+    /// Reads `capture` of a document, whatever else is in it. Without it everything has its default.
     ///
     /// # Errors
     /// Whatever is wrong there, with its place.

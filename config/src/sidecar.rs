@@ -7,13 +7,15 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use crate::capture::Capture;
 use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
 use crate::env::{self, Env, Typing};
@@ -29,6 +31,11 @@ pub const SIDECAR_FILE: &str = "sidecar.yaml";
 
 /// Ports whose servers speak first, or whose bytes are nobody's business: nothing is detected there.
 pub const OPAQUE_PORTS: [u16; 8] = [25, 587, 3306, 4444, 5432, 6379, 9300, 11211];
+
+/// Where redirected connections of others come.
+const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+/// Where those of the workload itself do.
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 /// A sidecar.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -52,6 +59,9 @@ pub struct Sidecar {
     /// What goes out.
     #[serde(default)]
     pub outbound: Outbound,
+    /// What the kernel leads to the sidecar, where a direction is transparent. `postern sidecar capture` reads it too.
+    #[serde(default)]
+    pub capture: Capture,
     /// The services that the workload calls.
     #[serde(default)]
     pub services: Vec<ServicePolicy>,
@@ -150,6 +160,11 @@ impl Mode {
 pub struct Inbound {
     /// How connections are taken, where a port does not say.
     pub mode: Mode,
+    /// Whether connections to the workload are redirected to the sidecar, at `capture.inbound_port`.
+    pub transparent: bool,
+    /// Where tunnels of HBONE are taken, as Istio's ambient mesh opens them: `0.0.0.0:15008`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hbone: Option<Address>,
     /// The ports of the workload.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<InboundPort>,
@@ -159,8 +174,10 @@ pub struct Inbound {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InboundPort {
-    /// Where the sidecar listens: `0.0.0.0:18080`.
-    pub listen: Address,
+    /// Where the sidecar listens: `0.0.0.0:18080`. Without it, this is about redirected connections and tunnels to the port
+    /// of `forward`, which go to `forward` then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<Address>,
     /// Where the workload listens: `127.0.0.1:8080`.
     pub forward: Address,
     /// What it speaks.
@@ -187,7 +204,7 @@ pub struct Outbound {
     /// Ports of destinations on which nothing is detected. 25, 587, 3306, 4444, 5432, 6379, 9300 and 11211 if it is absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub opaque_ports: Option<Vec<Port>>,
-    /// Whether connections of the workload are redirected to the sidecar.
+    /// Whether connections of the workload are redirected to the sidecar, at `capture.outbound_port`.
     pub transparent: bool,
 }
 
@@ -273,6 +290,11 @@ pub struct AccessLog {
     /// `$mesh_direction`, `$mesh_service`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Text<1, 4096>>,
+    /// A line for each connection that carried no requests, with variables as nginx has them for streams
+    /// (`$bytes_received`, `$bytes_sent`, `$session_time`, `$protocol`), and of the mesh those above, `$own_identity` and
+    /// `$reason`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection_format: Option<Text<1, 4096>>,
 }
 
 /// Limits of a sidecar.
@@ -418,13 +440,59 @@ impl Sidecar {
         }
     }
 
+    /// Whether the kernel leads connections to the sidecar.
+    #[must_use]
+    pub fn is_transparent(&self) -> bool {
+        self.inbound.transparent || self.outbound.transparent
+    }
+
+    /// What the kernel has to lead to the sidecar, with all ports of the sidecar among its own.
+    #[must_use]
+    pub fn captured(&self) -> Capture {
+        let mut capture = self.capture.clone();
+        for port in self.ports().filter_map(NonZeroU16::new) {
+            if !capture.own_ports.contains(&port) {
+                capture.own_ports.push(port);
+            }
+        }
+        capture
+    }
+
+    /// The ports the sidecar listens on, as far as the file says them.
+    pub fn ports(&self) -> impl Iterator<Item = u16> + use<> {
+        self.listeners().into_iter().map(|(_, address)| address.0.port()).filter(|port| *port != 0)
+    }
+
+    /// Where the sidecar listens, with the pointer to what says so.
+    fn listeners(&self) -> Vec<(String, Address)> {
+        let at = |ip: IpAddr, port: NonZeroU16| Address(SocketAddr::new(ip, port.get()));
+        let both = |pointer: &str, ips: [IpAddr; 2], port| ips.map(|ip| (pointer.to_owned(), at(ip, port)));
+        let mut all = vec![("/admin/listen".to_owned(), self.admin.listen)];
+        for (index, port) in self.inbound.ports.iter().enumerate() {
+            all.extend(port.listen.map(|listen| (format!("/inbound/ports/{index}/listen"), listen)));
+        }
+        all.extend(self.inbound.hbone.map(|address| ("/inbound/hbone".to_owned(), address)));
+        if self.inbound.transparent {
+            all.extend(both("/capture/inbound_port", ANY, self.capture.inbound_port));
+        }
+        all.extend(self.outbound.http_proxy.map(|address| ("/outbound/http_proxy".to_owned(), address)));
+        all.extend(self.outbound.socks5.map(|address| ("/outbound/socks5".to_owned(), address)));
+        for (index, listener) in self.outbound.listeners.iter().enumerate() {
+            all.push((format!("/outbound/listeners/{index}/listen"), listener.listen));
+        }
+        if self.outbound.transparent {
+            all.extend(both("/capture/outbound_port", LOOPBACK, self.capture.outbound_port));
+        }
+        all
+    }
+
     /// The keys that differ from `other` and are taken over by a new start alone.
     #[must_use]
     pub fn needs_restart(&self, other: &Sidecar) -> Vec<&'static str> {
         let listens = |sidecar: &Sidecar| {
-            let ports: Vec<_> = sidecar.inbound.ports.iter().map(|port| port.listen).collect();
+            let ports: Vec<_> = sidecar.inbound.ports.iter().filter_map(|port| port.listen).collect();
             let listeners: Vec<_> = sidecar.outbound.listeners.iter().map(|one| one.listen).collect();
-            (ports, listeners, sidecar.outbound.http_proxy, sidecar.outbound.socks5)
+            (ports, sidecar.inbound.hbone, listeners, sidecar.outbound.http_proxy, sidecar.outbound.socks5)
         };
         let differs = [
             ("trust_domain", self.trust_domain != other.trust_domain),
@@ -433,7 +501,9 @@ impl Sidecar {
             ("discovery", self.discovery != other.discovery),
             ("dns", self.dns != other.dns),
             ("listeners", listens(self) != listens(other)),
+            ("inbound.transparent", self.inbound.transparent != other.inbound.transparent),
             ("outbound.transparent", self.outbound.transparent != other.outbound.transparent),
+            ("capture", self.is_transparent() && self.capture != other.capture),
             ("admin", self.admin != other.admin),
             ("access_log", self.access_log != other.access_log),
             ("workers", self.workers != other.workers),
@@ -452,11 +522,16 @@ impl Sidecar {
             membership::check_identity(identity, &self.trust_domain, "/workload/identity")
         }));
         self.check_services(catalog, &mut errors);
+        self.check_ports(&mut errors);
         self.check_listeners(&mut errors);
+        let mut wrong = Vec::new();
+        self.capture.check(&mut wrong);
+        errors.extend(wrong.into_iter().map(|error| error.under("/capture")));
         errors.extend(self.policies.check().into_iter().map(|error| error.under("/policies")));
         let services = [&*self.workload.service];
         let ports: Vec<u16> = self.inbound.ports.iter().map(|port| port.forward.0.port()).collect();
-        let scope = Scope { services: &services, ports: (!self.outbound.transparent).then_some(&ports) };
+        let any_port = self.inbound.transparent || self.inbound.hbone.is_some();
+        let scope = Scope { services: &services, ports: (!any_port).then_some(&ports) };
         errors.extend(self.policies.check_scope(scope).into_iter().map(|error| error.under("/policies")));
         errors
     }
@@ -481,47 +556,55 @@ impl Sidecar {
         }
     }
 
-    fn check_listeners(&self, errors: &mut Vec<ConfigError>) {
-        let mut taken = HashSet::new();
-        let mut listen = |pointer: String, address: Address, errors: &mut Vec<ConfigError>| {
-            if address.0.port() != 0 && !taken.insert(address) {
-                errors.push(ConfigError::invalid(
-                    pointer,
-                    format!("{address} is listened on already: write another port"),
-                ));
-            }
-        };
-        listen("/admin/listen".to_owned(), self.admin.listen, errors);
+    fn check_ports(&self, errors: &mut Vec<ConfigError>) {
+        let mut captured = HashSet::new();
+        let takes_captured = self.inbound.transparent || self.inbound.hbone.is_some();
         for (index, port) in self.inbound.ports.iter().enumerate() {
             let at = format!("/inbound/ports/{index}");
-            listen(format!("{at}/listen"), port.listen, errors);
-            let (from, to) = (port.listen.0, port.forward.0);
-            let reaches = from.ip().is_unspecified() || from.ip() == to.ip();
+            let mut wrong = |member: &str, why: &str| {
+                errors.push(ConfigError::invalid(format!("{at}{member}"), why));
+            };
+            let to = port.forward.0;
             if to.port() == 0 || to.ip().is_unspecified() {
-                errors.push(ConfigError::invalid(
-                    format!("{at}/forward"),
-                    "write where the workload listens: 127.0.0.1:8080",
-                ));
-            } else if from.port() == to.port() && reaches {
-                errors.push(ConfigError::invalid(
-                    format!("{at}/forward"),
-                    "this is where the sidecar itself listens: write another port in `listen`",
-                ));
+                wrong("/forward", "write where the workload listens: 127.0.0.1:8080");
+                continue;
+            }
+            match port.listen {
+                Some(Address(from)) => {
+                    let reaches = from.ip().is_unspecified() || from.ip() == to.ip();
+                    if from.port() == to.port() && reaches {
+                        wrong(
+                            "/forward",
+                            "this is where the sidecar itself listens: write another port in `listen`",
+                        );
+                    }
+                }
+                None if !takes_captured => wrong(
+                    "",
+                    "nothing comes to this port: write where the sidecar listens (`listen`), or set \
+                     `inbound.transparent` or `inbound.hbone`",
+                ),
+                None if !captured.insert(to.port()) => {
+                    wrong("/forward", "another entry without `listen` is about this port");
+                }
+                None => {}
             }
         }
-        if let Some(address) = self.outbound.http_proxy {
-            listen("/outbound/http_proxy".to_owned(), address, errors);
-        }
-        if let Some(address) = self.outbound.socks5 {
-            listen("/outbound/socks5".to_owned(), address, errors);
+    }
+
+    fn check_listeners(&self, errors: &mut Vec<ConfigError>) {
+        let mut taken = HashSet::new();
+        for (pointer, address) in self.listeners() {
+            if address.0.port() != 0 && !taken.insert(address) {
+                let why = format!("{address} is listened on already: write another port");
+                errors.push(ConfigError::invalid(pointer, why));
+            }
         }
         for (index, listener) in self.outbound.listeners.iter().enumerate() {
-            let at = format!("/outbound/listeners/{index}");
-            listen(format!("{at}/listen"), listener.listen, errors);
             if !self.services.iter().any(|service| service.name == listener.service) {
                 let known: Vec<_> = self.services.iter().map(|service| service.name.to_string()).collect();
                 errors.push(ConfigError::invalid(
-                    format!("{at}/service"),
+                    format!("/outbound/listeners/{index}/service"),
                     format!(
                         "there is no service `{}` in `services`; there are: {}",
                         listener.service,
@@ -623,10 +706,42 @@ services:
             ("ca: {files", "ca: {consul: \"http://127.0.0.1:8500\", files", "from one place"),
             ("${{PORT}}", "${{NONE}}", "environment variable NONE is not set"),
             ("services:", "discovery: {consul: {servers: 1}}\nservices:", "/discovery/consul/servers"),
+            (
+                "services:",
+                "capture: {skip_inbound_ports: [nine]}\nservices:",
+                "/capture/skip_inbound_ports/0",
+            ),
+            ("services:", "capture: {uid: 0}\nservices:", "/capture/uid"),
+            ("listen: \"0.0.0.0:18080\", ", "", "nothing comes to this port"),
+            (
+                "  ports:\n",
+                "  transparent: true\n  ports:\n    - {forward: \"127.0.0.1:1\"}\n    - {forward: \"127.0.0.2:1\"}\n",
+                "another entry without `listen`",
+            ),
+            (
+                "  http_proxy: 127.0.0.1:15080",
+                "  transparent: true\n  http_proxy: 127.0.0.1:15001",
+                "/capture/outbound_port: 127.0.0.1:15001 is listened on already",
+            ),
         ] {
             let errors = with(from, to);
             assert!(errors.contains(told), "{told}\n{errors}");
         }
+    }
+
+    #[test]
+    fn all_ports_of_the_sidecar_are_left_alone_by_the_capture() {
+        let transparent = GOOD
+            .replace("inbound:\n", "inbound:\n  transparent: true\n  hbone: 0.0.0.0:15008\n")
+            .replace("outbound:\n", "outbound:\n  transparent: true\n");
+        let sidecar = read(&transparent).unwrap();
+        assert_eq!(sidecar.captured().listening(), [9001, 15001, 15006, 15008, 15021, 15080, 18080]);
+        let explicit = read(GOOD).unwrap();
+        assert!(sidecar.is_transparent() && !explicit.is_transparent());
+        assert_eq!(
+            explicit.needs_restart(&sidecar),
+            ["listeners", "inbound.transparent", "outbound.transparent"]
+        );
     }
 
     #[test]

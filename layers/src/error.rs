@@ -79,6 +79,8 @@ reasons! {
     EgressDenied "egress_denied" 403 Client "destination_ip_prohibited",
     /// A plugin failed where it may not let the request pass.
     PluginFailed "plugin_failed" 500 Gateway "proxy_internal_error",
+    /// The destination is the sidecar itself: what is sent there would come back for ever.
+    Loop "loop" 508 Client "proxy_loop_detected",
     /// The URI cannot be normalised, or has bytes that are never forwarded.
     BadUri "bad_uri" 400 Client "http_request_error",
     /// The request has no valid host, or two that disagree.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use certs::mesh::{Clients, MeshIdentity};
 use config::error::ConfigError;
+use config::fields::Text;
 use config::process::{Escape, Place};
 use config::sidecar::Sidecar;
 use config::template::Template;
@@ -22,7 +23,7 @@ use layers::telemetry::exposition::Exposition;
 use layers::telemetry::log_file::{LogFile, Sink};
 use layers::telemetry::metrics::{Door, Metrics};
 use layers::telemetry::names;
-use layers::transport::listen::{Listen, ListenError};
+use layers::transport::listen::ListenError;
 use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
 use layers::upstream::drains::Drains;
@@ -34,7 +35,7 @@ use layers::upstream::tls_client::TlsClients;
 use layers::vars::hostname;
 use layers::worker::context::Stats;
 use layers::worker::view::{Published, View};
-use layers::worker::{Doorman, ListenOptions, Listening, ServeSettings, Timeouts, WorkerSettings, Workers};
+use layers::worker::{Listening, ServeSettings, Timeouts, WorkerSettings, Workers};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
@@ -42,16 +43,19 @@ use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Admin};
+use crate::captured::Captures;
+use crate::connection_log::{self, ConnectionLog};
 use crate::connections::{Connections, Direction};
 use crate::door::OwnLive;
 use crate::drain::{self, Stage};
-use crate::inbound::{Handshakes, Inbound, Receiver};
+use crate::inbound::{Handshakes, Receiver};
+use crate::listeners;
 use crate::live::Live;
 use crate::lookup::LookupLayer;
-use crate::outbound::{Carrier, Kind, Outbound};
+use crate::outbound::Carrier;
 use crate::policy::{PolicyTable, Sight};
 use crate::running::{Parts, Running};
-use crate::snapshot::{Passthrough, Rest, Snapshot};
+use crate::snapshot::{Passthrough, Ports, Rest, Snapshot};
 use crate::stack;
 
 /// What cut connections get after the drain's deadline.
@@ -158,20 +162,25 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let mut signals = Signals::listen()?;
     let mut reopen = on(SignalKind::user_defined1())?;
     let metrics = Arc::new(Metrics::default());
+    listeners::be_known(&config)?;
     let membership = membership(&config)?;
     let identity = membership.identity().clone();
     let clusters = clusters(&config, membership.mesh())?;
     let (policies, retired) = PolicyTable::new();
     tokio::spawn(retired.run());
     let sights = policies.published().clone();
-    let nothing = Snapshot::new(Vec::new(), Vec::new(), Rest::default());
+    let nothing = Snapshot::new(Vec::new(), Ports::default(), Rest::default());
     let (published, retired) = Published::new(Arc::new(nothing));
     tokio::spawn(retired.run());
     // Sockets are bound first, so that a taken port is told at once.
-    let connections = Connections::default();
+    let log = open_log(&config)?;
+    let connections =
+        Connections::new(log.as_ref().map(|log| ConnectionLog::new(log.bytes(), identity.clone())));
+    let captures = Captures::new(&config);
     let carrier = Arc::new(Carrier {
         snapshot: published.clone(),
         passthrough: Passthrough::new(&clusters),
+        captures: captures.clone(),
         connections: connections.clone(),
         policies: sights.clone(),
         metrics: metrics.clone(),
@@ -184,14 +193,15 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
         snapshot: published.clone(),
         policies: sights.clone(),
         identity: identity.clone(),
+        captures,
         tls,
         connections: connections.clone(),
         metrics: metrics.clone(),
         handshakes: Handshakes::default(),
     });
     let mut addresses = Addresses::default();
-    let inward = inward(&config, &receiver, &mut addresses)?;
-    let outward = outward(&config, &carrier, &mut addresses)?;
+    let inward = listeners::inward(&config, &receiver, &mut addresses)?;
+    let outward = listeners::outward(&config, &carrier, &mut addresses)?;
     let listener = admin::bind(config.admin.listen.0).await.map_err(StartError::system(format!(
         "admin.listen: cannot listen on {}; stop what does, or write another address",
         config.admin.listen
@@ -209,11 +219,8 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     };
     let running = Running::start(config.clone(), parts).map_err(|errors| StartError::settings(&errors))?;
     tokio::spawn(running.clone().follow());
-    let log = open_log(&config)?;
     let settings = stack::Settings {
-        access_log: log.as_ref().map(|(file, format)| {
-            AccessLog::new(Template::parse_log_format(format), Escape::Default, file.handle())
-        }),
+        access_log: log.as_ref().map(Log::requests),
         in_flight: InFlightCount::default(),
         in_flight_limit: config.limits.requests.get() as usize,
         metrics: metrics.clone(),
@@ -261,8 +268,8 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
             failure = inbound.failed() => return Err(StartError::Worker(failure.to_string())),
             failure = outbound.failed() => return Err(StartError::Worker(failure.to_string())),
             _ = reopen.recv() => {
-                if let Some((log, _)) = &log {
-                    log.reopen();
+                if let Some(log) = &log {
+                    log.file.reopen();
                 }
             }
         }
@@ -470,8 +477,7 @@ fn clusters(config: &Sidecar, mesh: &Mesh) -> Result<ClusterEnv, StartError> {
     };
     let roots = certs::files::system_roots().map_err(|error| StartError::Setting(error.to_string()))?;
     let place = &config.workload.locality;
-    let text =
-        |text: &Option<config::fields::Text<1, 256>>| text.as_ref().map(|text| text.as_str().to_owned());
+    let text = |text: &Option<Text<1, 256>>| text.as_ref().map(|text| text.as_str().to_owned());
     Ok(ClusterEnv {
         discovery: Discovery::new(control.clone(), settings),
         tls: Arc::new(TlsClients::new(roots)),
@@ -489,65 +495,35 @@ fn clusters(config: &Sidecar, mesh: &Mesh) -> Result<ClusterEnv, StartError> {
     })
 }
 
-fn listening(
-    address: SocketAddr,
-    key: &str,
-    workers: usize,
-    doorman: Arc<dyn Doorman>,
-    addresses: &mut Addresses,
-) -> Result<Listening, StartError> {
-    let sockets = Listen { address, key: key.to_owned() }.bind(workers)?;
-    let bound = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(address);
-    addresses.0.push((key.to_owned(), bound));
-    Ok(Listening { sockets, options: ListenOptions { doorman: Some(doorman), ..ListenOptions::default() } })
+/// The access log, and what its lines look like.
+struct Log {
+    file: LogFile,
+    requests: Template,
+    bytes: Template,
 }
 
-fn inward(
-    config: &Sidecar,
-    receiver: &Arc<Receiver>,
-    addresses: &mut Addresses,
-) -> Result<Vec<Listening>, StartError> {
-    let workers = config.workers.get() as usize;
-    let mut all = Vec::new();
-    for (number, port) in config.inbound.ports.iter().enumerate() {
-        let doorman = Arc::new(Inbound { port: number, receiver: receiver.clone() });
-        let key = format!("inbound.ports.{number}.listen");
-        all.push(listening(port.listen.0, &key, workers, doorman, addresses)?);
+impl Log {
+    fn requests(&self) -> AccessLog {
+        AccessLog::new(self.requests.clone(), Escape::Default, self.file.handle())
     }
-    Ok(all)
+
+    fn bytes(&self) -> AccessLog {
+        AccessLog::new(self.bytes.clone(), Escape::Default, self.file.handle())
+    }
 }
 
-fn outward(
-    config: &Sidecar,
-    carrier: &Arc<Carrier>,
-    addresses: &mut Addresses,
-) -> Result<Vec<Listening>, StartError> {
-    let workers = config.workers.get() as usize;
-    let mut wanted = Vec::new();
-    if let Some(address) = config.outbound.http_proxy {
-        wanted.push((address, "outbound.http_proxy".to_owned(), Kind::HttpProxy));
-    }
-    if let Some(address) = config.outbound.socks5 {
-        wanted.push((address, "outbound.socks5".to_owned(), Kind::Socks5));
-    }
-    for (number, listener) in config.outbound.listeners.iter().enumerate() {
-        let kind = Kind::Service(listener.service.to_string().into());
-        wanted.push((listener.listen, format!("outbound.listeners.{number}.listen"), kind));
-    }
-    let mut all = Vec::new();
-    for (address, key, kind) in wanted {
-        let doorman = Arc::new(Outbound { kind, carrier: carrier.clone() });
-        all.push(listening(address.0, &key, workers, doorman, addresses)?);
-    }
-    Ok(all)
-}
-
-fn open_log(config: &Sidecar) -> Result<Option<(LogFile, String)>, StartError> {
+fn open_log(config: &Sidecar) -> Result<Option<Log>, StartError> {
     let Some(log) = &config.access_log else { return Ok(None) };
     let sink = log.path.as_deref().map_or(Sink::Stdout, Sink::at);
-    let format = log.format.as_ref().map_or(LOG_FORMAT, |format| format.as_str()).to_owned();
     let what = format!("access_log: {sink:?} cannot be opened");
-    LogFile::start(sink).map(|file| Some((file, format))).map_err(StartError::system(what))
+    let format = |written: &Option<Text<1, 4096>>, default| {
+        Template::parse_log_format(written.as_ref().map_or(default, |format| format.as_str()))
+    };
+    Ok(Some(Log {
+        file: LogFile::start(sink).map_err(StartError::system(what))?,
+        requests: format(&log.format, LOG_FORMAT),
+        bytes: format(&log.connection_format, connection_log::FORMAT),
+    }))
 }
 
 fn worker_settings(config: &Sidecar) -> WorkerSettings {

@@ -1,6 +1,7 @@
 //! The connections that are open, for whoever looks on and for whoever has to end some of them.
 //!
-//! A worker touches this twice a connection, when it begins and when it ends; bytes are counted in atomics of its own.
+//! A worker touches this twice a connection, when it begins and when it ends; bytes are counted in atomics of its own. One
+//! that did not turn out to be HTTP, whose requests are logged, is logged when it ends, and so is one that was refused.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,8 +11,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use certs::trust::Peer;
 use hashbrown::HashMap;
 use layers::transport::tcp::Traffic;
+use layers::upstream::opaque::OpaqueStream;
 use layers::worker::deadlines::{Ended, Watch};
 use serde_json::{Value, json};
+
+use crate::connection_log::ConnectionLog;
+
+/// What connections speak whose requests are logged.
+pub const HTTP: &str = "http";
 
 /// Which way a connection goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,18 +52,34 @@ pub struct Connection {
     pub local: SocketAddr,
     /// The port of the workload, or of the destination where it is known; 0 where it is not.
     pub port: u16,
-    /// Who it is, where it is of the mesh.
-    pub identity: Option<Arc<Peer>>,
     /// When it began.
     pub since: SystemTime,
     /// Bytes, where nobody understands them.
     pub traffic: Arc<Traffic>,
+    identity: OnceLock<Arc<Peer>>,
     protocol: OnceLock<&'static str>,
     service: OnceLock<Arc<str>>,
+    upstream: OnceLock<SocketAddr>,
+    reason: OnceLock<&'static str>,
     watch: Mutex<Option<Arc<Watch>>>,
 }
 
 impl Connection {
+    /// Who the other party is, where it is of the mesh.
+    pub fn identity(&self) -> Option<&Arc<Peer>> {
+        self.identity.get()
+    }
+
+    /// Where its bytes go, where nobody understands them.
+    pub fn upstream(&self) -> Option<SocketAddr> {
+        self.upstream.get().copied()
+    }
+
+    /// Why it ended.
+    pub fn reason(&self) -> Option<&'static str> {
+        self.reason.get().copied()
+    }
+
     /// What is spoken on it, once that is known.
     pub fn protocol(&self) -> Option<&'static str> {
         self.protocol.get().copied()
@@ -65,6 +88,24 @@ impl Connection {
     /// The service that it goes to, where it is one.
     pub fn service(&self) -> Option<&Arc<str>> {
         self.service.get()
+    }
+
+    /// The other party is this one.
+    pub fn shows(&self, peer: Arc<Peer>) {
+        let _ = self.identity.set(peer);
+    }
+
+    /// Its bytes go there.
+    pub fn reaches(&self, upstream: &OpaqueStream) {
+        let _ = self.upstream.set(upstream.address());
+        if let Some(peer) = upstream.identity().filter(|_| self.direction == Direction::Outbound) {
+            self.shows(Arc::new(peer));
+        }
+    }
+
+    /// It ends, for this reason; the first one counts.
+    pub fn ends(&self, reason: &'static str) {
+        let _ = self.reason.set(reason);
     }
 
     /// It turned out to speak this.
@@ -96,8 +137,8 @@ impl Connection {
             "peer": self.peer.to_string(),
             "local": self.local.to_string(),
             "port": self.port,
-            "identity": self.identity.as_ref().map(|peer| peer.id.as_str()),
-            "certificate_ends": self.identity.as_ref().map(|peer| seconds(peer.not_after)),
+            "identity": self.identity().map(|peer| peer.id.as_str()),
+            "certificate_ends": self.identity().map(|peer| seconds(peer.not_after)),
             "protocol": self.protocol(),
             "service": self.service().map(|service| &**service),
             "since": seconds(self.since),
@@ -121,6 +162,7 @@ pub struct Connections(Arc<Open>);
 
 #[derive(Default)]
 struct Open {
+    log: Option<ConnectionLog>,
     next: AtomicU64,
     open: Mutex<HashMap<u64, Arc<Connection>>>,
 }
@@ -135,25 +177,30 @@ pub struct Begun {
     pub local: SocketAddr,
     /// The port of the workload or the destination.
     pub port: u16,
-    /// Who it is.
-    pub identity: Option<Arc<Peer>>,
 }
 
 impl Connections {
+    /// None yet; those of bytes go to `log` when they end.
+    pub fn new(log: Option<ConnectionLog>) -> Self {
+        Self(Arc::new(Open { log, ..Open::default() }))
+    }
+
     /// A connection begins. It is there until the second value is dropped.
     pub fn begin(&self, begun: Begun) -> Tracked {
-        let Begun { direction, peer, local, port, identity } = begun;
+        let Begun { direction, peer, local, port } = begun;
         let connection = Arc::new(Connection {
             id: self.0.next.fetch_add(1, Ordering::Relaxed),
             direction,
             peer,
             local,
             port,
-            identity,
             since: SystemTime::now(),
             traffic: Arc::default(),
+            identity: OnceLock::new(),
             protocol: OnceLock::new(),
             service: OnceLock::new(),
+            upstream: OnceLock::new(),
+            reason: OnceLock::new(),
             watch: Mutex::default(),
         });
         lock(&self.0.open).insert(connection.id, connection.clone());
@@ -201,7 +248,11 @@ impl std::ops::Deref for Tracked {
 
 impl Drop for Tracked {
     fn drop(&mut self) {
-        lock(&self.connections.0.open).remove(&self.connection.id);
+        let open = &self.connections.0;
+        lock(&open.open).remove(&self.connection.id);
+        if let Some(log) = open.log.as_ref().filter(|_| self.connection.protocol() != Some(HTTP)) {
+            log.write(&self.connection);
+        }
     }
 }
 
@@ -213,7 +264,7 @@ mod tests {
     fn a_connection_is_there_while_it_is_open() {
         let connections = Connections::default();
         let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        let begun = |direction| Begun { direction, peer: address, local: address, port: 80, identity: None };
+        let begun = |direction| Begun { direction, peer: address, local: address, port: 80 };
         let first = connections.begin(begun(Direction::Inbound));
         let second = connections.begin(begun(Direction::Outbound));
         first.speaks("http/1");

@@ -1,5 +1,6 @@
 //! What the sidecar knows of a connection, from the moment it is accepted: which way it goes, and where to.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,30 +19,46 @@ pub enum To {
     Service(Arc<str>),
     /// To this host and port: an address, or a name.
     Host(Arc<str>, u16),
+    /// To this address, before the kernel led it here. A request may ask for a service by its name.
+    Captured(SocketAddr),
     /// Each request says for itself.
     Asked,
 }
 
 impl To {
-    /// An address.
-    pub fn address(address: SocketAddr) -> Self {
-        Self::Host(address.ip().to_canonical().to_string().into(), address.port())
-    }
-
     /// The address, where it is one.
     pub fn ip(&self) -> Option<IpAddr> {
         match self {
             Self::Host(host, _) => discovery::literal(host),
-            _ => None,
+            Self::Captured(address) => Some(address.ip()),
+            Self::Service(_) | Self::Asked => None,
         }
     }
+
+    /// Host and port, where it is known.
+    pub fn host(&self) -> Option<(Cow<'_, str>, u16)> {
+        match self {
+            Self::Host(host, port) => Some((Cow::Borrowed(host), *port)),
+            Self::Captured(address) => Some((Cow::Owned(address.ip().to_string()), address.port())),
+            Self::Service(_) | Self::Asked => None,
+        }
+    }
+}
+
+/// How a connection to the workload has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// By the listener with this number in the snapshot.
+    Listener(usize),
+    /// It was going to this address of the workload.
+    Captured(SocketAddr),
 }
 
 /// The way of a connection.
 #[derive(Debug)]
 pub enum Way {
-    /// To the port of the workload with this number in the snapshot; what a sidecar carries in it, if it is of the mesh.
-    In(usize, Option<Carries>),
+    /// To a port of the workload; what a sidecar carries in it, if it is of the mesh.
+    In(Entrance, Option<Carries>),
     /// From the workload.
     Out(To),
 }
@@ -51,7 +68,7 @@ pub struct SideDoor {
     /// Where it goes.
     pub way: Way,
     /// It is open as long as this is there.
-    pub tracked: Tracked,
+    pub tracked: Rc<Tracked>,
     /// Its leave to be there, on the way in.
     pub admission: Option<Admission>,
 }

@@ -5,6 +5,7 @@
 //! byte reaches the application.
 
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use layers::local::LocalBox;
 use layers::telemetry::metrics::Metrics;
 use layers::transport::detect::{First, HelloRead, detect, hello};
 use layers::transport::tcp;
+use layers::upstream::cluster::Cluster;
 use layers::upstream::mesh::Carries;
 use layers::upstream::opaque::{self, OpaqueStream};
 use layers::worker::deadlines::Phase;
@@ -31,8 +33,9 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::TlsAcceptor;
 
-use crate::connections::{Begun, Connections, Direction, Tracked};
-use crate::door::{OwnLive, SideDoor, Way};
+use crate::captured::Captures;
+use crate::connections::{Begun, Connections, Direction, HTTP, Tracked};
+use crate::door::{Entrance, OwnLive, SideDoor, Way};
 use crate::live::{self, Admission};
 use crate::matcher::What;
 use crate::policy::Sight;
@@ -50,6 +53,8 @@ pub struct Receiver {
     pub policies: Arc<Published<Sight>>,
     /// Who this is.
     pub identity: MeshIdentity,
+    /// Which captured connections are taken.
+    pub captures: Captures,
     /// How hands are shaken with other sidecars.
     pub tls: Arc<ServerConfig>,
     /// Open connections.
@@ -89,10 +94,19 @@ impl Handshakes {
     }
 }
 
-/// Meets the connections of one port of the application.
+/// Which connections come by a listener.
+#[derive(Clone, Copy, Debug)]
+pub enum By {
+    /// Those for the port with this number in the snapshot.
+    Port(usize),
+    /// Those that the kernel has led here.
+    Capture,
+}
+
+/// Meets the connections of one listener.
 pub struct Inbound {
-    /// Its number in the snapshot.
-    pub port: usize,
+    /// Which they are.
+    pub by: By,
     /// What connections are taken with.
     pub receiver: Arc<Receiver>,
 }
@@ -100,19 +114,35 @@ pub struct Inbound {
 impl Doorman for Inbound {
     fn meet(self: Arc<Self>, socket: Socket, arrival: Arrival) -> LocalBox<'static, Met> {
         Box::pin(async move {
-            let snapshot = self.receiver.snapshot.load();
-            let Some(port) = snapshot.ports.get(self.port).cloned() else { return Met::Over };
-            let visit =
-                Visit { receiver: &self.receiver, arrival: &arrival, number: self.port, port, snapshot };
-            match visit.take(socket).await {
-                Ok(met) => met,
-                Err(error) => {
-                    let refused = matches!(error.reason(), Reason::MeshPeer | Reason::TlsFailed);
-                    tracing::info!(peer = %arrival.ends.source, %error, "connection refused");
-                    if refused { Met::Failed } else { Met::Over }
-                }
-            }
+            self.visit(socket, &arrival).await.unwrap_or_else(|error| {
+                let refused = matches!(error.reason(), Reason::MeshPeer | Reason::TlsFailed);
+                tracing::info!(peer = %arrival.ends.source, %error, "connection refused");
+                if refused { Met::Failed } else { Met::Over }
+            })
         })
+    }
+}
+
+impl Inbound {
+    async fn visit(&self, socket: Socket, arrival: &Arrival) -> Result<Met, Error> {
+        let receiver = &self.receiver;
+        let entrance = match self.by {
+            By::Port(number) => Entrance::Listener(number),
+            By::Capture => Entrance::Captured(receiver.captures.inbound(&socket)?),
+        };
+        let snapshot = receiver.snapshot.load();
+        let port = snapshot.port(entrance)?;
+        let tracked = receiver.connections.begin(Begun {
+            direction: Direction::Inbound,
+            peer: arrival.ends.source,
+            local: arrival.ends.destination,
+            port: port.forward.port(),
+        });
+        tracked.goes_to(&snapshot.workload);
+        tracked.watched(&arrival.watch);
+        let visit = Visit { receiver, arrival, entrance, port, snapshot, tracked: Rc::new(tracked) };
+        let met = visit.take(socket).await;
+        met.inspect_err(|error| visit.tracked.ends(error.reason().code()))
     }
 }
 
@@ -120,9 +150,10 @@ impl Doorman for Inbound {
 struct Visit<'a> {
     receiver: &'a Arc<Receiver>,
     arrival: &'a Arrival,
-    number: usize,
+    entrance: Entrance,
     port: Arc<Port>,
     snapshot: Arc<Snapshot>,
+    tracked: Rc<Tracked>,
 }
 
 /// What the other end has shown.
@@ -140,6 +171,10 @@ enum Told {
 }
 
 impl Visit<'_> {
+    fn cluster(&self) -> &Arc<Cluster> {
+        &self.port.application.cluster
+    }
+
     async fn take(&self, mut socket: Socket) -> Result<Met, Error> {
         match self.tell(&mut socket).await? {
             Told::Mesh => self.mesh(socket).await,
@@ -161,7 +196,7 @@ impl Visit<'_> {
         let (first, dialled) = if waits {
             (client_first(socket).await.map_err(gone)?, None)
         } else {
-            let (cluster, metrics) = (self.port.cluster.clone(), self.receiver.metrics.clone());
+            let (cluster, metrics) = (self.cluster().clone(), self.receiver.metrics.clone());
             let dial = move || -> LocalBox<'static, _> {
                 Box::pin(async move { opaque::dial(&cluster, 0, &metrics).await })
             };
@@ -236,17 +271,13 @@ impl Visit<'_> {
             authorities: above.map(|authority| Fingerprint::of(authority)).collect(),
             connected: Some(Arc::new(self.receiver.identity.connected())),
         };
+        self.tracked.shows(peer);
         let admission = self.admit(shown, carries == Carries::Opaque)?;
-        let tracked = self.track(Some(peer));
         let stream = Stream::Tls(Box::new(stream));
         Ok(match carries {
-            Carries::Opaque => return self.bytes(stream, None, tracked, admission).await,
-            Carries::Requests => {
-                self.http(stream, Some(tls), Speaks::Http2, Some(carries), tracked, admission)
-            }
-            Carries::Upgrades => {
-                self.http(stream, Some(tls), Speaks::Http1, Some(carries), tracked, admission)
-            }
+            Carries::Opaque => return self.bytes(stream, None, admission).await,
+            Carries::Requests => self.http(stream, Some(tls), Speaks::Http2, Some(carries), admission),
+            Carries::Upgrades => self.http(stream, Some(tls), Speaks::Http1, Some(carries), admission),
         })
     }
 
@@ -263,25 +294,11 @@ impl Visit<'_> {
             First::Tls | First::Opaque => None,
         };
         let admission = self.admit(Shown::default(), speaks.is_none())?;
-        let tracked = self.track(None);
         let stream = Stream::Plain(socket);
         match speaks {
-            Some(speaks) => Ok(self.http(stream, None, speaks, None, tracked, admission)),
-            None => self.bytes(stream, dialled, tracked, admission).await,
+            Some(speaks) => Ok(self.http(stream, None, speaks, None, admission)),
+            None => self.bytes(stream, dialled, admission).await,
         }
-    }
-
-    fn track(&self, identity: Option<Arc<Peer>>) -> Tracked {
-        let tracked = self.receiver.connections.begin(Begun {
-            direction: Direction::Inbound,
-            peer: self.arrival.ends.source,
-            local: self.arrival.ends.destination,
-            port: self.port.forward.port(),
-            identity,
-        });
-        tracked.goes_to(&self.snapshot.workload);
-        tracked.watched(&self.arrival.watch);
-        tracked
     }
 
     /// Asks the policies about a connection that carries bytes. Requests are asked about one by one, so that who may not
@@ -320,14 +337,17 @@ impl Visit<'_> {
         tls: Option<Tls>,
         speaks: Speaks,
         carries: Option<Carries>,
-        tracked: Tracked,
         admission: Admission,
     ) -> Met {
-        tracked.speaks("http");
+        self.tracked.speaks(HTTP);
         let ends = self.arrival.ends;
         let mut conn = Conn::new(ends.source, ends.destination, tls);
-        let door = SideDoor { way: Way::In(self.number, carries), tracked, admission: Some(admission) };
-        conn.door = Some(OwnDoor::new(std::rc::Rc::new(door)));
+        let door = SideDoor {
+            way: Way::In(self.entrance, carries),
+            tracked: self.tracked.clone(),
+            admission: Some(admission),
+        };
+        conn.door = Some(OwnDoor::new(Rc::new(door)));
         Met::Http { stream, conn: Box::new(conn), speaks }
     }
 
@@ -336,21 +356,22 @@ impl Visit<'_> {
         &self,
         stream: Stream,
         dialled: Option<(OpaqueStream, Bytes)>,
-        tracked: Tracked,
         admission: Admission,
     ) -> Result<Met, Error> {
         let _counted = self.arrival.opaque();
-        tracked.speaks("tcp");
+        self.tracked.speaks("tcp");
         admission.carries_bytes();
         let (upstream, early) = match dialled {
             Some(dialled) => dialled,
-            None => (opaque::dial(&self.port.cluster, 0, &self.receiver.metrics).await?, Bytes::new()),
+            None => (opaque::dial(self.cluster(), 0, &self.receiver.metrics).await?, Bytes::new()),
         };
-        let copying = tcp::copy(stream, upstream, early, self.snapshot.idle, &tracked.traffic);
-        tokio::select! {
-            ended = copying => tracing::debug!(peer = %self.arrival.ends.source, ?ended, "opaque connection ended"),
-            () = admission.revoked() => {}
-        }
+        self.tracked.reaches(&upstream);
+        let copying = tcp::copy(stream, upstream, early, self.snapshot.idle, &self.tracked.traffic);
+        let why = tokio::select! {
+            ended = copying => ended.as_str(),
+            why = admission.revoked() => why,
+        };
+        self.tracked.ends(why);
         Ok(Met::Over)
     }
 }

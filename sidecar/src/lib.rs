@@ -7,10 +7,13 @@
 
 pub mod admin;
 pub mod app;
+pub mod applications;
 pub mod authorize;
 pub mod capture;
+pub mod captured;
 pub mod client_cert;
 pub mod connect;
+pub mod connection_log;
 pub mod connections;
 #[cfg(test)]
 mod documented;
@@ -18,11 +21,13 @@ pub mod door;
 mod drain;
 pub mod egress;
 pub mod inbound;
+pub mod listeners;
 pub mod live;
 mod lookup;
 pub mod matcher;
 pub mod outbound;
 pub mod policy;
+mod recent;
 pub mod running;
 pub mod services;
 pub mod snapshot;

@@ -65,7 +65,8 @@ struct Entry {
     arrival: Arrival,
     live: Weak<Live>,
     bytes: Cell<bool>,
-    ended: Cell<bool>,
+    /// Why it was forbidden.
+    ended: Cell<Option<&'static str>>,
     told: Notify,
     watch: RefCell<Option<Arc<Watch>>>,
     at_work: RefCell<Vec<AtWork>>,
@@ -115,7 +116,7 @@ impl Live {
             arrival,
             live: Rc::downgrade(self),
             bytes: Cell::new(false),
-            ended: Cell::new(false),
+            ended: Cell::new(None),
             told: Notify::new(),
             watch: RefCell::default(),
             at_work: RefCell::default(),
@@ -209,9 +210,10 @@ fn without_port(host: &str) -> &str {
 
 impl Entry {
     fn end(&self, why: &'static str) {
-        if self.ended.replace(true) {
+        if self.ended.get().is_some() {
             return;
         }
+        self.ended.set(Some(why));
         let identity = self.arrival.peer.as_ref().map_or("-", |peer| peer.id.as_str());
         tracing::info!(peer = %self.arrival.from, identity, port = self.arrival.port, why, "connection ended");
         if let Some(watch) = &*self.watch.borrow() {
@@ -252,19 +254,19 @@ impl Admission {
     /// From now on it is served as HTTP, and can be ended by `watch`.
     pub fn watched(&self, watch: &Arc<Watch>) {
         *self.0.watch.borrow_mut() = Some(watch.clone());
-        if self.0.ended.get() {
+        if self.0.ended.get().is_some() {
             watch.end(Ended::Forbidden);
         }
     }
 
-    /// Waits until it is forbidden.
-    pub fn revoked(&self) -> impl Future<Output = ()> + use<> {
+    /// Waits until it is forbidden: by what.
+    pub fn revoked(&self) -> impl Future<Output = &'static str> + use<> {
         let entry = self.0.clone();
         async move {
             loop {
                 let told = entry.told.notified();
-                if entry.ended.get() {
-                    return;
+                if let Some(why) = entry.ended.get() {
+                    return why;
                 }
                 told.await;
             }
@@ -273,7 +275,7 @@ impl Admission {
 
     /// Whether it is forbidden by now.
     pub fn is_revoked(&self) -> bool {
-        self.0.ended.get()
+        self.0.ended.get().is_some()
     }
 
     /// A request that was allowed is at work until it is over, or the tunnel that it becomes.

@@ -19,6 +19,7 @@ use layers::vars::OwnVars;
 use layers::worker::view::View;
 use tower::{Layer, Service};
 
+use crate::applications::Application;
 use crate::connections::Direction;
 use crate::door::{SideDoor, To, Way};
 use crate::outbound::Carrier;
@@ -81,15 +82,16 @@ impl LookupLayer {
         let lost = || Error::new(Reason::Internal).detail("nothing is known of the connection");
         let door = SideDoor::of(&conn).ok_or_else(lost)?;
         let (direction, target) = match &door.way {
-            Way::In(number, carries) => {
-                let port = snapshot.ports.get(*number).ok_or_else(lost)?;
+            Way::In(entrance, carries) => {
+                let port = snapshot.port(*entrance)?;
                 let http1 = match (port.protocol, carries) {
                     (Protocol::Http1, _) | (_, Some(Carries::Upgrades)) => true,
                     (Protocol::Http2 | Protocol::Grpc, _) => false,
                     (_, Some(_)) => spoken.is_some_and(|spoken| spoken == SPOKEN_HTTP1),
                     (_, None) => x.request.version < Version::HTTP_2,
                 };
-                (Direction::Inbound, if http1 { port.http1.clone() } else { port.http2.clone() })
+                let Application { http1: one, http2: two, .. } = &*port.application;
+                (Direction::Inbound, if http1 { one.clone() } else { two.clone() })
             }
             Way::Out(to) => {
                 let target = self.outward(x, &snapshot, to)?;
@@ -109,7 +111,9 @@ impl LookupLayer {
 
     /// Where a request of the application goes.
     fn outward(&self, x: &State, snapshot: &Snapshot, to: &To) -> Result<Arc<Target>, Error> {
-        if let Some(service) = snapshot.service_of(to) {
+        // A captured connection had an address, which may stand for many services; a name says more.
+        let named = matches!(to, To::Captured(_)).then(|| snapshot.named(&x.host)).flatten();
+        if let Some(service) = named.or_else(|| snapshot.service_of(to)) {
             return Ok(service.target.clone());
         }
         let port = || x.request.headers.get(header::HOST).and_then(|host| port(host.as_bytes()));
@@ -118,7 +122,7 @@ impl LookupLayer {
                 let error = Error::new(Reason::ServiceNotFound);
                 return Err(error.detail("the service is not in the file any more"));
             }
-            To::Host(..) => to.clone(),
+            To::Host(..) | To::Captured(_) => to.clone(),
             To::Asked => {
                 // An address of IPv6 stands in brackets there.
                 let host =
@@ -133,11 +137,11 @@ impl LookupLayer {
         let Some(carrier) = &self.carrier else { return Err(Error::new(Reason::ServiceNotFound)) };
         let asked = (to.ip().is_some()).then_some(&*x.host).filter(|host| discovery::literal(host).is_none());
         carrier.may_leave(&to, asked)?;
-        match &to {
-            To::Host(host, port) => {
-                carrier.passthrough.target(host, *port, x.request.version == Version::HTTP_2)
+        match to.host() {
+            Some((host, port)) => {
+                carrier.passthrough.target(&host, port, x.request.version == Version::HTTP_2)
             }
-            _ => Err(Error::new(Reason::ServiceNotFound)),
+            None => Err(Error::new(Reason::ServiceNotFound)),
         }
     }
 }

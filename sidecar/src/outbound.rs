@@ -4,6 +4,8 @@
 //! SOCKS5 has said it, a redirected connection had it), or each request says it. Requests go through the stack; bytes that
 //! nobody understands go to one endpoint of the service. What is no service is passed on as it is, if policy allows it.
 
+use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -23,8 +25,9 @@ use layers::worker::view::Published;
 use layers::worker::{Arrival, Doorman, Met};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::captured::Captures;
 use crate::connect::{self, Asked};
-use crate::connections::{Begun, Connections, Direction, Tracked};
+use crate::connections::{Begun, Connections, Direction, HTTP, Tracked};
 use crate::door::{SideDoor, To, Way};
 use crate::egress;
 use crate::policy::Sight;
@@ -47,6 +50,8 @@ pub enum Kind {
     HttpProxy,
     /// As to a SOCKS5 proxy.
     Socks5,
+    /// It does not: the kernel has led it here.
+    Capture,
 }
 
 /// What connections of the workload are carried with; shared by all listeners.
@@ -55,6 +60,8 @@ pub struct Carrier {
     pub snapshot: Arc<Published<Snapshot>>,
     /// Ways out of the mesh.
     pub passthrough: Passthrough,
+    /// Which captured connections are taken.
+    pub captures: Captures,
     /// Open connections.
     pub connections: Connections,
     /// What the policies say.
@@ -84,6 +91,7 @@ impl Doorman for Outbound {
                 }
                 Kind::HttpProxy => self.proxy(socket, &arrival).await,
                 Kind::Socks5 => self.socks5(socket, &arrival).await,
+                Kind::Capture => self.captured(socket, &arrival).await,
             };
             met.unwrap_or_else(|error| {
                 tracing::info!(%peer, %error, "connection of the workload ended");
@@ -143,7 +151,7 @@ impl Outbound {
                 }
                 Asked::Request => {
                     socket.put_back(&read);
-                    let tracked = self.carrier.begin(arrival, 0);
+                    let tracked = Rc::new(self.carrier.begin(arrival, 0));
                     return Ok(http(socket, arrival, To::Asked, tracked, Speaks::Either));
                 }
             }
@@ -159,9 +167,29 @@ impl Outbound {
 }
 
 /// Where the bytes of a connection go, if nobody understands them.
+#[derive(Clone)]
 struct Opaque {
     cluster: Arc<Cluster>,
-    service: Option<Arc<Service>>,
+    /// The one endpoint that was asked for.
+    endpoint: Option<SocketAddr>,
+}
+
+impl Opaque {
+    async fn dial(&self, metrics: &Metrics) -> Result<OpaqueStream, Error> {
+        match self.endpoint {
+            Some(endpoint) => opaque::dial_at(&self.cluster, endpoint).await,
+            None => opaque::dial(&self.cluster, 0, metrics).await,
+        }
+    }
+}
+
+impl Outbound {
+    async fn captured(&self, mut socket: Socket, arrival: &Arrival) -> Result<Met, Error> {
+        match self.carrier.captures.outbound(&mut socket).await? {
+            None => Ok(Met::Over),
+            Some(to) => self.carrier.clone().carry(socket, arrival, To::Captured(to), Answer::None).await,
+        }
+    }
 }
 
 impl Carrier {
@@ -171,7 +199,6 @@ impl Carrier {
             peer: arrival.ends.source,
             local: arrival.ends.destination,
             port,
-            identity: None,
         });
         tracked.watched(&arrival.watch);
         tracked
@@ -183,113 +210,35 @@ impl Carrier {
     /// Why it ends; whoever asked for the way has been told.
     pub async fn carry(
         self: Arc<Self>,
-        mut socket: Socket,
+        socket: Socket,
         arrival: &Arrival,
         to: To,
         answer: Answer,
     ) -> Result<Met, Error> {
-        let snapshot = self.snapshot.load();
-        let service = snapshot.service_of(&to).cloned();
-        let port = match &to {
-            To::Host(_, port) => *port,
-            _ => 0,
-        };
-        let tracked = self.begin(arrival, port);
-        if let Some(service) = &service {
-            tracked.goes_to(&service.name);
-        }
-        let allowed = match (&service, &to) {
-            (Some(_), _) => Ok(()),
-            (None, To::Host(..)) => self.may_leave(&to, None),
-            (None, _) => {
-                Err(Error::new(Reason::ServiceNotFound).detail("the service is not in the file any more"))
-            }
-        };
-        if let Err(error) = allowed {
-            answer.refused(&mut socket, true).await;
-            return Err(error);
-        }
-        // The way is as good as open: whether the other side can be reached shows when it is known what is spoken. A
-        // client that is asked for by `CONNECT` or SOCKS5 says nothing before it has heard.
-        let declared = service.as_ref().map_or(Protocol::Auto, |service| service.protocol);
-        let declared = match declared {
-            Protocol::Auto if port > 0 && snapshot.is_opaque(port) => Protocol::Tcp,
-            declared => declared,
-        };
-        let speaks = match declared {
-            Protocol::Http1 => Some(Speaks::Http1),
-            Protocol::Http2 | Protocol::Grpc => Some(Speaks::Either),
-            Protocol::Auto | Protocol::Tcp => None,
-        };
-        if let Some(speaks) = speaks {
-            answer.opened(&mut socket).await.map_err(gone)?;
-            return Ok(http(socket, arrival, to, tracked, speaks));
-        }
-        let opaque = self.opaque(service, &to)?;
-        if declared == Protocol::Tcp {
-            return self.bytes(socket, arrival, &opaque, tracked, answer, None).await;
-        }
-        answer.opened(&mut socket).await.map_err(gone)?;
-        let (cluster, metrics) = (opaque.cluster.clone(), self.metrics.clone());
-        let dial = move || -> LocalBox<'static, _> {
-            Box::pin(async move { opaque::dial(&cluster, 0, &metrics).await })
-        };
-        // From here on the other side may be the one that is waited for.
-        let counted = arrival.opaque();
-        let spoken = speaks::first(&mut socket, snapshot.detect, dial).await;
-        drop(counted);
-        match spoken.map_err(|silent| Error::new(Reason::ConnectFailed).because(silent))? {
-            Spoken::Client(First::Http1, _) => Ok(http(socket, arrival, to, tracked, Speaks::Http1)),
-            Spoken::Client(First::Http2, _) => Ok(http(socket, arrival, to, tracked, Speaks::Either)),
-            Spoken::Client(First::Tls, dialled) => {
-                if opaque.service.is_none() {
-                    let name = server_name(&mut socket).await.map_err(gone)?;
-                    self.may_leave(&to, name.as_deref())?;
-                }
-                tracked.speaks("tls");
-                self.bytes(
-                    socket,
-                    arrival,
-                    &opaque,
-                    tracked,
-                    Answer::None,
-                    dialled.map(|it| (it, Bytes::new())),
-                )
-                .await
-            }
-            Spoken::Client(First::Opaque, dialled) => {
-                let dialled = dialled.map(|stream| (stream, Bytes::new()));
-                self.bytes(socket, arrival, &opaque, tracked, Answer::None, dialled).await
-            }
-            Spoken::Server(stream, early) => {
-                self.bytes(socket, arrival, &opaque, tracked, Answer::None, Some((stream, early))).await
-            }
-        }
+        let port = to.host().map_or(0, |(_, port)| port);
+        let tracked = Rc::new(self.begin(arrival, port));
+        let passage = Passage { carrier: &self, arrival, to, port, answer, tracked: tracked.clone() };
+        passage.carry(socket).await.inspect_err(|error| tracked.ends(error.reason().code()))
     }
 
-    fn opaque(&self, service: Option<Arc<Service>>, to: &To) -> Result<Opaque, Error> {
-        if let Some(service) = service {
-            return Ok(Opaque { cluster: service.cluster.clone(), service: Some(service) });
-        }
-        let To::Host(host, port) = to else {
-            return Err(Error::new(Reason::NoUpstream));
-        };
-        let target = self.passthrough.target(host, *port, false)?;
-        match &target.destination {
-            Destination::Cluster(cluster) => Ok(Opaque { cluster: cluster.clone(), service: None }),
-            Destination::Nothing(reason) => Err(Error::new(*reason)),
-        }
+    /// Whether the workload may go to an address by whatever name. Nothing is counted.
+    fn would_leave(&self, to: &To) -> bool {
+        let Some((_, port)) = to.host() else { return true };
+        self.policies.load().would_leave(&egress::Destination { name: None, address: to.ip(), port })
     }
 
-    /// Whether the workload may go to what is no service. `name` is what TLS asks for.
+    /// Whether the workload may go to what is no service. `name` is what TLS or a request asks for.
     ///
     /// # Errors
     /// Why not.
     pub fn may_leave(&self, to: &To, name: Option<&str>) -> Result<(), Error> {
-        let To::Host(host, port) = to else { return Ok(()) };
+        let Some((host, port)) = to.host() else { return Ok(()) };
         let address = to.ip();
-        let name = name.or(address.is_none().then_some(&**host));
-        let verdict = self.policies.load().egress(&egress::Destination { name, address, port: *port });
+        if let Some(ip) = address {
+            self.captures.refuse_loop(SocketAddr::new(ip, port))?;
+        }
+        let name = name.or(address.is_none().then_some(&*host));
+        let verdict = self.policies.load().egress(&egress::Destination { name, address, port });
         if verdict.audited {
             tracing::info!(host = %host, port, policy = %verdict.policy, "would be refused");
         }
@@ -299,23 +248,141 @@ impl Carrier {
         let why = format!("{host}:{port} by {}: {}", verdict.policy, verdict.why.unwrap_or_default());
         Err(Error::new(Reason::EgressDenied).detail(why))
     }
+}
+
+/// One connection on its way out.
+struct Passage<'a> {
+    carrier: &'a Carrier,
+    arrival: &'a Arrival,
+    to: To,
+    /// Of the destination; 0 where it is not known.
+    port: u16,
+    answer: Answer,
+    tracked: Rc<Tracked>,
+}
+
+impl Passage<'_> {
+    async fn carry(&self, mut socket: Socket) -> Result<Met, Error> {
+        let snapshot = self.carrier.snapshot.load();
+        let service = snapshot.service_of(&self.to).cloned();
+        if let Some(service) = &service {
+            self.tracked.goes_to(&service.name);
+        }
+        // A captured connection says only later by which name it wants to go there.
+        let is_named = !matches!(self.to, To::Captured(_));
+        let allowed = match (&service, &self.to) {
+            (Some(_), _) => Ok(()),
+            (None, To::Host(..)) => self.carrier.may_leave(&self.to, None),
+            (None, To::Captured(_)) => Ok(()),
+            (None, To::Service(_) | To::Asked) => {
+                Err(Error::new(Reason::ServiceNotFound).detail("the service is not in the file any more"))
+            }
+        };
+        if let Err(error) = allowed {
+            self.answer.refused(&mut socket, true).await;
+            return Err(error);
+        }
+        // The way is as good as open: whether the other side can be reached shows when it is known what is spoken. A
+        // client that is asked for by `CONNECT` or SOCKS5 says nothing before it has heard.
+        let declared = service.as_ref().map_or(Protocol::Auto, |service| service.protocol);
+        let declared = match declared {
+            Protocol::Auto if self.port > 0 && snapshot.is_opaque(self.port) => Protocol::Tcp,
+            declared => declared,
+        };
+        let speaks = match declared {
+            Protocol::Http1 => Some(Speaks::Http1),
+            Protocol::Http2 | Protocol::Grpc => Some(Speaks::Either),
+            Protocol::Auto | Protocol::Tcp => None,
+        };
+        if let Some(speaks) = speaks {
+            self.answer.opened(&mut socket).await.map_err(gone)?;
+            return Ok(self.http(socket, speaks));
+        }
+        let leaves = service.is_none() && !is_named;
+        let opaque = self.opaque(service.as_ref())?;
+        if declared == Protocol::Tcp {
+            if leaves {
+                self.carrier.may_leave(&self.to, None)?;
+            }
+            return self.bytes(socket, &opaque, self.answer, None).await;
+        }
+        self.answer.opened(&mut socket).await.map_err(gone)?;
+        // Nobody is connected who may turn out to be forbidden.
+        let waits = leaves && !self.carrier.would_leave(&self.to);
+        let (to_dial, metrics) = (opaque.clone(), self.carrier.metrics.clone());
+        let dial = move || -> LocalBox<'static, _> {
+            Box::pin(async move {
+                match waits {
+                    true => std::future::pending().await,
+                    false => to_dial.dial(&metrics).await,
+                }
+            })
+        };
+        // From here on the other side may be the one that is waited for.
+        let counted = (!waits).then(|| self.arrival.opaque());
+        let spoken = speaks::first(&mut socket, snapshot.detect, dial).await;
+        drop(counted);
+        let early = |dialled: Option<OpaqueStream>| dialled.map(|stream| (stream, Bytes::new()));
+        let (dialled, is_tls) =
+            match spoken.map_err(|silent| Error::new(Reason::ConnectFailed).because(silent))? {
+                Spoken::Client(First::Http1, _) => return Ok(self.http(socket, Speaks::Http1)),
+                Spoken::Client(First::Http2, _) => return Ok(self.http(socket, Speaks::Either)),
+                Spoken::Client(First::Tls, dialled) => (early(dialled), true),
+                Spoken::Client(First::Opaque, dialled) => (early(dialled), false),
+                Spoken::Server(stream, early) => (Some((stream, early)), false),
+            };
+        if is_tls {
+            self.tracked.speaks("tls");
+        }
+        if service.is_none() {
+            let name = if is_tls { server_name(&mut socket).await.map_err(gone)? } else { None };
+            let named = name.as_deref().filter(|_| leaves).and_then(|name| snapshot.named(name));
+            if let Some(service) = named {
+                self.tracked.goes_to(&service.name);
+                let opaque = Opaque { cluster: service.cluster.clone(), endpoint: None };
+                return self.bytes(socket, &opaque, Answer::None, None).await;
+            }
+            // What has said its name before was asked about then.
+            if leaves || name.is_some() {
+                self.carrier.may_leave(&self.to, name.as_deref())?;
+            }
+        }
+        self.bytes(socket, &opaque, Answer::None, dialled).await
+    }
+
+    fn opaque(&self, service: Option<&Arc<Service>>) -> Result<Opaque, Error> {
+        if let Some(service) = service {
+            // Who has asked for one node of several may mean this one, as clients of databases do.
+            let endpoint = match self.to {
+                To::Captured(address) if service.cluster.has_endpoint(address) => Some(address),
+                _ => None,
+            };
+            return Ok(Opaque { cluster: service.cluster.clone(), endpoint });
+        }
+        let Some((host, port)) = self.to.host() else {
+            return Err(Error::new(Reason::NoUpstream));
+        };
+        let target = self.carrier.passthrough.target(&host, port, false)?;
+        match &target.destination {
+            Destination::Cluster(cluster) => Ok(Opaque { cluster: cluster.clone(), endpoint: None }),
+            Destination::Nothing(reason) => Err(Error::new(*reason)),
+        }
+    }
 
     /// Carries bytes to an endpoint, which may be connected already.
     async fn bytes(
         &self,
         mut socket: Socket,
-        arrival: &Arrival,
         opaque: &Opaque,
-        tracked: Tracked,
         answer: Answer,
         dialled: Option<(OpaqueStream, Bytes)>,
     ) -> Result<Met, Error> {
-        let snapshot = self.snapshot.load();
-        let _counted = arrival.opaque();
-        tracked.speaks("tcp");
+        let snapshot = self.carrier.snapshot.load();
+        let _counted = self.arrival.opaque();
+        self.tracked.speaks("tcp");
         let (stream, early) = match dialled {
             Some(dialled) => dialled,
-            None => match opaque::dial(&opaque.cluster, 0, &self.metrics).await {
+            None => match opaque.dial(&self.carrier.metrics).await {
                 Ok(stream) => (stream, Bytes::new()),
                 Err(error) => {
                     answer.refused(&mut socket, false).await;
@@ -323,24 +390,29 @@ impl Carrier {
                 }
             },
         };
+        self.tracked.reaches(&stream);
         answer.opened(&mut socket).await.map_err(gone)?;
         let revoked = stream.revoked();
-        let copying = tcp::copy(socket, stream, early, snapshot.idle, &tracked.traffic);
-        tokio::select! {
-            ended = copying => tracing::debug!(peer = %arrival.ends.source, ?ended, "opaque connection ended"),
-            () = revoked => tracing::info!(peer = %arrival.ends.source, "opaque connection cut: its peer was revoked"),
-        }
+        let copying = tcp::copy(socket, stream, early, snapshot.idle, &self.tracked.traffic);
+        let why = tokio::select! {
+            ended = copying => ended.as_str(),
+            () = revoked => "revoked",
+        };
+        self.tracked.ends(why);
         Ok(Met::Over)
+    }
+
+    fn http(&self, socket: Socket, speaks: Speaks) -> Met {
+        http(socket, self.arrival, self.to.clone(), self.tracked.clone(), speaks)
     }
 }
 
 /// The connection goes on as HTTP.
-fn http(socket: Socket, arrival: &Arrival, to: To, tracked: Tracked, speaks: Speaks) -> Met {
-    tracked.speaks("http");
+fn http(socket: Socket, arrival: &Arrival, to: To, tracked: Rc<Tracked>, speaks: Speaks) -> Met {
+    tracked.speaks(HTTP);
     let ends = arrival.ends;
     let mut conn = Conn::plain(ends.source, ends.destination);
-    conn.door =
-        Some(OwnDoor::new(std::rc::Rc::new(SideDoor { way: Way::Out(to), tracked, admission: None })));
+    conn.door = Some(OwnDoor::new(Rc::new(SideDoor { way: Way::Out(to), tracked, admission: None })));
     Met::Http { stream: Stream::Plain(socket), conn: Box::new(conn), speaks }
 }
 

@@ -134,6 +134,11 @@ impl Sight {
         }
     }
 
+    /// Whether a connection may leave the mesh, without counting it.
+    pub fn would_leave(&self, to: &Destination<'_>) -> bool {
+        self.in_force.as_ref().is_some_and(|in_force| in_force.egress.decide(to).allowed)
+    }
+
     /// Whether an address has to be known before [`egress`](Self::egress) can decide.
     pub fn egress_needs_address(&self) -> bool {
         self.in_force.as_ref().is_some_and(|in_force| in_force.egress.needs_address())

@@ -4,6 +4,7 @@
 //! connection, but for what new policies forbid. On the control side.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use config::fields::Plugins;
 use config::id::{Kind, ResourceKey};
 use config::mesh::ServicePolicy;
 use config::meta::Role;
-use config::sidecar::Sidecar;
+use config::sidecar::{Inbound, Sidecar};
 use hashbrown::HashMap;
 use layers::assembly::Assembly;
 use layers::carry::Carry;
@@ -28,9 +29,10 @@ use layers::worker::view::Published;
 use plugins::support::http_call::{self, HttpClient};
 use tokio::task::JoinHandle;
 
+use crate::applications::Applications;
 use crate::policy::PolicyTable;
-use crate::services::{self, Services};
-use crate::snapshot::{Port, Rest, Snapshot};
+use crate::services::Services;
+use crate::snapshot::{Port, Ports, Rest, Snapshot};
 use crate::tokens::Issuers;
 
 /// How often the file is looked at.
@@ -50,6 +52,7 @@ struct Inner {
     endpoints: Endpoints,
     metrics: Arc<Metrics>,
     clusters: ClusterEnv,
+    applications: Arc<Applications>,
     published: Arc<Published<Snapshot>>,
     policies: PolicyTable,
     state: Mutex<State>,
@@ -58,7 +61,7 @@ struct Inner {
 struct State {
     config: Sidecar,
     services: Services,
-    ports: BTreeMap<std::net::SocketAddr, Arc<Port>>,
+    ports: BTreeMap<SocketAddr, Arc<Port>>,
     /// Fetches the keys of issuers.
     fetching: Option<JoinHandle<()>>,
     problem: Option<String>,
@@ -97,6 +100,7 @@ impl Running {
             consumers: Consumers::default(),
             endpoints: Endpoints::default(),
             metrics,
+            applications: Arc::new(Applications::new(&clusters, &config.workload.service)),
             clusters,
             published,
             policies,
@@ -204,7 +208,7 @@ impl Running {
         };
         let mut guard = self.state();
         let state = &mut *guard;
-        let ports = self.ports(&config, &state.ports)?;
+        let (ports, named) = self.ports(&config, &state.ports)?;
         let built = |policy: &ServicePolicy| self.plan(policy);
         let services = state.services.settle(&config.services, &inner.clusters, &built)?;
         let rest = Rest {
@@ -214,9 +218,14 @@ impl Running {
             idle: config.limits.idle.duration(),
         };
         // Listeners stay in the order in which they were bound.
-        let order = state.config.inbound.ports.iter().map(|port| port.listen.0);
-        let in_order = order.filter_map(|listen| ports.get(&listen).cloned()).collect();
-        inner.published.publish(Arc::new(Snapshot::new(services, in_order, rest)));
+        let order = state.config.inbound.ports.iter().filter_map(|port| port.listen);
+        let all = Ports {
+            listening: order.filter_map(|listen| ports.get(&listen.0).cloned()).collect(),
+            named,
+            mode: config.inbound.mode,
+            others: Some(inner.applications.clone()),
+        };
+        inner.published.publish(Arc::new(Snapshot::new(services, all, rest)));
         inner.policies.publish(&config.policies, &[&config.workload.service], issuers.clone());
         if let Some(former) = state.fetching.take() {
             former.abort();
@@ -231,66 +240,43 @@ impl Running {
         state.reloads += 1;
         state.problem = None;
         // What needs a restart goes on to be compared with what the process started with.
-        let started = state.config.clone();
-        state.config = Sidecar {
-            inbound: config::sidecar::Inbound {
-                ports: started
-                    .inbound
-                    .ports
-                    .iter()
-                    .map(|port| {
-                        config
-                            .inbound
-                            .ports
-                            .iter()
-                            .find(|new| new.listen == port.listen)
-                            .unwrap_or(port)
-                            .clone()
-                    })
-                    .collect(),
-                ..config.inbound.clone()
-            },
-            ..config
-        };
+        let started = &state.config.inbound.ports;
+        let bound = started.iter().filter(|port| port.listen.is_some()).map(|port| {
+            let now = config.inbound.ports.iter().find(|new| new.listen == port.listen);
+            now.unwrap_or(port).clone()
+        });
+        let unbound = config.inbound.ports.iter().filter(|port| port.listen.is_none()).cloned();
+        let inbound = Inbound { ports: bound.chain(unbound).collect(), ..config.inbound.clone() };
+        state.config = Sidecar { inbound, ..config };
         inner.carry.sweep();
         Ok(())
     }
 
-    /// The ports of the application by their listeners; those that have not changed stay.
+    /// The ports of the workload by their listeners, those included that are listened on still; and what the file says of
+    /// connections that come in another way.
+    #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
     fn ports(
         &self,
         config: &Sidecar,
-        before: &BTreeMap<std::net::SocketAddr, Arc<Port>>,
-    ) -> Result<BTreeMap<std::net::SocketAddr, Arc<Port>>, Vec<ConfigError>> {
-        let env = ClusterEnv { mesh: None, ..self.0.clusters.clone() };
-        let mut ports = before.clone();
+        before: &BTreeMap<SocketAddr, Arc<Port>>,
+    ) -> Result<(BTreeMap<SocketAddr, Arc<Port>>, Vec<Arc<Port>>), Vec<ConfigError>> {
+        let (mut listening, mut named, mut others) = (before.clone(), Vec::new(), Vec::new());
         for (index, port) in config.inbound.ports.iter().enumerate() {
-            let (listen, forward) = (port.listen.0, port.forward.0);
+            let forward = port.forward.0;
+            let wrong = |error: ConfigError| vec![error.under(&format!("/inbound/ports/{index}/forward"))];
+            let application = self.0.applications.at(forward).map_err(wrong)?;
             let mode = port.mode.unwrap_or(config.inbound.mode);
-            let known = before.get(&listen).filter(|known| known.forward == forward);
-            let (http1, http2, cluster) = match known {
-                Some(known) => (known.http1.clone(), known.http2.clone(), known.cluster.clone()),
-                None => {
-                    let build = |http2| {
-                        let wrong = |problem: &str| {
-                            vec![ConfigError::invalid(format!("/inbound/ports/{index}/forward"), problem)]
-                        };
-                        let upstream = services::plain(&forward.ip().to_string(), forward.port(), http2)
-                            .ok_or_else(|| wrong("no address"))?;
-                        Cluster::build(&format!("inbound/{forward}"), &upstream, None, &env)
-                            .map_err(|error| wrong(&error.to_string()))
-                    };
-                    let (one, two) = (build(false)?, build(true)?);
-                    let (id, name) = (format!("inbound/{}", forward.port()), &*config.workload.service);
-                    let target =
-                        |cluster: &Arc<Cluster>| Arc::new(services::target(&id, name, None, cluster));
-                    (target(&one), target(&two), one.clone())
+            let made = Arc::new(Port { forward, mode, protocol: port.protocol, application });
+            match port.listen {
+                Some(listen) => {
+                    listening.insert(listen.0, made.clone());
+                    others.push(made);
                 }
-            };
-            let port = Port { listen, forward, mode, protocol: port.protocol, http1, http2, cluster };
-            ports.insert(listen, Arc::new(port));
+                None => named.push(made),
+            }
         }
-        Ok(ports)
+        named.append(&mut others);
+        Ok((listening, named))
     }
 
     /// The plugins of a service.

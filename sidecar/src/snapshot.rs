@@ -1,8 +1,8 @@
 //! What workers read: services by the names under which they are asked for, and the ports of the workload. Immutable.
 
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
 
 use config::mesh::Protocol;
 use config::sidecar::Mode;
@@ -11,7 +11,9 @@ use layers::error::{Error, Reason};
 use layers::target::Target;
 use layers::upstream::cluster::{Cluster, ClusterEnv};
 
-use crate::door::To;
+use crate::applications::{Application, Applications};
+use crate::door::{Entrance, To};
+use crate::recent::Recent;
 use crate::services;
 
 /// A service that the workload calls.
@@ -32,20 +34,14 @@ pub struct Service {
 /// A port of the workload.
 #[derive(Debug)]
 pub struct Port {
-    /// Where the sidecar listens.
-    pub listen: SocketAddr,
     /// Where the workload listens.
     pub forward: SocketAddr,
     /// Who may come.
     pub mode: Mode,
     /// What the workload speaks.
     pub protocol: Protocol,
-    /// Where requests go that are sent as HTTP/1.
-    pub http1: Arc<Target>,
-    /// Where those go that are sent as HTTP/2.
-    pub http2: Arc<Target>,
     /// The workload itself.
-    pub cluster: Arc<Cluster>,
+    pub application: Arc<Application>,
 }
 
 /// One version of what the file says.
@@ -53,9 +49,10 @@ pub struct Snapshot {
     by_name: HashMap<Box<str>, Arc<Service>>,
     /// `.a.com` for `*.a.com`.
     by_suffix: Vec<(Box<str>, Arc<Service>)>,
+    /// Addresses that services are called by, as those of a balancer.
+    by_address: HashMap<IpAddr, Arc<Service>>,
     services: Vec<Arc<Service>>,
-    /// The ports of the workload, in the order of their listeners.
-    pub ports: Vec<Arc<Port>>,
+    ports: Ports,
     /// The name of the service that the workload is.
     pub workload: Arc<str>,
     opaque: Vec<u16>,
@@ -63,6 +60,19 @@ pub struct Snapshot {
     pub detect: Duration,
     /// How long an opaque connection may be without a byte.
     pub idle: Duration,
+}
+
+/// The ports of the workload.
+#[derive(Default)]
+pub struct Ports {
+    /// In the order of their listeners.
+    pub listening: Vec<Arc<Port>>,
+    /// What the file says of connections that are captured or come through a tunnel; the first of a port counts.
+    pub named: Vec<Arc<Port>>,
+    /// Who may come to the others.
+    pub mode: Mode,
+    /// How the others are reached.
+    pub others: Option<Arc<Applications>>,
 }
 
 /// What a snapshot is made of besides services and ports.
@@ -80,11 +90,14 @@ pub struct Rest {
 
 impl Snapshot {
     /// Of these services and ports.
-    pub fn new(services: Vec<Arc<Service>>, ports: Vec<Arc<Port>>, rest: Rest) -> Self {
-        let (mut by_name, mut by_suffix) = (HashMap::new(), Vec::new());
+    pub fn new(services: Vec<Arc<Service>>, ports: Ports, rest: Rest) -> Self {
+        let (mut by_name, mut by_suffix, mut by_address) = (HashMap::new(), Vec::new(), HashMap::new());
         for service in &services {
             by_name.insert(service.name.to_ascii_lowercase().into(), service.clone());
             for host in &service.hosts {
+                if let Some(address) = discovery::literal(host) {
+                    by_address.insert(address.to_canonical(), service.clone());
+                }
                 match host.strip_prefix('*') {
                     Some(suffix) => by_suffix.push((suffix.to_ascii_lowercase().into(), service.clone())),
                     None => drop(by_name.insert(host.to_ascii_lowercase().into(), service.clone())),
@@ -94,7 +107,7 @@ impl Snapshot {
         // The longest suffix is the most that is said of a name.
         by_suffix.sort_by_key(|(suffix, _): &(Box<str>, _)| std::cmp::Reverse(suffix.len()));
         let Rest { workload, opaque, detect, idle } = rest;
-        Self { by_name, by_suffix, services, ports, workload, opaque, detect, idle }
+        Self { by_name, by_suffix, by_address, services, ports, workload, opaque, detect, idle }
     }
 
     /// All services.
@@ -112,10 +125,12 @@ impl Snapshot {
 
     /// The service that a host and port stand for: by its name, or as one of its endpoints.
     pub fn service(&self, host: &str, port: u16) -> Option<&Arc<Service>> {
-        self.named(host).or_else(|| {
-            let address = SocketAddr::new(discovery::literal(host)?, port);
-            self.services.iter().find(|service| service.cluster.has_endpoint(address))
-        })
+        self.named(host).or_else(|| self.with_endpoint(SocketAddr::new(discovery::literal(host)?, port)))
+    }
+
+    /// The service of which one endpoint is at this address.
+    pub fn with_endpoint(&self, address: SocketAddr) -> Option<&Arc<Service>> {
+        self.services.iter().find(|service| service.cluster.has_endpoint(address))
     }
 
     /// The service where a connection goes, if it is one.
@@ -123,7 +138,34 @@ impl Snapshot {
         match to {
             To::Service(name) => self.by_name.get(&*name.to_ascii_lowercase()),
             To::Host(host, port) => self.service(host, *port),
+            To::Captured(address) => {
+                self.by_address.get(&address.ip()).or_else(|| self.with_endpoint(*address))
+            }
             To::Asked => None,
+        }
+    }
+
+    /// The port of the workload that a connection has come for.
+    ///
+    /// # Errors
+    /// There is none any more, or nothing can be connected there.
+    pub fn port(&self, entrance: Entrance) -> Result<Arc<Port>, Error> {
+        let Ports { listening, named, mode, others } = &self.ports;
+        let found = match entrance {
+            Entrance::Listener(number) => listening.get(number),
+            Entrance::Captured(address) => named.iter().find(|port| port.forward.port() == address.port()),
+        };
+        match (found, entrance, others) {
+            (Some(port), ..) => Ok(port.clone()),
+            (None, Entrance::Captured(forward), Some(others)) => {
+                let application = others
+                    .at(forward)
+                    .map_err(|error| Error::new(Reason::NoUpstream).detail(error.to_string()))?;
+                let protocol =
+                    if self.is_opaque(forward.port()) { Protocol::Tcp } else { Protocol::default() };
+                Ok(Arc::new(Port { forward, mode: *mode, protocol, application }))
+            }
+            _ => Err(Error::new(Reason::NoUpstream).detail("the workload has no such port")),
         }
     }
 
@@ -136,17 +178,17 @@ impl Snapshot {
 /// Destinations outside of the mesh, with what is remembered of them while they are in use.
 pub struct Passthrough {
     env: ClusterEnv,
-    #[expect(clippy::type_complexity, reason = "written once, and read where it stands")]
-    known: Mutex<HashMap<(Arc<str>, u16, bool), (Arc<Target>, Instant)>>,
+    known: Recent<(Arc<str>, u16, bool), Arc<Target>>,
 }
 
-/// Destinations that are remembered at the most; the one that was used the longest ago goes.
+/// Destinations that are remembered at the most.
 const DESTINATIONS: usize = 1024;
 
 impl Passthrough {
     /// With connections and names as `env` has them, and never the mesh.
     pub fn new(env: &ClusterEnv) -> Self {
-        Self { env: ClusterEnv { mesh: None, checks: false, ..env.clone() }, known: Mutex::default() }
+        let env = ClusterEnv { mesh: None, checks: false, ..env.clone() };
+        Self { env, known: Recent::new(DESTINATIONS) }
     }
 
     /// Where requests and bytes for this host and port go.
@@ -154,25 +196,13 @@ impl Passthrough {
     /// # Errors
     /// It is no host.
     pub fn target(&self, host: &str, port: u16, http2: bool) -> Result<Arc<Target>, Error> {
-        let key = (Arc::from(host), port, http2);
-        let now = Instant::now();
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((target, used)) = known.get_mut(&key) {
-            *used = now;
-            return Ok(target.clone());
-        }
-        let bad = || Error::new(Reason::BadHost).detail("no host that can be connected");
-        let upstream = services::plain(host, port, http2).ok_or_else(bad)?;
-        let name = format!("passthrough/{host}:{port}");
-        let cluster =
-            Cluster::build(&name, &upstream, None, &self.env).map_err(|error| bad().because(error))?;
-        let target = Arc::new(services::target("passthrough", "passthrough", None, &cluster));
-        if known.len() >= DESTINATIONS
-            && let Some(oldest) = known.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone())
-        {
-            known.remove(&oldest);
-        }
-        known.insert(key, (target.clone(), now));
-        Ok(target)
+        self.known.find((host.into(), port, http2), || {
+            let bad = || Error::new(Reason::BadHost).detail("no host that can be connected");
+            let upstream = services::plain(host, port, http2).ok_or_else(bad)?;
+            let name = format!("passthrough/{host}:{port}");
+            let cluster =
+                Cluster::build(&name, &upstream, None, &self.env).map_err(|error| bad().because(error))?;
+            Ok(Arc::new(services::target("passthrough", "passthrough", None, &cluster)))
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! `postern sidecar capture`: lead a workload's connections to its sidecar, look whether that stands, take it away.
 
 use std::num::NonZeroU16;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +9,10 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use config::Document;
 use config::capture::{self as settings, Mark, Ports, Table};
+use config::document::LocatedError;
+use config::env::ProcessEnv;
+use config::error::ConfigError;
+use config::sidecar::Sidecar;
 use ipnet::IpNet;
 use serde_json::json;
 use sidecar::capture::probe::{self, By, Outcome};
@@ -85,7 +89,7 @@ struct Print {
 /// What is captured; options win over the file.
 #[derive(Args)]
 struct Settings {
-    /// A YAML file, of which `capture` is read.
+    /// The sidecar's file, or one with `capture` alone.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// How inbound connections are handed over.
@@ -183,10 +187,7 @@ impl Settings {
             Some(file) => {
                 let text = std::fs::read_to_string(file)
                     .with_context(|| format!("{} cannot be read", file.display()))?;
-                let document = Document::parse(&file.display().to_string(), &text)
-                    .map_err(|error| vec![error.into()])
-                    .and_then(|document| settings::Capture::of(&document));
-                match document {
+                match written(file, &text) {
                     Ok(read) => read,
                     Err(errors) => {
                         errors.iter().for_each(|error| output::problem(&error.to_string()));
@@ -217,6 +218,24 @@ impl Settings {
         errors.iter().for_each(|error| output::problem(&error.to_string()));
         Ok(errors.is_empty().then_some(read))
     }
+}
+
+/// What a file says. One of a sidecar is read whole, because all of the sidecar's ports have to be left alone.
+fn written(file: &Path, text: &str) -> Result<settings::Capture, Vec<LocatedError>> {
+    let mut document =
+        Document::parse(&file.display().to_string(), text).map_err(|error| vec![error.into()])?;
+    let is_sidecar = document.value().as_object().is_some_and(|all| all.keys().any(|key| key != "capture"));
+    if !is_sidecar {
+        return settings::Capture::of(&document);
+    }
+    let dir = file.parent().unwrap_or(Path::new(""));
+    let sidecar = Sidecar::read(&mut document, dir, &plugins::Catalog::default(), &ProcessEnv)?;
+    if !(sidecar.inbound.transparent && sidecar.outbound.transparent) {
+        let why = "the rules lead both directions to the sidecar, and it takes them with `inbound.transparent: true` and \
+                   `outbound.transparent: true`";
+        return Err(vec![document.error(ConfigError::invalid("", why))]);
+    }
+    Ok(sidecar.captured())
 }
 
 fn overlay<T>(setting: &mut T, given: Option<T>) {

@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 
 use config::process::Escape;
 use config::template::Template;
-use config::var::Var;
+use config::var::{Var, Vars};
 use tower::{Layer, Service};
 
 use crate::error::Fault;
@@ -34,15 +34,22 @@ impl AccessLog {
     }
 }
 
-impl Finish for AccessLog {
-    fn finish(&self, x: &Exchange) {
+impl AccessLog {
+    /// Writes a line about whatever has these variables.
+    pub fn write<V: Vars + ?Sized>(&self, vars: &V) {
         let mut line = String::with_capacity(256);
         let missing = if self.escape == Escape::Default { "-" } else { "" };
-        self.format.render_with(&**x, &mut line, |line, value| match value {
+        self.format.render_with(vars, &mut line, |line, value| match value {
             Some(value) if !value.is_empty() => escape(line, value, self.escape),
             _ => line.push_str(missing),
         });
         self.log.line(line);
+    }
+}
+
+impl Finish for AccessLog {
+    fn finish(&self, x: &Exchange) {
+        self.write(&**x);
     }
 }
 

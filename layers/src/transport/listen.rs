@@ -7,6 +7,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 /// Connections that may wait to be accepted, per socket; the kernel caps it at `net.core.somaxconn`.
@@ -75,6 +76,12 @@ impl ListenError {
     /// The address.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The machine does not have this family of addresses at all.
+    pub fn is_missing_family(&self) -> bool {
+        let code = self.error.raw_os_error().map(Errno::from_raw);
+        matches!(code, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
     }
 
     /// What the kernel said.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use certs::identity::IdentityPattern;
 use certs::mesh::{Connected, Expected, MeshIdentity, verify_error};
-use certs::trust::{KeyId, Usage, VerifyError};
+use certs::trust::{KeyId, Peer, Usage, VerifyError};
 use discovery::Details;
 use http::HeaderName;
 use rustls::pki_types::CertificateDer;
@@ -325,6 +325,11 @@ impl MeshLink {
     /// What is thought of the peer's certificate now.
     pub(crate) fn verdict(&self) -> Result<(), VerifyError> {
         self.peer.mesh.identity().peer(&self.chain, Usage::Server).map(drop)
+    }
+
+    /// Who has answered.
+    pub(crate) fn identity(&self) -> Option<Peer> {
+        self.chain.first().and_then(|leaf| Peer::read(leaf).ok())
     }
 
     /// The way it was made.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use certs::trust::Peer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::cluster::{Choice, Cluster, State};
@@ -36,9 +37,9 @@ impl OpaqueStream {
         self.picked.endpoint().addr()
     }
 
-    /// Whether the endpoint is of the mesh, and who is expected there.
-    pub fn expected(&self) -> Option<String> {
-        self.io.mesh().map(|mesh| mesh.peer().expected())
+    /// Who has answered, where the endpoint is of the mesh.
+    pub fn identity(&self) -> Option<Peer> {
+        self.io.mesh().and_then(|mesh| mesh.identity())
     }
 
     /// Waits until what the endpoint has shown is taken back; for ever where it is not of the mesh.
@@ -118,6 +119,18 @@ pub async fn dial(cluster: &Arc<Cluster>, hash: u64, metrics: &Metrics) -> Resul
         metrics.retries.inc();
         left -= 1;
         (state, choice) = (next, again);
+    }
+}
+
+/// Connects to the endpoint of `cluster` at `address`, and to no other.
+///
+/// # Errors
+/// There is none, or it does not take the connection.
+pub async fn dial_at(cluster: &Arc<Cluster>, address: SocketAddr) -> Result<OpaqueStream, Error> {
+    let state = cluster.state();
+    match state.at(address) {
+        Some(choice) => attempt(cluster, &state, choice).await,
+        None => Err(Error::new(Reason::NoNodes)),
     }
 }
 

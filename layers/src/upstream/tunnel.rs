@@ -32,6 +32,17 @@ pub enum Ended {
     Idle,
 }
 
+impl Ended {
+    /// As it is written in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Ended::Finished => "finished",
+            Ended::Broken => "broken",
+            Ended::Idle => "idle",
+        }
+    }
+}
+
 /// Carry bytes between `client` and `upstream`. `early` are bytes that came from the upstream with its answer.
 pub(crate) async fn run<C, U>(client: C, upstream: U, early: Bytes, idle: Duration) -> Ended
 where

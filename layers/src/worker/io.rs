@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::transport::frames::{Flood, Frames};
 use crate::transport::join;
+use crate::transport::original_dst::{Captured, original_dst};
 use crate::worker::deadlines::Watch;
 
 /// A client's socket, with bytes that were read ahead of their reader.
@@ -27,6 +29,14 @@ impl Socket {
     /// A socket nobody has read from.
     pub fn new(tcp: TcpStream) -> Self {
         Self { tcp, early: Vec::new() }
+    }
+
+    /// Where it was going before it was captured.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn original_dst(&self, captured: Captured) -> io::Result<SocketAddr> {
+        original_dst(&self.tcp, captured)
     }
 
     /// Gives bytes back that belong to the next reader.

@@ -250,6 +250,12 @@ impl State {
         }
     }
 
+    /// The endpoint at this address, whatever is thought of it: somebody has asked for this one.
+    pub(crate) fn at(&self, address: SocketAddr) -> Option<Choice> {
+        let peer = self.peers.iter().chain(&self.draining).find(|peer| peer.state.addr() == address)?;
+        Some(Choice { picked: Picked::new(peer.state.clone()), leave: None })
+    }
+
     /// The endpoint of the request's session, if it can be used.
     fn of_session(&self, key: &PickKey, x: &Exchange) -> Option<Choice> {
         let endpoint = self.sessions.as_ref()?.endpoint(x)?;

@@ -1,0 +1,63 @@
+//! The addresses of the workload as what requests and bytes go to. Those that the file names are made with it, others when
+//! the first captured connection asks for them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use config::error::ConfigError;
+use layers::target::Target;
+use layers::upstream::cluster::{Cluster, ClusterEnv};
+
+use crate::recent::Recent;
+use crate::services;
+
+/// Addresses that are remembered at the most.
+const MOST: usize = 1024;
+
+/// One address of the workload.
+#[derive(Debug)]
+pub struct Application {
+    /// Where requests go that are sent as HTTP/1.
+    pub http1: Arc<Target>,
+    /// Where those go that are sent as HTTP/2.
+    pub http2: Arc<Target>,
+    /// Where bytes go.
+    pub cluster: Arc<Cluster>,
+}
+
+/// The addresses of the workload.
+pub struct Applications {
+    env: ClusterEnv,
+    workload: Arc<str>,
+    known: Recent<SocketAddr, Arc<Application>>,
+}
+
+impl Applications {
+    /// Of the service `workload`, with connections as `env` has them, and never the mesh.
+    pub fn new(env: &ClusterEnv, workload: &str) -> Self {
+        Self {
+            env: ClusterEnv { mesh: None, ..env.clone() },
+            workload: workload.into(),
+            known: Recent::new(MOST),
+        }
+    }
+
+    /// The one at this address.
+    ///
+    /// # Errors
+    /// Nothing can be connected there.
+    pub fn at(&self, address: SocketAddr) -> Result<Arc<Application>, ConfigError> {
+        self.known.find(address, || {
+            let cluster = |http2| {
+                let upstream = services::plain(&address.ip().to_string(), address.port(), http2)
+                    .ok_or_else(|| ConfigError::invalid("", format!("{address} is no address")))?;
+                Cluster::build(&format!("inbound/{address}"), &upstream, None, &self.env)
+            };
+            let (one, two) = (cluster(false)?, cluster(true)?);
+            let id = format!("inbound/{}", address.port());
+            let target =
+                |cluster: &Arc<Cluster>| Arc::new(services::target(&id, &self.workload, None, cluster));
+            Ok(Arc::new(Application { http1: target(&one), http2: target(&two), cluster: one }))
+        })
+    }
+}
