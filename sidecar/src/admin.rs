@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use crate::capture::proof::Proof;
 use crate::connections::Connections;
 use crate::drain::Stage;
 use crate::policy::Question;
@@ -37,6 +38,8 @@ pub struct Admin {
     pub running: Running,
     /// The identity, and what is wrong with it.
     pub membership: Membership,
+    /// Whether the workload's connections come here.
+    pub captured: Proof,
     /// Open connections.
     pub connections: Connections,
     /// Shared metrics.
@@ -52,6 +55,9 @@ impl Admin {
             return Some(stage.to_owned());
         }
         if let Some(missing) = self.membership.missing() {
+            return Some(missing);
+        }
+        if let Some(missing) = self.captured.missing() {
             return Some(missing);
         }
         if !self.running.policies().is_ready() {

@@ -43,6 +43,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Admin};
+use crate::capture::proof::Proof;
 use crate::captured::Captures;
 use crate::connection_log::{self, ConnectionLog};
 use crate::connections::{Connections, Direction};
@@ -239,6 +240,10 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let admin = Arc::new(Admin {
         running: running.clone(),
         membership,
+        captured: match config.outbound.transparent {
+            true => Proof::seek(config.capture.outbound_port.get()),
+            false => Proof::default(),
+        },
         connections: connections.clone(),
         metrics,
         stage: stage.clone(),

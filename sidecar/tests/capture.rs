@@ -9,6 +9,7 @@
     reason = "a test that meets something unexpected is meant to panic"
 )]
 
+#[path = "../../tests/src/namespace.rs"]
 mod namespace;
 
 use std::net::SocketAddr;

@@ -5,6 +5,7 @@
 pub mod iptables;
 pub mod nft;
 pub mod probe;
+pub mod proof;
 mod routes;
 pub mod rules;
 mod tool;

@@ -1,5 +1,6 @@
 //! What workers read of an upstream: its settings, its endpoints and the picker made of them. Immutable.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

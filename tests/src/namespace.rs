@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -40,6 +40,11 @@ impl Namespace {
         let namespace = Namespace { path: path.into(), leave: Some(leave), keeper: Some(keeper) };
         namespace.sh("ip link set lo up");
         Ok(namespace)
+    }
+
+    /// By which others enter it.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Runs `work` inside, on a thread and a runtime of its own, and gives what it gives.
@@ -83,7 +88,7 @@ impl Namespace {
 
     /// A cable to another machine: 10.9.0.1 and fd09::1 here, 10.9.0.2 and fd09::2 there, each the other's way out.
     pub fn join(&self, other: &Namespace) {
-        self.sh(&format!("ip link add cable type veth peer name cable netns {}", other.path.display()));
+        self.sh(&format!("ip link add cable type veth peer name cable netns {}", other.path().display()));
         for (namespace, own, far) in [(self, 1, 2), (other, 2, 1)] {
             namespace.sh(&format!(
                 "ip address add 10.9.0.{own}/24 dev cable && ip address add fd09::{own}/64 dev cable nodad && \

@@ -1,0 +1,243 @@
+//! Applications that know nothing of their sidecars: on machines of their own, with connections that the kernel redirects.
+
+use std::net::SocketAddr;
+
+use e2e::client::{Call, Connection, DEADLINE, Raw};
+use e2e::edge::binary;
+use e2e::machine::Machine;
+use e2e::origin::{Origin, echo, grpc};
+use e2e::sidecar::{Mesh, Sidecar, SidecarBuilder, id};
+use e2e::{Answer, Value, eventually, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// Of the sidecars' own packets.
+const MARK: &str = "0x505";
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().expect("an address")
+}
+
+/// Starts a sidecar on a machine, in transparent mode, and has the machine's connections redirected to it.
+async fn transparent(machine: &Machine, builder: SidecarBuilder, patch: Value) -> Sidecar {
+    let transparent = json!({
+        "inbound": {"transparent": true},
+        "outbound": {"transparent": true},
+        "capture": {"mark": MARK},
+    });
+    let mut sidecar = machine.run(async move { builder.config(transparent).config(patch).launch() }).await;
+    let file = sidecar.folder.join("sidecar.yaml");
+    machine.namespace.sh(&format!("{} sidecar capture install -c {}", binary().display(), file.display()));
+    machine
+        .run(async move {
+            sidecar.until_ready().await;
+            sidecar
+        })
+        .await
+}
+
+/// A service at these nodes, which are those of `payments`.
+fn service(name: &str, nodes: &[&str], more: Value) -> Value {
+    let nodes: Vec<Value> = nodes
+        .iter()
+        .map(|node| {
+            let node = addr(node);
+            let mut member = json!({"host": node.ip().to_string(), "port": node.port(), "weight": 1});
+            member.as_object_mut().expect("an object").extend(more.as_object().cloned().unwrap_or_default());
+            member
+        })
+        .collect();
+    json!({"name": name, "upstream": {"type": "roundrobin", "nodes": nodes}, "identities": [id("payments")]})
+}
+
+/// An echo at an address of this machine.
+async fn echo_at(machine: &Machine, at: &'static str) -> Origin {
+    machine.run(async move { echo::named_at(addr(at), "payments").await }).await
+}
+
+/// A server that speaks first, or one that waits; both send back what comes.
+async fn talker(machine: &Machine, at: &'static str, first: bool) -> Origin {
+    machine
+        .run(Origin::tcp_at(addr(at), move |mut stream, _| async move {
+            if first && stream.write_all(b"220 ready\r\n").await.is_err() {
+                return;
+            }
+            let mut read = vec![0; 1024];
+            while let Ok(count @ 1..) = stream.read(&mut read).await {
+                if stream.write_all(&read[..count]).await.is_err() {
+                    return;
+                }
+            }
+        }))
+        .await
+}
+
+/// What a talker says: its greeting if it speaks first, and an echo.
+async fn talk(to: &'static str, first: bool) -> String {
+    let talking = async {
+        let mut stream = TcpStream::connect(addr(to)).await?;
+        let mut said = vec![0; 11];
+        if first {
+            stream.read_exact(&mut said).await?;
+        }
+        stream.write_all(b"hello there").await?;
+        stream.read_exact(&mut said).await?;
+        std::io::Result::Ok(String::from_utf8_lossy(&said).into_owned())
+    };
+    timeout(DEADLINE, talking).await.expect("an answer in time").unwrap_or_else(|error| error.to_string())
+}
+
+/// Who called, as the application was told.
+fn caller(answer: &Answer) -> String {
+    answer.json()["headers"]["x-forwarded-client-cert"].to_string()
+}
+
+#[tokio::test]
+async fn everything_passes_by_the_sidecars_of_applications_that_know_nothing_of_them() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let http = [echo_at(&far, "0.0.0.0:8080").await, echo_at(&far, "[fd09::2]:8080").await];
+    let _calls = far.run(async { grpc::start_at(addr("0.0.0.0:50051")).await }).await;
+    let _talkers = [talker(&far, "0.0.0.0:9001", true).await, talker(&far, "0.0.0.0:9002", false).await];
+    let _callee = transparent(&far, mesh.sidecar("payments"), json!({})).await;
+    let services = json!([
+        service("web", &["10.9.0.2:8080", "[fd09::2]:8080"], json!({})),
+        service("calls", &["10.9.0.2:50051"], json!({})),
+        service("mail", &["10.9.0.2:9001"], json!({})),
+        service("lines", &["10.9.0.2:9002"], json!({})),
+    ]);
+    let log = json!({"access_log": {"path": "access.log"}, "services": services});
+    let sidecar = transparent(&near, mesh.sidecar("orders"), log).await;
+
+    for to in ["10.9.0.2:8080", "[fd09::2]:8080"] {
+        let answer = near.run(async move { Call::get("/a?b=c").send_to(addr(to)).await }).await;
+        assert_eq!(answer.clone().expect_status(200).json()["version"], "HTTP/1.1", "{to}");
+        assert!(caller(&answer).contains(&id("orders")), "{to}: {}", answer.text());
+        let answer =
+            near.run(async move { Connection::http2(addr(to)).await.send(Call::get("/")).await }).await;
+        assert_eq!(answer.expect_status(200).json()["version"], "HTTP/2.0", "{to}");
+    }
+    assert!(http.iter().all(|origin| origin.connections() > 0));
+
+    near.run(async {
+        let mut client = grpc::WordsClient::connect(addr("10.9.0.2:50051")).await;
+        let (sender, words) = grpc::outgoing();
+        sender.send(grpc::word("first", 1)).await.unwrap();
+        let mut answers = client.chat(words).await.expect("a stream").into_inner();
+        assert!(timeout(DEADLINE, answers.message()).await.unwrap().unwrap().is_some());
+        sender.send(grpc::word("second", 2)).await.unwrap();
+        assert!(timeout(DEADLINE, answers.message()).await.unwrap().unwrap().is_some(), "while it is open");
+        drop(sender);
+        while timeout(DEADLINE, answers.message()).await.unwrap().expect("an end in order").is_some() {}
+    })
+    .await;
+
+    assert_eq!(near.run(talk("10.9.0.2:9001", true)).await, "hello there", "the server speaks first");
+    assert_eq!(near.run(talk("10.9.0.2:9002", false)).await, "hello there", "the client speaks first");
+    let file = sidecar.folder.join("access.log");
+    eventually("connections of bytes are logged", || async {
+        let log = std::fs::read_to_string(&file).unwrap_or_default();
+        let told = |service: &str, port: u16, received: u32, sent: u32| {
+            let begins = format!("outbound tcp {} {service} {port} {received} {sent} ", id("payments"));
+            let ends = format!(" 10.9.0.2:{port} finished");
+            log.lines().any(|line| line.contains(&begins) && line.ends_with(&ends))
+        };
+        (told("mail", 9001, 11, 22) && told("lines", 9002, 11, 11)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_strict_port_takes_the_mesh_alone_and_modes_go_by_the_port_of_the_application() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let _open = echo_at(&far, "0.0.0.0:8080").await;
+    let shut = echo_at(&far, "10.9.0.2:8081").await;
+    let _local = echo_at(&far, "127.0.0.1:8082").await;
+    let _skipped = echo_at(&far, "0.0.0.0:9005").await;
+    let ports = json!({
+        "inbound": {"ports": [
+            {"forward": "10.9.0.2:8080", "mode": "permissive"},
+            {"forward": "127.0.0.1:8082", "mode": "permissive"},
+        ]},
+        "capture": {"skip_inbound_ports": ["9000-9010"]},
+    });
+    let callee = transparent(&far, mesh.sidecar("payments"), ports).await;
+    for (to, status) in [
+        ("10.9.0.2:8080", Some(200)),
+        ("10.9.0.2:8081", None),
+        ("10.9.0.2:8082", Some(200)),
+        ("10.9.0.2:9005", Some(200)),
+        ("10.9.0.2:15006", None),
+    ] {
+        let outcome = near
+            .run(async move {
+                let mut raw = Raw::connect(addr(to)).await;
+                raw.write("GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
+                raw.read_to_end(DEADLINE).await
+            })
+            .await;
+        assert_eq!(outcome.status(), status, "{to}: {}", outcome.text());
+    }
+    assert_eq!(shut.connections(), 0, "the application hears nothing of what is refused");
+    let caller = mesh.caller(&id("orders"));
+    let answer =
+        near.run(async move { caller.http2(addr("10.9.0.2:8081")).await.send(Call::get("/")).await }).await;
+    assert!(self::caller(&answer.expect_status(200)).contains(&id("orders")), "the mesh is let in");
+    let admin = callee.admin;
+    let metrics = far.run(async move { Call::get("/metrics").send_to(admin).await.text() }).await;
+    assert!(metrics.contains("side=\"inbound\",outcome=\"plain\"} 1\n"), "{metrics}");
+}
+
+#[tokio::test]
+async fn what_is_no_service_goes_out_as_policy_says_and_nothing_runs_in_circles() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let named = echo_at(&far, "0.0.0.0:8080").await;
+    let _talkers = [talker(&far, "0.0.0.0:9001", true).await, talker(&far, "0.0.0.0:9003", false).await];
+    let _skipped = talker(&far, "0.0.0.0:9005", true).await;
+    let rules = json!({
+        "policies": {"egress": {"default": "deny", "rules": [
+            {"name": "web", "action": "allow", "hosts": ["web.example"], "ports": [8080]},
+            {"name": "mail", "action": "allow", "cidrs": ["10.9.0.2/32"], "ports": [9001]},
+        ]}},
+        "capture": {"skip_outbound_ports": [9005]},
+        "services": [{
+            "name": "billing",
+            "hosts": ["billing.internal"],
+            "upstream": {"type": "roundrobin", "nodes": {"10.9.0.2:8080": 1}, "scheme": "http"},
+        }],
+    });
+    let sidecar = transparent(&near, mesh.sidecar("orders"), rules).await;
+    let ask = |to: &'static str, host: &'static str| async move {
+        Call::get("/").header("host", host).send_to(addr(to)).await
+    };
+    // Nobody is at 10.9.0.9; the name says which service is meant.
+    near.run(ask("10.9.0.9:80", "billing.internal")).await.expect_status(200);
+    let refused = near.run(ask("10.9.0.9:80", "other.example")).await.expect_status(403);
+    assert!(refused.header("proxy-status").unwrap_or_default().contains("egress_denied"), "{refused:?}");
+    near.run(ask("10.9.0.2:8080", "10.9.0.2:8080")).await.expect_status(200);
+    assert_eq!(named.requests(), 2);
+    assert_eq!(near.run(talk("10.9.0.2:9001", true)).await, "hello there", "allowed by its address");
+    assert_eq!(near.run(talk("10.9.0.2:9005", true)).await, "hello there", "it is not captured at all");
+    assert_ne!(near.run(talk("10.9.0.2:9003", false)).await, "hello there", "no rule allows it");
+
+    // Straight to the sidecar's own ports: refused, and no connection of its own making.
+    for to in ["127.0.0.1:15001", "10.9.0.1:15006", "[::1]:15001"] {
+        let heard = near
+            .run(async move {
+                let mut raw = Raw::connect(addr(to)).await;
+                raw.write("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+                raw.read_to_end(DEADLINE).await.text()
+            })
+            .await;
+        assert_eq!(heard, "", "{to}");
+    }
+    let admin = sidecar.admin;
+    let metrics = near.run(async move { Call::get("/metrics").send_to(admin).await.text() }).await;
+    let accepted =
+        metrics.lines().find(|line| line.starts_with("postern_connections_total{outcome=\"accepted\"}"));
+    let accepted = accepted.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    assert!(accepted.is_some_and(|accepted| accepted < 30.0), "{metrics}");
+}
