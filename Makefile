@@ -6,7 +6,7 @@ SHELL := /bin/bash
 help: ## what can be made
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
 
-run: ## build and run the edge with a sample configuration and two sample upstreams; Ctrl-C ends it
+run: ## build and run an edge, an authority and sidecars with sample services, on loopback; Ctrl-C ends it
 	cargo build --quiet --package postern
 	exec target/debug/postern up
 

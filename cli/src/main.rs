@@ -20,7 +20,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
     version,
     propagate_version = true,
     arg_required_else_help = true,
-    after_help = "Try it:\n  postern up                        a gateway with sample routes and upstreams\n  \
+    after_help = "Try it:\n  postern up                        a gateway and a small mesh, with samples\n  \
                   postern edge -c /etc/apisix       the files that APISIX runs with\n  \
                   postern check /etc/apisix         find every error in them first\n  \
                   postern explain http://host/path  which route, which plugins, which node, and why\n\n\
@@ -35,7 +35,7 @@ struct Cli {
 enum Command {
     /// Run the edge gateway.
     Edge(role::edge::Edge),
-    /// Run the edge gateway with sample upstreams, to try it.
+    /// Run the edge gateway, an authority and sidecars with sample services, to try them.
     Up(role::up::Up),
     /// Stand beside an application in the mesh.
     Sidecar(Box<role::sidecar::Sidecar>),
@@ -62,7 +62,14 @@ enum Command {
     Docs(cmd::docs::Docs),
 }
 
+/// Set by `postern up` for the processes that it starts.
+const ENDS_WITH_PARENT: &str = "POSTERN_ENDS_WITH_PARENT";
+
 fn main() -> ExitCode {
+    if std::env::var_os(ENDS_WITH_PARENT).is_some() {
+        // Where the kernel cannot do it, they end with the signal of the terminal.
+        let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM);
+    }
     let result = match Cli::parse().command {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),

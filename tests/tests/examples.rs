@@ -78,6 +78,7 @@ fn every_example_is_tested_and_passes_the_check() {
         "grpc",
         "key-auth",
         "lookup",
+        "mesh",
         "quickstart",
         "tls-sni",
         "wasm",
@@ -97,6 +98,12 @@ fn every_example_is_tested_and_passes_the_check() {
         let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{name}: {told}");
     }
+    for name in ["orders", "payments-1", "payments-2"] {
+        let file = folder("mesh").join(format!("{name}.yaml"));
+        let (code, out, err) = run(&["sidecar", "check", "-c", file.to_str().expect("a text path")]);
+        assert_eq!(code, 0, "{name}: {out} {err}");
+    }
+    config::ca::Ca::load(&folder("mesh").join("ca.yaml"), &config::env::ProcessEnv).expect("a good file");
     assert_eq!(run(&["--version"]).0, 0);
 }
 
