@@ -26,6 +26,7 @@ const PRINTED: &[&str] = &[
     "RevocationStatus",
     "RehearsalStatus",
     "ObserverStatus",
+    "ReplicaStatus",
     "PlanReply",
     "Stage",
 ];

@@ -10,7 +10,6 @@ pub mod authority;
 pub mod channel;
 pub mod csr;
 pub mod export;
-pub mod fixed;
 pub mod fleet;
 pub mod foundry;
 pub mod inspect;

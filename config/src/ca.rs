@@ -33,6 +33,16 @@ pub struct Ca {
     pub data_dir: PathBuf,
     /// What seals keys on disk.
     pub seal: Seal,
+    /// Where the record, tokens and the key of the channel are kept: in the data directory, or where several replicas
+    /// share them.
+    pub store: Store,
+    /// The name of this process among replicas: the same over a restart. Made at the first start if it is absent.
+    #[schemars(regex(pattern = "^[A-Za-z0-9._-]{1,64}$"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replica: Option<String>,
+    /// Files that are given the roots in PEM, for those who do not ask the authority.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bundle_files: Vec<PathBuf>,
     /// The longest life of certificates, in seconds.
     #[schemars(range(min = 60, max = 7_776_000))]
     pub longest_ttl: u64,
@@ -59,6 +69,113 @@ pub struct Seal {
     /// The environment variable with the passphrase.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub passphrase_env: Option<String>,
+}
+
+/// What replicas share: one of these, or nothing, and then the data directory is that of a single process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Store {
+    /// Keys in etcd.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd: Option<EtcdStore>,
+    /// Keys in the KV store of Consul.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consul: Option<ConsulStore>,
+    /// For so many seconds a replica goes on signing when it cannot read the store. Rotations wait twice as long for a
+    /// replica that is silent.
+    #[schemars(range(min = 5, max = 3600))]
+    pub signs_unread: u32,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self { etcd: None, consul: None, signs_unread: 300 }
+    }
+}
+
+impl Store {
+    /// Whether other processes use it too.
+    pub fn is_shared(&self) -> bool {
+        self.etcd.is_some() || self.consul.is_some()
+    }
+}
+
+/// An etcd that replicas share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EtcdStore {
+    /// `http://HOST:PORT` or `https://HOST:PORT`, one for each member.
+    pub endpoints: Vec<String>,
+    /// What all keys begin with.
+    pub prefix: String,
+    /// The user, where etcd asks for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// A file with the password of the user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
+    /// Its authorities in PEM; those of the system if it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// The certificate to show, in PEM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate_file: Option<PathBuf>,
+    /// The key of that certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<PathBuf>,
+    /// For one question, in seconds.
+    #[schemars(range(min = 1, max = 60))]
+    pub timeout: u32,
+}
+
+impl Default for EtcdStore {
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["http://127.0.0.1:2379".to_owned()],
+            prefix: "/postern/ca".to_owned(),
+            user: None,
+            password_file: None,
+            ca_file: None,
+            certificate_file: None,
+            key_file: None,
+            timeout: 5,
+        }
+    }
+}
+
+/// A Consul that replicas share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConsulStore {
+    /// An agent or a server.
+    pub server: String,
+    /// What all keys begin with.
+    pub prefix: String,
+    /// A file with the ACL token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// That of the agent if it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub datacenter: Option<String>,
+    /// Its authorities in PEM; those of the system if it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// For one question, in seconds.
+    #[schemars(range(min = 1, max = 60))]
+    pub timeout: u32,
+}
+
+impl Default for ConsulStore {
+    fn default() -> Self {
+        Self {
+            server: "http://127.0.0.1:8500".to_owned(),
+            prefix: "postern/ca".to_owned(),
+            token_file: None,
+            datacenter: None,
+            ca_file: None,
+            timeout: 5,
+        }
+    }
 }
 
 /// A cluster that is asked whose a token is.
@@ -156,6 +273,9 @@ impl Default for Ca {
             status: "127.0.0.1:15014".to_owned(),
             data_dir: PathBuf::from("postern-ca"),
             seal: Seal::default(),
+            store: Store::default(),
+            replica: None,
+            bundle_files: Vec::new(),
             longest_ttl: 24 * 3600,
             kubernetes: None,
             consul: None,
@@ -267,6 +387,7 @@ impl Ca {
                 "one of `key_file`, `passphrase_file` and `passphrase_env`, not several".to_owned(),
             );
         }
+        self.check_store(&mut wrong, seals.contains(&true));
         if let Some(consul) = &self.consul
             && !consul.path.contains("{service}")
         {
@@ -290,10 +411,71 @@ impl Ca {
         errors
     }
 
+    fn check_store(&self, wrong: &mut impl FnMut(&str, String), sealed: bool) {
+        let Self { store, replica, .. } = self;
+        if store.etcd.is_some() && store.consul.is_some() {
+            wrong("/store", "one of `etcd` and `consul`, not both".to_owned());
+        }
+        if store.is_shared() && !sealed {
+            let words = "replicas need the same sealing key: write seal: {key_file: FILE} with a file that all of them have";
+            wrong("/store", words.to_owned());
+        }
+        if !(5..=3600).contains(&store.signs_unread) {
+            wrong("/store/signs_unread", "from 5 seconds to an hour".to_owned());
+        }
+        let plain = |name: &String| {
+            let byte = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+            (1..=64).contains(&name.len()) && name.bytes().all(byte)
+        };
+        if let Some(name) = replica.as_ref().filter(|name| !plain(name)) {
+            wrong("/replica", format!("`{name}` is not a name of letters, digits and `._-`: write ca-1"));
+        }
+        let is_url = |url: &String| url.starts_with("http://") || url.starts_with("https://");
+        if let Some(etcd) = &store.etcd {
+            if etcd.endpoints.is_empty() {
+                wrong("/store/etcd/endpoints", "no endpoint: write [http://127.0.0.1:2379]".to_owned());
+            }
+            for (index, endpoint) in etcd.endpoints.iter().enumerate().filter(|(_, url)| !is_url(url)) {
+                let words = format!("`{endpoint}` is not of the form http(s)://HOST:PORT");
+                wrong(&format!("/store/etcd/endpoints/{index}"), words);
+            }
+            if etcd.user.is_some() != etcd.password_file.is_some() {
+                wrong("/store/etcd", "`user` and `password_file` go together".to_owned());
+            }
+            if etcd.certificate_file.is_some() != etcd.key_file.is_some() {
+                wrong("/store/etcd", "`certificate_file` and `key_file` go together".to_owned());
+            }
+        }
+        if let Some(consul) = store.consul.as_ref().filter(|consul| !is_url(&consul.server)) {
+            let words = format!("`{}` is not of the form http(s)://HOST:PORT", consul.server);
+            wrong("/store/consul/server", words);
+        }
+        let timeouts = [
+            ("etcd", store.etcd.as_ref().map(|etcd| etcd.timeout)),
+            ("consul", store.consul.as_ref().map(|consul| consul.timeout)),
+        ];
+        for (name, _) in
+            timeouts.iter().filter(|(_, given)| given.is_some_and(|given| !(1..=60).contains(&given)))
+        {
+            wrong(&format!("/store/{name}/timeout"), "from 1 to 60 seconds".to_owned());
+        }
+    }
+
     fn resolve(&mut self, dir: &Path) {
         let mut paths = vec![&mut self.data_dir];
         paths.extend(&mut self.seal.key_file);
         paths.extend(&mut self.seal.passphrase_file);
+        paths.extend(&mut self.bundle_files);
+        if let Some(etcd) = &mut self.store.etcd {
+            paths.extend(&mut etcd.password_file);
+            paths.extend(&mut etcd.ca_file);
+            paths.extend(&mut etcd.certificate_file);
+            paths.extend(&mut etcd.key_file);
+        }
+        if let Some(consul) = &mut self.store.consul {
+            paths.extend(&mut consul.token_file);
+            paths.extend(&mut consul.ca_file);
+        }
         if let Some(kubernetes) = &mut self.kubernetes {
             paths.extend(&mut kubernetes.ca_file);
             paths.push(&mut kubernetes.token_file);
@@ -350,6 +532,11 @@ mod tests {
         assert_eq!(given.kubernetes.unwrap().audience, "postern-ca");
         assert_eq!(given.consul.unwrap().datacenter.as_deref(), Some("dc1"));
         assert_eq!(given.seal.key_file, Some(PathBuf::from("/etc/postern/k")));
+        let shared =
+            read("seal: {key_file: k}\nstore: {etcd: {ca_file: e.pem}}\nbundle_files: [b.pem]\n").unwrap();
+        assert_eq!(shared.bundle_files, [PathBuf::from("/etc/postern/b.pem")]);
+        let etcd = shared.store.etcd.unwrap();
+        assert_eq!((etcd.timeout, etcd.ca_file), (5, Some(PathBuf::from("/etc/postern/e.pem"))));
     }
 
     #[test]
@@ -363,6 +550,14 @@ mod tests {
             ("seal: {key_file: a, passphrase_env: B}", "seal"),
             ("consul: {path: /ns/default}", "path"),
             ("limits: {queue: 0}", "queue"),
+            ("seal: {key_file: a}\nstore: {etcd: {}, consul: {}}", "store"),
+            ("store: {etcd: {}}", "store"),
+            ("seal: {key_file: a}\nstore: {etcd: {endpoints: ['127.0.0.1:2379']}}", "endpoints"),
+            ("seal: {key_file: a}\nstore: {etcd: {user: root}}", "etcd"),
+            ("seal: {key_file: a}\nstore: {consul: {server: localhost}}", "server"),
+            ("store: {signs_unread: 1}", "signs_unread"),
+            ("store: {file: {}}", "file"),
+            ("replica: a b", "replica"),
             ("limits: {certificates_per_second: -1}", "certificates_per_second"),
             ("kubernetes: {audiences: [a]}", "audiences"),
         ];

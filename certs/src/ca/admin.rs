@@ -414,6 +414,16 @@ pub fn status(record: &Record, view: &View, waiting: &Waiting, now: Moment, all:
             })
             .collect(),
         leaf_s: record.lifetimes.leaf_s,
+        replicas: view
+            .replicas
+            .iter()
+            .map(|one| proto::ReplicaStatus {
+                name: one.name.clone(),
+                seen: one.seen_at.secs(),
+                ahead: i64::try_from(one.sequence).unwrap_or(i64::MAX)
+                    - i64::try_from(record.sequence).unwrap_or(i64::MAX),
+            })
+            .collect(),
         due,
         due_kind,
         ..StatusReply::default()

@@ -16,7 +16,7 @@ use rcgen::{CertificateParams, PublicKeyData};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::version::TLS13;
@@ -26,7 +26,9 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::authority::{AuthorityError, Key};
+use super::authority::{AuthorityError, Key, KeyKind};
+use super::seal::{SealError, Sealer};
+use super::store::{Store, StoreError, SwapError};
 use crate::svid::Svid;
 use crate::trust::Fingerprint;
 
@@ -38,6 +40,45 @@ const LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// The hash of a server's key: `sha256/` and 32 bytes in base64.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Pin(Fingerprint);
+
+/// Why the key behind the pin is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    #[error(transparent)]
+    Key(#[from] AuthorityError),
+    #[error("the key of the channel in {0} is none")]
+    Content(String),
+}
+
+/// What the key is called in a store, and what it is sealed for.
+const KEY: &str = "channel.key";
+
+/// The key of an authority's server, which all replicas have in common; made by the first of them.
+///
+/// # Errors
+/// The store cannot be used, or what it has was sealed by another key.
+pub async fn key(store: &dyn Store, sealer: &Sealer) -> Result<Key, KeyError> {
+    loop {
+        if let Some(stored) = store.load(KEY).await? {
+            let wrong = || KeyError::Content(store.name().to_owned());
+            let opened = sealer.open(KEY, std::str::from_utf8(&stored.value).map_err(|_| wrong())?)?;
+            let der = PrivateKeyDer::try_from(opened.as_slice()).map_err(|_| wrong())?;
+            return Ok(Key::load(&der)?);
+        }
+        let made = Key::generate(KeyKind::P256)?;
+        let sealed = sealer.seal(KEY, &made.der())?;
+        match store.swap(KEY, None, sealed.as_bytes()).await {
+            Ok(_) => return Ok(made),
+            // Another replica was faster: its key is taken.
+            Err(SwapError::Conflict) => {}
+            Err(SwapError::Store(error)) => return Err(error.into()),
+        }
+    }
+}
 
 /// Text that is not a pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

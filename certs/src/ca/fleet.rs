@@ -24,6 +24,8 @@ const FORGET: Duration = Duration::from_secs(3600);
 const MAX_GIVEN: usize = 8;
 /// The span of one count of handshakes.
 const BUCKET: Duration = Duration::from_secs(5);
+/// Handshakes of so long ago are told to other replicas: what the guard compares.
+const TOLD: Duration = Duration::from_secs(1200);
 /// Counts that are kept: an hour.
 const BUCKETS: usize = 720;
 /// Reasons of failed handshakes that a rotation can cause.
@@ -133,6 +135,19 @@ pub struct Replica {
     pub seen_at: Moment,
     /// The sequence of the record that it works by.
     pub sequence: u64,
+    /// For so long it goes on signing when it cannot read the record.
+    pub signs_unread: Duration,
+}
+
+/// What this process says of itself to the other replicas.
+#[derive(Clone, Copy, Debug)]
+pub struct Sign<'a> {
+    pub replica: &'a str,
+    /// The sequence of the record that it works by.
+    pub sequence: u64,
+    pub signs_unread: Duration,
+    /// It has ended in order, and signs no more.
+    pub stopped: bool,
 }
 
 /// A place outside of the store that holds the bundle, and what was read back from it.
@@ -191,7 +206,20 @@ struct Part {
     at: Moment,
     /// The sequence of the record that the replica works by.
     sequence: u64,
+    signs_unread_ms: u64,
+    stopped: bool,
+    /// Handshakes that the replica was told of lately, and whom it had no place for: in the first part.
+    #[serde(default)]
+    handshakes: Vec<(Moment, u64, u64)>,
+    #[serde(default)]
+    dropped: u64,
     members: Vec<Member>,
+}
+
+/// A part that another replica has written, and when it was seen to have changed.
+struct Followed {
+    part: Part,
+    heard_at: Moment,
 }
 
 #[derive(Default)]
@@ -199,7 +227,7 @@ struct Inner {
     /// By identity and process. Those that this process heard itself.
     own: BTreeMap<String, Member>,
     /// By replica and part, what others have written.
-    others: BTreeMap<(String, u8), Part>,
+    others: BTreeMap<(String, u8), Followed>,
     /// Counters as they were last said.
     counters: BTreeMap<String, (u64, u64)>,
     handshakes: std::collections::VecDeque<(Moment, u64, u64)>,
@@ -307,8 +335,8 @@ impl Fleet {
             inner.awaited.remove(key);
             inner.touch(key);
         }
-        for part in inner.others.values_mut() {
-            part.members.retain(|member| member.id != id);
+        for other in inner.others.values_mut() {
+            other.part.members.retain(|member| member.id != id);
         }
         !keys.is_empty()
     }
@@ -321,7 +349,7 @@ impl Fleet {
     }
 
     /// What is to be written: part and bytes. Forgets whom nobody has to remember.
-    pub fn changes(&self, replica: &str, sequence: u64, all: bool, now: Moment) -> Vec<(u8, Vec<u8>)> {
+    pub fn changes(&self, sign: &Sign<'_>, all: bool, now: Moment) -> Vec<(u8, Vec<u8>)> {
         let mut inner = self.lock();
         let over: Vec<String> = inner
             .own
@@ -343,10 +371,15 @@ impl Fleet {
                 continue;
             }
             let members = inner.own.iter().filter(|(key, _)| part(key) == number);
+            let told = inner.handshakes.iter().filter(|(at, ..)| number == 0 && *at + TOLD > now);
             let part = Part {
-                replica: replica.to_owned(),
+                replica: sign.replica.to_owned(),
                 at: now,
-                sequence,
+                sequence: sign.sequence,
+                signs_unread_ms: u64::try_from(sign.signs_unread.as_millis()).unwrap_or(u64::MAX),
+                stopped: sign.stopped,
+                handshakes: told.copied().collect(),
+                dropped: if number == 0 { inner.dropped } else { 0 },
                 members: members.map(|(_, member)| member.clone()).collect(),
             };
             if let Ok(bytes) = serde_json::to_vec(&part) {
@@ -384,10 +417,14 @@ impl Fleet {
         let over = now.since(part.at) > FORGET
             && part.members.iter().all(|member| member.last_not_after() + FORGET < now);
         let mut inner = self.lock();
+        let place = (replica.to_owned(), number);
         if over {
-            inner.others.remove(&(replica.to_owned(), number));
+            inner.others.remove(&place);
         } else {
-            inner.others.insert((replica.to_owned(), number), part);
+            // By the clock of this process: what counts is whether the other one goes on.
+            let before = inner.others.get(&place).filter(|before| before.part.at == part.at);
+            let heard_at = before.map_or(now, |before| before.heard_at);
+            inner.others.insert(place, Followed { part, heard_at });
         }
         over
     }
@@ -397,9 +434,20 @@ impl Fleet {
         let inner = self.lock();
         let mut members = inner.own.clone();
         let mut replicas: BTreeMap<&str, Replica> = BTreeMap::new();
-        for ((name, number), part) in &inner.others {
+        let mut handshakes: Vec<_> = inner.handshakes.iter().copied().collect();
+        let mut dropped = inner.dropped;
+        for ((name, number), Followed { part, heard_at }) in &inner.others {
             if *number == 0 {
-                let replica = Replica { name: name.clone(), seen_at: part.at, sequence: part.sequence };
+                handshakes.extend(&part.handshakes);
+                dropped += part.dropped;
+            }
+            if *number == 0 && !part.stopped {
+                let replica = Replica {
+                    name: name.clone(),
+                    seen_at: *heard_at,
+                    sequence: part.sequence,
+                    signs_unread: Duration::from_millis(part.signs_unread_ms),
+                };
                 replicas.insert(name, replica);
             }
             for member in &part.members {
@@ -420,8 +468,8 @@ impl Fleet {
         View {
             members: members.into_values().collect(),
             replicas: replicas.into_values().collect(),
-            dropped: inner.dropped,
-            handshakes: inner.handshakes.iter().copied().collect(),
+            dropped,
+            handshakes,
             settled: true,
             ..View::default()
         }
@@ -480,6 +528,10 @@ mod tests {
 
     use super::*;
 
+    fn sign(replica: &str, sequence: u64) -> Sign<'_> {
+        Sign { replica, sequence, signs_unread: Duration::from_secs(300), stopped: false }
+    }
+
     fn said(id: &str, generation: u64, issuer: &str, not_after: u64) -> Said {
         Said {
             id: id.to_owned(),
@@ -498,8 +550,8 @@ mod tests {
         let fleet = Fleet::default();
         fleet.heard(said("a", 3, "i1", 90_000), now);
         fleet.signed("spiffe://mesh.local/ns/a/sa/b", "b", &"i1".into(), Moment::from_secs(90_000), now);
-        let written = fleet.changes("ca-1", 7, true, now);
-        assert!(fleet.changes("ca-1", 7, false, now).is_empty(), "what is written is not dirty");
+        let written = fleet.changes(&sign("ca-1", 7), true, now);
+        assert!(fleet.changes(&sign("ca-1", 7), false, now).is_empty(), "what is written is not dirty");
         let after = Fleet::default();
         written.iter().for_each(|(_, bytes)| after.restore(bytes));
         let view = after.view();
@@ -518,12 +570,24 @@ mod tests {
         let (one, two) = (Fleet::default(), Fleet::default());
         one.heard(said("a", 1, "i1", 90_000), now);
         two.heard(said("a", 2, "i2", 90_000), now + Duration::from_secs(5));
-        for (number, bytes) in two.changes("ca-2", 9, true, now + Duration::from_secs(5)) {
-            assert!(!one.follow("ca-2", number, &bytes, now + Duration::from_secs(6)));
-        }
+        let tell = |sign: &Sign<'_>, at| {
+            for (number, bytes) in two.changes(sign, true, now + Duration::from_secs(5)) {
+                assert!(!one.follow("ca-2", number, &bytes, at));
+            }
+        };
+        tell(&sign("ca-2", 9), now + Duration::from_secs(6));
+        tell(&sign("ca-2", 9), now + Duration::from_secs(60));
         let view = one.view();
+        assert_eq!(
+            view.replicas.first().unwrap().seen_at,
+            now + Duration::from_secs(6),
+            "it says nothing new"
+        );
         assert_eq!(view.members.iter().map(|one| one.generation).collect::<Vec<_>>(), [2]);
         assert_eq!(view.replicas.first().unwrap().sequence, 9);
+        tell(&Sign { stopped: true, ..sign("ca-2", 9) }, now + Duration::from_secs(61));
+        assert!(one.view().replicas.is_empty(), "it has ended in order: nobody waits for it");
+        assert_eq!(one.view().members.len(), 1, "whom it knew is known");
     }
 
     #[test]
@@ -547,9 +611,9 @@ mod tests {
         let fleet = Fleet::default();
         fleet.heard(said("a", 1, "i1", 2000), Moment::from_secs(1000));
         fleet.gone("spiffe://mesh.local/ns/a/sa/b", "a");
-        fleet.changes("ca", 1, false, Moment::from_secs(5000));
+        fleet.changes(&sign("ca", 1), false, Moment::from_secs(5000));
         assert_eq!(fleet.view().members.len(), 1);
-        fleet.changes("ca", 1, false, Moment::from_secs(6000));
+        fleet.changes(&sign("ca", 1), false, Moment::from_secs(6000));
         assert!(fleet.view().members.is_empty());
     }
 

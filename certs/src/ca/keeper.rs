@@ -1,6 +1,6 @@
 //! Keeps an authority: the [`Driver`] with its record, and what the service needs of it, which is a [`Current`].
 //!
-//! What the service signs with follows from the record that was read last. A replica that cannot read it for five minutes
+//! What the service signs with follows from the record that was read last. A replica that cannot read it for a while
 //! stops signing, because the others may have gone on without it.
 
 use std::collections::BTreeMap;

@@ -9,15 +9,17 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::ca::attest::Attestors;
-use crate::ca::attest::token::{JoinTokens, NewToken, TokenDirectory};
+use crate::ca::attest::token::{JoinTokens, NewToken};
 use crate::ca::audit::{self, Audit};
 use crate::ca::authority::{Authority, KeyKind};
 use crate::ca::limits::Limits;
 use crate::ca::seal::Sealer;
 use crate::ca::service::{Parts, Service};
-use crate::ca::{Ack, Acks, Current, Renew, channel, fixed, server};
+use crate::ca::store::memory::Memory;
+use crate::ca::{Ack, Acks, BundleRoot, Current, Renew, RootState, channel, server};
 use crate::clock::{Clock, ManualClock};
 use crate::identity::TrustDomain;
+use crate::trust::Revoked;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -121,10 +123,22 @@ impl Ca {
         let dir = tempfile::tempdir().unwrap();
         let sealer = Arc::new(Sealer::random().unwrap());
         let now = clock.now();
-        let (root, issuer) = fixed::authorities(dir.path(), &domain(), &sealer, now).unwrap();
-        let current = fixed::publish(&domain(), &root, issuer, now).unwrap();
-        let key = fixed::sealed_key(dir.path(), "channel.key", &sealer).unwrap();
-        let tokens = Arc::new(JoinTokens::new(TokenDirectory::open(&dir.path().join("tokens")).unwrap()));
+        let root = Authority::root(&domain(), KeyKind::P256, 3650 * DAY, now).unwrap();
+        let issuer = root.intermediate(&domain(), KeyKind::P256, 365 * DAY, now).unwrap();
+        let bundle = Bundle {
+            trust_domain: domain(),
+            generation: 1,
+            least_generation: 0,
+            least_connection_generation: 0,
+            roots: vec![BundleRoot { certificate: root.certificate().clone(), state: RootState::Active }],
+            revoked: Revoked::default(),
+            made: now,
+        };
+        let current = Current::new(bundle).unwrap().with_issuer(Arc::new(issuer));
+        let current = watch::Sender::new(Arc::new(current));
+        let store = Arc::new(Memory::default());
+        let key = channel::key(&*store, &sealer).await.unwrap();
+        let tokens = Arc::new(JoinTokens::new(store));
         let heard = Arc::new(Heard::default());
         let parts = Parts {
             current: current.subscribe(),

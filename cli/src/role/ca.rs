@@ -3,6 +3,7 @@
 mod audit;
 mod run;
 mod status;
+mod store;
 mod token;
 
 use std::path::{Path, PathBuf};

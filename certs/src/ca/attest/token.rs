@@ -4,27 +4,25 @@
 //! several replicas wins; what was used up stays known until its end, so that a second use is told from a wrong token.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::{constant_time, rand};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::{Grant, Refusal};
-use crate::ca::seal::write_secret;
+use crate::ca::store::{Store, SwapError};
 use crate::identity::{IdentityPattern, SpiffeId, TrustDomain};
 use crate::trust::Fingerprint;
 
 /// The kind of this proof.
 pub const KIND: &str = "join_token";
 const PREFIX: &str = "pjt_";
+/// What the names of tokens in a store begin with.
+const TOKENS: &str = "tokens/";
 const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
 const MOST: usize = 10_000;
 /// Somebody else may win a swap; so often in a row is not by chance.
@@ -47,25 +45,6 @@ pub struct Token {
     pub longest_ttl: Option<u64>,
 }
 
-/// A value and the version that a swap has to name.
-pub type Versioned = (u64, Vec<u8>);
-
-/// Where tokens are kept.
-pub trait TokenStore: Send + Sync + 'static {
-    fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Versioned>, String>>;
-
-    fn list(&self) -> BoxFuture<'_, Result<Vec<(String, Versioned)>, String>>;
-
-    /// Puts a value in the place of that version, or takes it away; no version: where there is none. `false` if it was
-    /// another version.
-    fn swap<'a>(
-        &'a self,
-        id: &'a str,
-        seen: Option<u64>,
-        value: Option<Vec<u8>>,
-    ) -> BoxFuture<'a, Result<bool, String>>;
-}
-
 /// What a new token allows.
 #[derive(Clone, Debug)]
 pub struct NewToken {
@@ -76,8 +55,8 @@ pub struct NewToken {
     pub longest_ttl: Option<Duration>,
 }
 
-/// Makes and redeems tokens.
-pub struct JoinTokens(Box<dyn TokenStore>);
+/// Makes and redeems tokens, which all replicas of an authority have in common.
+pub struct JoinTokens(Arc<dyn Store>);
 
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
@@ -87,9 +66,25 @@ fn id_of(hash: &str) -> &str {
     hash.get(..16).unwrap_or(hash)
 }
 
+/// Where a token is kept.
+fn name_of(id: &str) -> Result<String, String> {
+    let plain = !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if plain { Ok(format!("{TOKENS}{id}")) } else { Err("this is not the id of a token".to_owned()) }
+}
+
+/// Whether a change was made; somebody else may have been faster.
+fn won<T>(swapped: Result<T, SwapError>) -> Result<bool, String> {
+    match swapped {
+        Ok(_) => Ok(true),
+        Err(SwapError::Conflict) => Ok(false),
+        Err(SwapError::Store(error)) => Err(error.to_string()),
+    }
+}
+
 impl JoinTokens {
-    pub fn new(store: impl TokenStore) -> Self {
-        Self(Box::new(store))
+    /// Kept in `store`.
+    pub fn new(store: Arc<dyn Store>) -> Self {
+        Self(store)
     }
 
     /// Makes a token. The secret is told once.
@@ -135,7 +130,7 @@ impl JoinTokens {
             longest_ttl: new.longest_ttl.map(|ttl| ttl.as_secs()),
         };
         let value = serde_json::to_vec(&token).map_err(|error| error.to_string())?;
-        match self.0.swap(id_of(&token.hash), None, Some(value)).await? {
+        match won(self.0.swap(&name_of(id_of(&token.hash))?, None, &value).await)? {
             true => Ok((secret, token)),
             false => Err("try again".to_owned()),
         }
@@ -147,14 +142,15 @@ impl JoinTokens {
     /// They cannot be read.
     pub async fn list(&self, now: SystemTime) -> Result<BTreeMap<String, Token>, String> {
         let mut tokens = BTreeMap::new();
-        for (id, (version, value)) in self.0.list().await? {
-            let Ok(token) = serde_json::from_slice::<Token>(&value) else {
+        for (name, stored) in self.0.list(TOKENS).await.map_err(|error| error.to_string())? {
+            let id = name.strip_prefix(TOKENS).unwrap_or(&name);
+            let Ok(token) = serde_json::from_slice::<Token>(&stored.value) else {
                 return Err(format!("the token {id} cannot be read"));
             };
             if token.expires <= seconds(now) {
-                self.0.swap(&id, Some(version), None).await?;
+                won(self.0.remove(&name, stored.version).await)?;
             } else {
-                tokens.insert(id, token);
+                tokens.insert(id.to_owned(), token);
             }
         }
         Ok(tokens)
@@ -165,8 +161,9 @@ impl JoinTokens {
     /// # Errors
     /// It cannot be taken away.
     pub async fn delete(&self, id: &str) -> Result<bool, String> {
-        match self.0.load(id).await? {
-            Some((version, _)) => self.0.swap(id, Some(version), None).await,
+        let name = name_of(id)?;
+        match self.0.load(&name).await.map_err(|error| error.to_string())? {
+            Some(stored) => won(self.0.remove(&name, stored.version).await),
             None => Ok(false),
         }
     }
@@ -187,11 +184,13 @@ impl JoinTokens {
         }
         let hash = Fingerprint::of(secret.as_bytes()).to_string();
         let id = id_of(&hash);
+        let name = name_of(id).map_err(Refusal::Malformed)?;
         for _ in 0..ATTEMPTS {
             let unknown = || Refusal::Proof("the join token is not known".to_owned());
-            let (version, value) =
-                self.0.load(id).await.map_err(Refusal::Unavailable)?.ok_or_else(unknown)?;
-            let mut token: Token = serde_json::from_slice(&value)
+            let stored = self.0.load(&name).await;
+            let stored = stored.map_err(|error| Refusal::Unavailable(error.to_string()))?;
+            let stored = stored.ok_or_else(unknown)?;
+            let mut token: Token = serde_json::from_slice(&stored.value)
                 .map_err(|_| Refusal::Unavailable(format!("the token {id} cannot be read")))?;
             if constant_time::verify_slices_are_equal(token.hash.as_bytes(), hash.as_bytes()).is_err() {
                 return Err(unknown());
@@ -228,7 +227,8 @@ impl JoinTokens {
             token.uses_left -= 1;
             let value =
                 serde_json::to_vec(&token).map_err(|error| Refusal::Unavailable(error.to_string()))?;
-            if self.0.swap(id, Some(version), Some(value)).await.map_err(Refusal::Unavailable)? {
+            let swapped = self.0.swap(&name, Some(stored.version), &value).await;
+            if won(swapped).map_err(Refusal::Unavailable)? {
                 return Ok(Grant {
                     identity,
                     dns_names: token.dns_names,
@@ -242,96 +242,11 @@ impl JoinTokens {
     }
 }
 
-/// Tokens in a directory of this process alone, a file for each.
-pub struct TokenDirectory {
-    path: PathBuf,
-    /// One change at a time.
-    busy: Mutex<()>,
-}
-
-impl TokenDirectory {
-    /// Opens or makes the directory.
-    ///
-    /// # Errors
-    /// It cannot be made.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        Ok(Self { path: path.into(), busy: Mutex::default() })
-    }
-
-    fn file(&self, id: &str) -> Result<PathBuf, String> {
-        let plain = !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
-        if plain {
-            Ok(self.path.join(format!("{id}.json")))
-        } else {
-            Err("this is not the id of a token".to_owned())
-        }
-    }
-
-    fn read(&self, id: &str) -> Result<Option<Versioned>, String> {
-        match fs::read(self.file(id)?) {
-            Ok(bytes) => Ok(Some((version(&bytes), bytes))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-}
-
-fn version(bytes: &[u8]) -> u64 {
-    let hash = Fingerprint::of(bytes);
-    hash.as_bytes().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
-}
-
-impl TokenStore for TokenDirectory {
-    fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Versioned>, String>> {
-        Box::pin(async move { self.read(id) })
-    }
-
-    fn list(&self) -> BoxFuture<'_, Result<Vec<(String, Versioned)>, String>> {
-        Box::pin(async move {
-            let mut found = Vec::new();
-            for entry in fs::read_dir(&self.path).map_err(|error| error.to_string())? {
-                let name = entry.map_err(|error| error.to_string())?.file_name();
-                let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
-                if let Some(value) = self.read(id)? {
-                    found.push((id.to_owned(), value));
-                }
-            }
-            Ok(found)
-        })
-    }
-
-    fn swap<'a>(
-        &'a self,
-        id: &'a str,
-        seen: Option<u64>,
-        value: Option<Vec<u8>>,
-    ) -> BoxFuture<'a, Result<bool, String>> {
-        Box::pin(async move {
-            let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-            if self.read(id)?.map(|(version, _)| version) != seen {
-                return Ok(false);
-            }
-            let file = self.file(id)?;
-            let done = match value {
-                None => fs::remove_file(&file),
-                Some(value) => {
-                    let beside = file.with_extension("new");
-                    let _ = fs::remove_file(&beside);
-                    write_secret(&beside, &value).and_then(|()| fs::rename(&beside, &file))
-                }
-            };
-            // A use that is not on the disk could be made again after a crash.
-            let done = done.and_then(|()| fs::File::open(&self.path)?.sync_all());
-            done.map(|()| true).map_err(|error| format!("{}: {error}", file.display()))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::store::embedded::Embedded;
+    use crate::ca::store::memory::Memory;
 
     fn at(seconds: u64) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
@@ -358,13 +273,14 @@ mod tests {
     #[tokio::test]
     async fn a_token_is_used_once_by_the_identity_it_is_for() {
         let dir = tempfile::tempdir().unwrap();
-        let tokens = JoinTokens::new(TokenDirectory::open(&dir.path().join("tokens")).unwrap());
+        let open = || JoinTokens::new(Arc::new(Embedded::open(dir.path()).unwrap()));
+        let tokens = open();
         let (secret, token) = tokens
             .create(new("spiffe://mesh.local/ns/default/sa/orders", 1), &domain(), at(0))
             .await
             .unwrap();
-        let kept =
-            fs::read_to_string(dir.path().join(format!("tokens/{}.json", id_of(&token.hash)))).unwrap();
+        let kept = tokens.0.load(&name_of(id_of(&token.hash)).unwrap()).await.unwrap().unwrap().value;
+        let kept = String::from_utf8(kept).unwrap();
         assert!(!kept.contains(secret.as_str()), "the secret is not kept");
 
         let other = tokens.redeem(&secret, Some(&id("billing")), &domain(), at(1)).await;
@@ -373,7 +289,7 @@ mod tests {
         assert_eq!((grant.identity, grant.longest_ttl), (id("orders"), Some(Duration::from_secs(3600))));
         let again = tokens.redeem(&secret, None, &domain(), at(2)).await.unwrap_err();
         assert_eq!(again, Refusal::Proof("the join token was used already".to_owned()));
-        let reopened = JoinTokens::new(TokenDirectory::open(&dir.path().join("tokens")).unwrap());
+        let reopened = open();
         assert!(
             reopened.redeem(&secret, None, &domain(), at(2)).await.is_err(),
             "not after a restart either"
@@ -384,8 +300,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_token_of_a_pattern_is_for_whom_it_covers() {
-        let dir = tempfile::tempdir().unwrap();
-        let tokens = JoinTokens::new(TokenDirectory::open(dir.path()).unwrap());
+        let tokens = JoinTokens::new(Arc::new(Memory::default()));
         let (secret, _) =
             tokens.create(new("spiffe://mesh.local/ns/default/*", 2), &domain(), at(0)).await.unwrap();
         let redeem = async |name: Option<&SpiffeId>, now| tokens.redeem(&secret, name, &domain(), now).await;
@@ -403,8 +318,7 @@ mod tests {
 
     #[tokio::test]
     async fn of_many_at_once_one_wins() {
-        let dir = tempfile::tempdir().unwrap();
-        let tokens = JoinTokens::new(TokenDirectory::open(dir.path()).unwrap());
+        let tokens = JoinTokens::new(Arc::new(Memory::default()));
         let (secret, _) = tokens
             .create(new("spiffe://mesh.local/ns/default/sa/orders", 1), &domain(), at(0))
             .await
@@ -423,8 +337,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_token_is_not_made() {
-        let dir = tempfile::tempdir().unwrap();
-        let tokens = JoinTokens::new(TokenDirectory::open(dir.path()).unwrap());
+        let tokens = JoinTokens::new(Arc::new(Memory::default()));
         for identity in ["*", "spiffe://other.test/a", "spiffe://other.test/*", "spiffe://mesh.local.test/*"]
         {
             assert!(tokens.create(new(identity, 1), &domain(), at(0)).await.is_err(), "{identity}");

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, watch};
 
-use super::super::fleet::{Fleet, Source, View};
+use super::super::fleet::{Fleet, Sign, Source, View};
 use super::super::record::{Der, LEASE, Lease, Moment, Record, RecordError, Root};
 use super::super::store::{FLEET, RECORD, Store, StoreError, SwapError, Version};
 use super::command::{Command, Refusal, Rotate};
@@ -31,8 +31,10 @@ const SHOW: Duration = Duration::from_secs(5);
 const STEPS: usize = 12;
 /// How often a command is tried again because somebody else was faster.
 const TRIES: usize = 16;
-/// Who has not read the record for so long may not sign any more: the others go on without him.
-pub const SIGNS_FOR: Duration = Duration::from_secs(300);
+/// Who has not read the record for so long does not sign any more: the others go on without him.
+const SIGNS_UNREAD: Duration = Duration::from_secs(300);
+/// How long a store is asked to wait for a change.
+const WATCH: Duration = Duration::from_secs(60);
 
 /// What time it is.
 pub trait Clock: Send + Sync + 'static {
@@ -176,6 +178,8 @@ struct Local {
     renewed: Option<Duration>,
     shown: Option<Duration>,
     leads: bool,
+    /// It ends in order.
+    stopped: bool,
     /// Versions of own parts of the list of workloads.
     parts: BTreeMap<u8, Version>,
     sources: Vec<Source>,
@@ -192,6 +196,7 @@ pub struct Driver {
     copies: Vec<Arc<dyn BundleCopy>>,
     scheduled: bool,
     settle: Duration,
+    signs_unread: Duration,
     local: Mutex<Local>,
     known: watch::Sender<Arc<Known>>,
     waiting: Mutex<Waiting>,
@@ -257,6 +262,7 @@ impl Driver {
             copies: Vec::new(),
             scheduled: false,
             settle: SETTLE,
+            signs_unread: SIGNS_UNREAD,
             local: Mutex::new(local),
             known: watch::Sender::new(Arc::new(Known { record, version: stored.version })),
             waiting: Mutex::default(),
@@ -283,6 +289,13 @@ impl Driver {
     #[must_use]
     pub fn settling(mut self, settle: Duration) -> Self {
         self.settle = settle;
+        self
+    }
+
+    /// How long this replica goes on signing when it cannot read the record.
+    #[must_use]
+    pub fn signing_unread(mut self, signs_unread: Duration) -> Self {
+        self.signs_unread = signs_unread;
         self
     }
 
@@ -320,7 +333,7 @@ impl Driver {
     #[must_use]
     pub fn may_sign(&self) -> bool {
         let read_at = self.local().read_at;
-        read_at.is_some_and(|at| self.clock.steady().saturating_sub(at) < SIGNS_FOR)
+        read_at.is_some_and(|at| self.clock.steady().saturating_sub(at) < self.signs_unread)
     }
 
     /// The name of this replica.
@@ -359,6 +372,47 @@ impl Driver {
 
     /// Ticks until it is dropped.
     pub async fn run(self: Arc<Self>) {
+        tokio::join!(self.keep_ticking(), self.watch());
+    }
+
+    /// What another replica writes is read at once, and not at the next tick.
+    async fn watch(&self) {
+        let mut known = self.known();
+        while self.store.is_shared() {
+            let seen = known.borrow_and_update().version;
+            if self.store.changed(RECORD, Some(seen), WATCH).await.is_ok() {
+                self.wake.notify_one();
+            }
+            // The tick reads it. A store that is away is told there.
+            let _ = tokio::time::timeout(PACE.0, known.changed()).await;
+        }
+    }
+
+    /// Ends in order: another may lead at once, and nobody waits for what this one might still sign.
+    ///
+    /// # Errors
+    /// The store cannot be used; then the others wait as for one that was killed.
+    pub async fn leave(&self) -> Result<(), DriverError> {
+        if !self.store.is_shared() {
+            return Ok(());
+        }
+        let _turn = self.turn.lock().await;
+        self.read().await?;
+        let known = self.now();
+        if known.record.lease.as_ref().is_some_and(|lease| lease.holder == self.replica) {
+            let without = Record { lease: None, ..known.record.clone() };
+            if let Err(SwapError::Store(error)) = self.put(&known, without).await {
+                return Err(error.into());
+            }
+        }
+        {
+            let mut local = self.local();
+            (local.stopped, local.leads, local.shown) = (true, false, None);
+        }
+        self.write_fleet().await
+    }
+
+    async fn keep_ticking(&self) {
         loop {
             let problem = self.tick().await.err().map(|error| error.to_string());
             if let Some(problem) = &problem {
@@ -577,13 +631,13 @@ impl Driver {
     /// Writes down what this replica heard, and reads what others have.
     async fn write_fleet(&self) -> Result<(), DriverError> {
         let (now, steady) = (self.clock.wall(), self.clock.steady());
-        let show = {
+        let (show, stopped) = {
             let local = self.local();
-            local.shown.is_none_or(|at| steady.saturating_sub(at) >= SHOW)
+            (local.shown.is_none_or(|at| steady.saturating_sub(at) >= SHOW), local.stopped)
         };
         let sequence = self.now().record.sequence;
-        for (part, bytes) in self.fleet.changes(&self.replica, sequence, show && self.store.is_shared(), now)
-        {
+        let sign = Sign { replica: &self.replica, sequence, signs_unread: self.signs_unread, stopped };
+        for (part, bytes) in self.fleet.changes(&sign, show && self.store.is_shared(), now) {
             let name = format!("{FLEET}{}/{part}", self.replica);
             let seen = self.local().parts.get(&part).copied();
             match self.store.swap(&name, seen, &bytes).await {

@@ -14,8 +14,6 @@ use super::{Back, Force, Kind, Rotation, State, plan};
 pub const SKEW: Duration = Duration::from_secs(30);
 /// With a clock that is wrong by more, nothing goes on.
 pub const SKEW_HARD: Duration = Duration::from_secs(300);
-/// A replica that has not read the record for so long does not sign any more, and is not waited for.
-pub const REPLICA_GONE: Duration = Duration::from_secs(600);
 /// How many failed handshakes are needed to believe a rate.
 const FEW: u64 = 3;
 
@@ -398,7 +396,9 @@ fn disagreement(situation: &Situation<'_>) -> Vec<Blocker> {
     let mut culprits: Vec<Culprit> = view
         .replicas
         .iter()
-        .filter(|replica| replica.sequence < view.sequence && now.since(replica.seen_at) < REPLICA_GONE)
+        .filter(|replica| {
+            replica.sequence < view.sequence && now.since(replica.seen_at) < replica.signs_unread * 2
+        })
         .map(|replica| Culprit {
             who: format!("replica {}", replica.name),
             why: format!(
@@ -421,7 +421,7 @@ fn disagreement(situation: &Situation<'_>) -> Vec<Blocker> {
     vec![blocker(
         "not every replica and every copy of the bundle is where this one is",
         culprits,
-        "see that they reach the store, or stop them (a replica that is silent for 10 min does not sign any more); this is never overridden",
+        "see that they reach the store, or stop them (one that is silent for twice its `signs_unread`, 10 min if nothing is set, does not sign any more); this is never overridden",
     )]
 }
 

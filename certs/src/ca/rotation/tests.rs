@@ -297,7 +297,12 @@ fn interlock_6_is_passed_by_nobody() {
     assert!(words.contains("rollback"));
     bench.go(State::Trusting);
     bench.view.sequence = 9;
-    let replica = |seen_at| Replica { name: "ca-2".to_owned(), seen_at, sequence: 8 };
+    let replica = |seen_at| Replica {
+        name: "ca-2".to_owned(),
+        seen_at,
+        sequence: 8,
+        signs_unread: Duration::from_secs(300),
+    };
     bench.view.replicas = vec![replica(bench.now)];
     bench.advance(true, &[], "I know better").unwrap();
     held(&bench.settle(), 6, "ca-2");

@@ -42,6 +42,18 @@ pub fn status(status: &StatusReply) {
     if !status.problem.is_empty() {
         line(format_args!("  {}", painted(&status.problem, Colour::Red)));
     }
+    for one in &status.replicas {
+        let level = match one.ahead {
+            0 => "level".to_owned(),
+            ahead @ 1.. => format!("{ahead} changes ahead"),
+            behind => format!("{} changes behind", -behind),
+        };
+        line(format_args!(
+            "  replica {}: {level}, seen {} ago",
+            one.name,
+            span(now.saturating_sub(one.seen))
+        ));
+    }
     line(format_args!("\nroots"));
     for root in &status.roots {
         let colour = match root.state.as_str() {

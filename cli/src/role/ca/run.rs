@@ -11,7 +11,7 @@ use certs::ca::admin::Operator;
 use certs::ca::attest::Attestors;
 use certs::ca::attest::consul::{self, Consul};
 use certs::ca::attest::kubernetes::{self, Kubernetes};
-use certs::ca::attest::token::{JoinTokens, TokenDirectory};
+use certs::ca::attest::token::JoinTokens;
 use certs::ca::audit::{Audit, Entry};
 use certs::ca::authority::KeyKind;
 use certs::ca::channel::{self, Pin};
@@ -21,12 +21,11 @@ use certs::ca::limits::{Limits, Rate};
 use certs::ca::operators::Operators;
 use certs::ca::proto::join_tokens_server::JoinTokensServer;
 use certs::ca::record::Lifetimes;
-use certs::ca::rotation::driver;
+use certs::ca::rotation::driver::{self, BundleCopy, DriverError, PemFile};
 use certs::ca::seal::Sealer;
+use certs::ca::server;
 use certs::ca::service::{Parts, Service};
 use certs::ca::store::Store;
-use certs::ca::store::embedded::Embedded;
-use certs::ca::{fixed, server};
 use certs::clock::{Clock, SystemClock};
 use certs::identity::TrustDomain;
 use clap::Args;
@@ -35,14 +34,15 @@ use config::process::Process;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tonic::service::Routes;
 
 use super::status::Told;
-use super::{AUDIT, Place, SOCKET, settings, status};
+use super::{AUDIT, Place, SOCKET, settings, status, store};
 use crate::output::{self, Colour};
 
-/// The name of this process among those that share the record.
-const REPLICA: &str = "local";
+/// What is said to the other replicas at the end is not waited for longer.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Arguments of `postern ca run`.
 #[derive(Args)]
@@ -152,12 +152,12 @@ async fn serve(settings: Settings) -> Result<()> {
     let audit = Arc::new(Audit::open(&dir.join(AUDIT), now)?);
     let sealer = Arc::new(sealer(&settings).context("keys cannot be sealed")?);
     let domain: TrustDomain = settings.trust_domain.parse()?;
-    let keeper = open(&settings, &sealer, &domain, now).await?;
-    let key = fixed::sealed_key(dir, "channel.key", &sealer)?;
+    let shared = store::open(&settings)?;
+    let keeper = open(&settings, &shared, &sealer, &domain, now).await?;
+    let key = channel::key(&*shared, &sealer).await?;
     let pin = Pin::of(&key);
     let tls = channel::server(&key, now)?;
-    let tokens = TokenDirectory::open(&dir.join("tokens"));
-    let tokens = Arc::new(JoinTokens::new(tokens.context("the directory of tokens cannot be made")?));
+    let tokens = Arc::new(JoinTokens::new(Arc::clone(&shared)));
     let service = Service::new(Parts {
         current: keeper.current(),
         acks: keeper.clone(),
@@ -231,44 +231,59 @@ async fn serve(settings: Settings) -> Result<()> {
     };
     let served = tokio::select! {
         served = serving => served.map(|_| ()),
-        () = keeper.run() => Ok(()),
+        () = Arc::clone(&keeper).run() => Ok(()),
         () = observing => Ok(()),
     };
+    match timeout(FAREWELL, keeper.driver().leave()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the other replicas were not told of the end"),
+        Err(_) => tracing::warn!("the other replicas were not told of the end: the store does not answer"),
+    }
     audit.write(&Entry::allowed("stop", "authority"), SystemTime::now())?;
     audit.sync()?;
     let _ = std::fs::remove_file(&socket);
     served.context("the service has ended")
 }
 
-/// The authority in the data directory, or a new one.
+/// The authority in the store, or a new one.
 async fn open(
     settings: &Settings,
+    store: &Arc<dyn Store>,
     sealer: &Arc<Sealer>,
     domain: &TrustDomain,
     now: SystemTime,
 ) -> Result<Arc<Keeper>> {
-    let folder = settings.data_dir.join("store");
-    let store: Arc<dyn Store> = Arc::new(Embedded::open(&folder)?);
     let foundry = Arc::new(Foundry::new(Arc::clone(sealer), KeyKind::P256));
     let clock = Arc::new(driver::SystemClock::default());
+    let replica = store::replica(settings)?;
     let opened = async || {
-        let (store, foundry, clock) = (Arc::clone(&store), Arc::clone(&foundry), clock.clone());
-        Keeper::open(store, foundry, clock, REPLICA, |driver| driver).await
+        let (store, foundry, clock) = (Arc::clone(store), Arc::clone(&foundry), clock.clone());
+        let copies = settings.bundle_files.iter().cloned();
+        let copies = copies.map(|path| Arc::new(PemFile::new(path)) as Arc<dyn BundleCopy>).collect();
+        let unread = Duration::from_secs(settings.store.signs_unread.into());
+        Keeper::open(store, foundry, clock, &replica, |driver| {
+            driver.scheduled(true).with_copies(copies).signing_unread(unread)
+        })
+        .await
     };
     let keeper = match opened().await? {
         Some(keeper) => keeper,
         None => {
             let lifetimes = Lifetimes { leaf_s: settings.longest_ttl, ..Lifetimes::default() };
             let record = foundry.found(domain.as_str(), lifetimes, now.into())?;
-            driver::found(&*store, &record).await?;
-            opened().await?.with_context(|| format!("{} is empty again", folder.display()))?
+            match driver::found(&**store, &record).await {
+                // Another replica that began at the same time was faster.
+                Ok(()) | Err(DriverError::Exists) => {}
+                Err(error) => return Err(error.into()),
+            }
+            opened().await?.with_context(|| format!("{} is empty again", store.name()))?
         }
     };
     let held = keeper.current().borrow().bundle().trust_domain.clone();
     if held != *domain {
         return Err(anyhow!(
             "{} holds the authority of {held}, and `trust_domain` is {domain}",
-            folder.display()
+            store.name()
         ));
     }
     Ok(keeper)
