@@ -3,10 +3,12 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use certs::clock::SystemClock;
 use certs::mesh::MeshIdentity;
+use certs::trust::Usage;
 use certs::workload::time::MeshTime;
 use certs::workload::{Proof, Settings, Status, Workload};
 use nix::sys::signal::Signal;
@@ -110,11 +112,32 @@ impl Authority {
         out.trim().to_owned()
     }
 
+    /// Runs `postern certs` with these arguments without holding up the workloads of this process.
+    pub async fn certs(&self, args: &[&str]) -> (i32, String, String) {
+        let socket = self.data().join("operators.sock").display().to_string();
+        let mut all = vec!["certs".to_owned()];
+        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        all.extend(["--socket".to_owned(), socket]);
+        let run = move || crate::edge::run(&all.iter().map(String::as_str).collect::<Vec<_>>());
+        tokio::task::spawn_blocking(run).await.expect("the command runs")
+    }
+
+    /// What `postern certs status` says.
+    pub async fn certs_status(&self) -> Value {
+        let (_, out, err) = self.certs(&["status", "-o", "json", "--all"]).await;
+        serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out} {err}"))
+    }
+
     /// Somebody who joins by this proof.
     pub fn join(&self, proof: Proof, proxy_id: &str) -> Member {
+        self.join_at(&[self.addr], proof, proxy_id)
+    }
+
+    /// The same where the authority has several addresses.
+    pub fn join_at(&self, servers: &[SocketAddr], proof: Proof, proxy_id: &str) -> Member {
         let pin = std::fs::read_to_string(self.data().join("pin")).expect("the pin");
         let settings = Settings {
-            servers: vec![self.addr.to_string()],
+            servers: servers.iter().map(ToString::to_string).collect(),
             pins: Arc::from([pin.trim().parse().expect("a pin")]),
             proof: Some(proof),
             identity: None,
@@ -146,5 +169,51 @@ impl Member {
             async move { (status.renewals >= renewals).then_some(()) }
         })
         .await;
+    }
+}
+
+/// Looks all the time whether everybody accepts everybody.
+pub struct Watcher {
+    stop: Arc<AtomicBool>,
+    looks: Arc<AtomicU64>,
+    thread: Option<std::thread::JoinHandle<Result<(), String>>>,
+}
+
+impl Watcher {
+    pub fn start(members: &[Member]) -> Watcher {
+        let identities: Vec<MeshIdentity> = members.iter().map(|member| member.identity.clone()).collect();
+        let (stop, looks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, looked) = (Arc::clone(&stop), Arc::clone(&looks));
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                for shows in &identities {
+                    let svid = shows.svid().ok_or("a certificate is gone")?;
+                    for sees in &identities {
+                        let trust = sees.trust().ok_or("a bundle is gone")?;
+                        trust
+                            .verify(svid.chain(), Usage::Server, SystemTime::now())
+                            .map_err(|error| format!("{} is refused: {error}", svid.id()))?;
+                    }
+                }
+                looked.fetch_add(1, Ordering::Relaxed);
+                std::thread::yield_now();
+            }
+            Ok(())
+        });
+        Watcher { stop, looks, thread: Some(thread) }
+    }
+
+    /// Nobody was refused.
+    pub fn finish(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let result = self.thread.take().expect("it runs").join().expect("it does not panic");
+        assert_eq!(result, Ok(()));
+        assert!(self.looks.load(Ordering::Relaxed) > 0);
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }

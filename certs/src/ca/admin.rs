@@ -138,6 +138,7 @@ fn described(command: &Command) -> Vec<(&'static str, String)> {
         Command::Rehearse | Command::EndRehearsal => Vec::new(),
         Command::Observe { name, kind } => vec![("name", name.clone()), ("kind", kind.clone())],
         Command::Unobserve { name } => vec![("name", name.clone())],
+        Command::Forget { id } => vec![("id", id.clone())],
     }
 }
 
@@ -285,11 +286,8 @@ impl proto::admin_server::Admin for Operator {
     }
 
     async fn forget(&self, request: Request<proto::ForgetRequest>) -> Result<Response<StatusReply>, Status> {
-        let id = request.into_inner().id;
-        if !self.keeper.forget(&id) {
-            return Err(Status::not_found(format!("no workload is called `{id}`")));
-        }
-        Ok(Response::new(Self::status(self, false)))
+        let by = actor(&request);
+        self.done(Command::Forget { id: request.into_inner().id }, by).await
     }
 
     async fn export_bundle(

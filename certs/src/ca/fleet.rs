@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{IssuerId, Moment};
+use super::record::{Forgotten, IssuerId, Moment};
 
 /// Workloads that are remembered.
 pub const MAX_MEMBERS: usize = 50_000;
@@ -191,6 +191,16 @@ impl View {
         self.members.iter().filter(move |member| member.is_live(now, absent_after))
     }
 
+    /// Without those who were said to be over, and have not been seen since.
+    pub(crate) fn forget(&mut self, forgotten: &[Forgotten]) {
+        let forgotten: BTreeMap<&str, Moment> =
+            forgotten.iter().map(|one| (one.id.as_str(), one.at)).collect();
+        if !forgotten.is_empty() {
+            self.members
+                .retain(|member| forgotten.get(member.id.as_str()).is_none_or(|at| member.seen_at > *at));
+        }
+    }
+
     /// Who was not, and may come back.
     pub fn absent(&self, now: Moment, absent_after: Duration) -> impl Iterator<Item = &Member> {
         self.members
@@ -323,22 +333,6 @@ impl Fleet {
             member.seen_at = now;
             inner.touch(&key);
         }
-    }
-
-    /// Somebody is known to be over: it is waited for no more.
-    pub fn forget(&self, id: &str) -> bool {
-        let mut inner = self.lock();
-        let keys: Vec<String> =
-            inner.own.iter().filter(|(_, member)| member.id == id).map(|(key, _)| key.clone()).collect();
-        for key in &keys {
-            inner.own.remove(key);
-            inner.awaited.remove(key);
-            inner.touch(key);
-        }
-        for other in inner.others.values_mut() {
-            other.part.members.retain(|member| member.id != id);
-        }
-        !keys.is_empty()
     }
 
     /// Whether everybody that was known from the store has been heard.

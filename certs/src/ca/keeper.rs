@@ -1,7 +1,7 @@
 //! Keeps an authority: the [`Driver`] with its record, and what the service needs of it, which is a [`Current`].
 //!
 //! What the service signs with follows from the record that was read last. A replica that cannot read it for a while
-//! stops signing, because the others may have gone on without it.
+//! stops signing, because the others may go on without it.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -102,11 +102,6 @@ impl Keeper {
     #[must_use]
     pub fn current(&self) -> watch::Receiver<Arc<Current>> {
         self.current.subscribe()
-    }
-
-    /// A workload is over and does not come back.
-    pub fn forget(&self, id: &str) -> bool {
-        self.fleet.forget(id)
     }
 
     /// The numbers of the authority.

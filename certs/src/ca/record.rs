@@ -22,6 +22,8 @@ pub const LARGEST: usize = 480 << 10;
 pub const MAX_PAST: usize = 32;
 /// Revoked serials and identities that can be listed.
 pub const MAX_REVOCATIONS: usize = 2000;
+/// Workloads that are forgotten while they might come back.
+pub const MAX_FORGOTTEN: usize = 500;
 /// Roots that can be listed.
 pub const MAX_ROOTS: usize = 64;
 
@@ -403,6 +405,15 @@ pub struct Observer {
     pub kind: String,
 }
 
+/// A workload that is over: what was known of it until then does not count.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Forgotten {
+    pub id: String,
+    pub at: Moment,
+    pub by: String,
+}
+
 /// Everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -428,6 +439,8 @@ pub struct Record {
     pub revocations: Revocations,
     #[serde(default)]
     pub observers: Vec<Observer>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forgotten: Vec<Forgotten>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rehearsal: Option<Rehearsal>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -475,6 +488,7 @@ impl Record {
             rotations: 0,
             revocations: Revocations::default(),
             observers: Vec::new(),
+            forgotten: Vec::new(),
             rehearsal: None,
             lease: None,
         }
@@ -640,8 +654,9 @@ impl Record {
         self.revocations.serials.retain(|one| one.until.is_none_or(|until| until > now));
         let extra = self.past.len().saturating_sub(MAX_PAST);
         self.past.drain(..extra);
-        // A retired issuer is of interest as long as its leaves might be seen.
+        // A retired issuer is of interest as long as its leaves might be seen, and so is who was forgotten.
         let leaf = self.lifetimes.leaf();
+        self.forgotten.retain(|one| now < one.at + leaf + leaf);
         let named: Vec<IssuerId> = self
             .rotation
             .iter()

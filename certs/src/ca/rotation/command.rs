@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::super::fleet::View;
 use super::super::record::{
-    Issuer, IssuerState, MAX_REVOCATIONS, MAX_ROOTS, Moment, Observer, Record, Rehearsal, Revocation, Root,
-    RootState,
+    Forgotten, Issuer, IssuerState, MAX_FORGOTTEN, MAX_REVOCATIONS, MAX_ROOTS, Moment, Observer, Record,
+    Rehearsal, Revocation, Root, RootState,
 };
 use super::forge::{Material, Wanted};
 use super::interlocks::{Blocker, Situation};
@@ -62,6 +62,10 @@ pub enum Command {
     },
     Unobserve {
         name: String,
+    },
+    /// A process is over: nobody waits for it.
+    Forget {
+        id: String,
     },
 }
 
@@ -147,6 +151,7 @@ impl Command {
             Self::Recover { .. } => "recover",
             Self::Rehearse | Self::EndRehearsal => "rehearse",
             Self::Observe { .. } | Self::Unobserve { .. } => "observe",
+            Self::Forget { .. } => "forget",
         }
     }
 
@@ -208,6 +213,7 @@ impl Command {
                 }
                 Ok(next)
             }
+            Self::Forget { id } => forget(record, id, view, now, by),
         }
     }
 }
@@ -696,6 +702,24 @@ fn allow(record: &Record, what: &str, now: Moment) -> Result<Record, Refusal> {
         return Err(Refusal::Invalid(format!("{what} is not revoked")));
     }
     next.bump(now);
+    Ok(next)
+}
+
+fn forget(record: &Record, id: &str, view: &View, now: Moment, by: &str) -> Result<Record, Refusal> {
+    if !view.members.iter().any(|member| member.id == id) {
+        return Err(Refusal::Invalid(format!(
+            "no workload is called `{id}`: `postern certs status --all` lists them"
+        )));
+    }
+    let mut next = record.clone();
+    next.tidy(now);
+    next.forgotten.retain(|one| one.id != id);
+    if next.forgotten.len() >= MAX_FORGOTTEN {
+        return Err(Refusal::Invalid(format!(
+            "{MAX_FORGOTTEN} workloads are forgotten already: wait until their certificates end"
+        )));
+    }
+    next.forgotten.push(Forgotten { id: id.to_owned(), at: now, by: by.to_owned() });
     Ok(next)
 }
 

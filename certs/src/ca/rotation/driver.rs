@@ -354,6 +354,7 @@ impl Driver {
         let record = self.now();
         let now = self.clock.wall();
         let mut view = self.fleet.view();
+        view.forget(&record.record.forgotten);
         let local = self.local();
         let up = self.clock.steady().saturating_sub(local.started);
         let wall = i64::try_from(now.0).unwrap_or(i64::MAX);
@@ -434,6 +435,12 @@ impl Driver {
         self.write_fleet().await?;
         self.look_after_copies().await;
         if !self.lead().await? {
+            // Who asks here is told what is in the way, too.
+            let waiting = match machine::decide(&self.now().record, &self.view(), self.clock.wall()) {
+                Decision::Waiting(waiting) => waiting,
+                Decision::Steady | Decision::Next(_) => Waiting::default(),
+            };
+            self.wait_for(waiting);
             return Ok(false);
         }
         let mut changed = false;
@@ -450,6 +457,8 @@ impl Driver {
                     break;
                 }
                 Decision::Next(next) => {
+                    // What the state before waited for is over.
+                    self.wait_for(Waiting::default());
                     match self.swap(&known, *next).await {
                         Ok(()) => changed = true,
                         Err(SwapError::Conflict) => self.read().await?,
