@@ -23,6 +23,7 @@ use layers::telemetry::exposition::Exposition;
 use layers::telemetry::log_file::{LogFile, Sink};
 use layers::telemetry::metrics::{Door, Metrics};
 use layers::telemetry::names;
+use layers::transport::hbone::receiver as hbone;
 use layers::transport::listen::ListenError;
 use layers::upstream::Keepalive;
 use layers::upstream::cluster::ClusterEnv;
@@ -190,6 +191,8 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let tls = identity
         .server_config(Clients::Required, &alpn)
         .map_err(|error| StartError::Setting(error.to_string()))?;
+    let tunnels = hbone::Receiver::new(identity.clone(), captures.own.clone());
+    let tunnels = Arc::new(tunnels.map_err(|error| StartError::Setting(error.to_string()))?);
     let receiver = Arc::new(Receiver {
         snapshot: published.clone(),
         policies: sights.clone(),
@@ -201,7 +204,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
         handshakes: Handshakes::default(),
     });
     let mut addresses = Addresses::default();
-    let inward = listeners::inward(&config, &receiver, &mut addresses)?;
+    let inward = listeners::inward(&config, &receiver, &tunnels, &mut addresses)?;
     let outward = listeners::outward(&config, &carrier, &mut addresses)?;
     let listener = admin::bind(config.admin.listen.0).await.map_err(StartError::system(format!(
         "admin.listen: cannot listen on {}; stop what does, or write another address",
@@ -233,6 +236,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let collected = Collected {
         membership: membership.clone(),
         receiver: receiver.clone(),
+        tunnels,
         connections: connections.clone(),
         running: running.clone(),
     };
@@ -610,6 +614,7 @@ fn watch(metrics: &Arc<Metrics>, settings: &stack::Settings, workers: [&Workers;
 struct Collected {
     membership: Membership,
     receiver: Arc<Receiver>,
+    tunnels: Arc<hbone::Receiver>,
     connections: Connections,
     running: Running,
 }
@@ -627,6 +632,11 @@ impl Collected {
         for direction in [Direction::Inbound, Direction::Outbound] {
             let count = self.connections.count(direction) as u64;
             out.sample("", metric.name, [("direction", direction.as_str())], count);
+        }
+        let metric = &names::MESH_TUNNELS_TOTAL;
+        out.family("", metric);
+        for (outcome, count) in self.tunnels.counts.read() {
+            out.sample("", metric.name, [("outcome", outcome)], count);
         }
         self.membership.expose(out);
         self.running.policies().expose(out);

@@ -95,12 +95,17 @@ impl Connection {
         let _ = self.identity.set(peer);
     }
 
-    /// Its bytes go there.
+    /// Its bytes go there, and who has answered is the other party of one that goes out.
     pub fn reaches(&self, upstream: &OpaqueStream) {
-        let _ = self.upstream.set(upstream.address());
+        self.leads_to(upstream.address());
         if let Some(peer) = upstream.identity().filter(|_| self.direction == Direction::Outbound) {
             self.shows(Arc::new(peer));
         }
+    }
+
+    /// Its bytes go to this address.
+    pub fn leads_to(&self, address: SocketAddr) {
+        let _ = self.upstream.set(address);
     }
 
     /// It ends, for this reason; the first one counts.

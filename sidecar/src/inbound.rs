@@ -94,6 +94,47 @@ impl Handshakes {
     }
 }
 
+impl Receiver {
+    /// Asks the policies about a connection that carries bytes to `port`. Requests are asked about one by one, so that who may
+    /// not ask is answered, with the name of the policy.
+    ///
+    /// # Errors
+    /// A policy forbids it.
+    pub fn admit(
+        &self,
+        arrival: &Arrival,
+        shown: Shown,
+        port: u16,
+        carries_bytes: bool,
+    ) -> Result<Admission, Error> {
+        let Shown { peer, authorities, connected } = shown;
+        let from = arrival.ends.source;
+        let judged = live::Arrival { peer, authorities, connected, from, port };
+        if carries_bytes {
+            self.may_send_bytes(&judged)?;
+        }
+        let Some(own) = arrival.context.find_slot::<OwnLive>() else {
+            return Err(Error::new(Reason::Internal).detail("the worker admits nobody"));
+        };
+        Ok(own.0.admit(judged))
+    }
+
+    fn may_send_bytes(&self, arrival: &live::Arrival) -> Result<(), Error> {
+        let sight = self.policies.load();
+        let verdict = sight.decide(&arrival.caller(), &What::Bytes);
+        if verdict.audited {
+            tracing::info!(peer = %arrival.from, policy = %verdict.policy, "would be refused");
+        }
+        if !verdict.allowed {
+            self.handshakes.denied.fetch_add(1, Ordering::Relaxed);
+            let reason =
+                if sight.in_force().is_some() { Reason::PolicyDenied } else { Reason::PolicyPending };
+            return Err(Error::new(reason).detail(verdict.why.unwrap_or_default()));
+        }
+        Ok(())
+    }
+}
+
 /// Which connections come by a listener.
 #[derive(Clone, Copy, Debug)]
 pub enum By {
@@ -158,10 +199,13 @@ struct Visit<'a> {
 
 /// What the other end has shown.
 #[derive(Default)]
-struct Shown {
-    peer: Option<Arc<Peer>>,
-    authorities: Arc<[Fingerprint]>,
-    connected: Option<Arc<Connected>>,
+pub struct Shown {
+    /// Who it is.
+    pub peer: Option<Arc<Peer>>,
+    /// Those above it.
+    pub authorities: Arc<[Fingerprint]>,
+    /// Counts the connection under the bundle that it was made under.
+    pub connected: Option<Arc<Connected>>,
 }
 
 /// What a connection was told apart as.
@@ -171,6 +215,10 @@ enum Told {
 }
 
 impl Visit<'_> {
+    fn admit(&self, shown: Shown, carries_bytes: bool) -> Result<Admission, Error> {
+        self.receiver.admit(self.arrival, shown, self.port.forward.port(), carries_bytes)
+    }
+
     fn cluster(&self) -> &Arc<Cluster> {
         &self.port.application.cluster
     }
@@ -299,36 +347,6 @@ impl Visit<'_> {
             Some(speaks) => Ok(self.http(stream, None, speaks, None, admission)),
             None => self.bytes(stream, dialled, admission).await,
         }
-    }
-
-    /// Asks the policies about a connection that carries bytes. Requests are asked about one by one, so that who may not
-    /// ask is answered, with the name of the policy.
-    fn admit(&self, shown: Shown, carries_bytes: bool) -> Result<Admission, Error> {
-        let Shown { peer, authorities, connected } = shown;
-        let (from, port) = (self.arrival.ends.source, self.port.forward.port());
-        let arrival = live::Arrival { peer, authorities, connected, from, port };
-        if carries_bytes {
-            self.may_send_bytes(&arrival)?;
-        }
-        let Some(own) = self.arrival.context.find_slot::<OwnLive>() else {
-            return Err(Error::new(Reason::Internal).detail("the worker admits nobody"));
-        };
-        Ok(own.0.admit(arrival))
-    }
-
-    fn may_send_bytes(&self, arrival: &live::Arrival) -> Result<(), Error> {
-        let sight = self.receiver.policies.load();
-        let verdict = sight.decide(&arrival.caller(), &What::Bytes);
-        if verdict.audited {
-            tracing::info!(peer = %arrival.from, policy = %verdict.policy, "would be refused");
-        }
-        if !verdict.allowed {
-            self.receiver.handshakes.denied.fetch_add(1, Ordering::Relaxed);
-            let reason =
-                if sight.in_force().is_some() { Reason::PolicyDenied } else { Reason::PolicyPending };
-            return Err(Error::new(reason).detail(verdict.why.unwrap_or_default()));
-        }
-        Ok(())
     }
 
     fn http(

@@ -37,3 +37,4 @@ mod stack;
 #[cfg(test)]
 mod testing;
 pub mod tokens;
+pub mod tunnels;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use config::capture::Mode;
 use config::sidecar::Sidecar;
+use layers::transport::hbone::receiver as hbone;
 use layers::transport::listen::{Listen, ListenError};
 use layers::transport::original_dst::accept_any_destination;
 use layers::worker::{Doorman, ListenOptions, Listening};
@@ -15,6 +16,7 @@ use nix::unistd::geteuid;
 use crate::app::{Addresses, StartError};
 use crate::inbound::{By, Inbound, Receiver};
 use crate::outbound::{Carrier, Kind, Outbound};
+use crate::tunnels::Tunnels;
 
 /// What takes `CAP_NET_ADMIN`.
 const PRIVILEGE: &str = "that takes CAP_NET_ADMIN";
@@ -86,6 +88,7 @@ impl Binder<'_> {
 pub fn inward(
     config: &Sidecar,
     receiver: &Arc<Receiver>,
+    tunnels: &Arc<hbone::Receiver>,
     addresses: &mut Addresses,
 ) -> Result<Vec<Listening>, StartError> {
     let mut binder = Binder { workers: config.workers.get() as usize, all: Vec::new(), addresses };
@@ -93,6 +96,10 @@ pub fn inward(
     for (number, listen) in listens.enumerate() {
         let doorman = Arc::new(Inbound { by: By::Port(number), receiver: receiver.clone() });
         binder.bind(listen.0, &format!("inbound.ports.{number}.listen"), doorman)?;
+    }
+    if let Some(address) = config.inbound.hbone {
+        let doorman = Arc::new(Tunnels { hbone: tunnels.clone(), receiver: receiver.clone() });
+        binder.bind(address.0, "inbound.hbone", doorman)?;
     }
     if config.inbound.transparent {
         let doorman: Arc<dyn Doorman> = Arc::new(Inbound { by: By::Capture, receiver: receiver.clone() });

@@ -241,3 +241,90 @@ async fn what_is_no_service_goes_out_as_policy_says_and_nothing_runs_in_circles(
     let accepted = accepted.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
     assert!(accepted.is_some_and(|accepted| accepted < 30.0), "{metrics}");
 }
+
+#[tokio::test]
+async fn tunnels_of_hbone_are_opened_and_taken() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let _web = echo_at(&far, "10.9.0.2:8080").await;
+    let _calls = far.run(async { grpc::start_at(addr("10.9.0.2:50051")).await }).await;
+    let mail = talker(&far, "10.9.0.2:9001", true).await;
+    let shut = talker(&far, "10.9.0.2:9002", false).await;
+    let allow = |who: &str| {
+        json!({"default": "deny", "authorization": [{
+            "name": "callers", "action": "allow", "ports": [8080, 50051, 9001],
+            "rules": [{"from": [{"identities": [id(who)]}]}],
+        }]})
+    };
+    let patch = json!({
+        "inbound": {"hbone": "10.9.0.2:15008"},
+        "access_log": {"path": "access.log"},
+        "policies": allow("orders"),
+    });
+    let builder = mesh.sidecar("payments").config(patch);
+    let callee = far.run(async move { builder.start().await }).await;
+    let tunnel = json!({"metadata": {"mesh": "hbone"}});
+    let services = json!({"services": [
+        service("web", &["10.9.0.2:8080"], tunnel.clone()),
+        service("calls", &["10.9.0.2:50051"], tunnel.clone()),
+        service("mail", &["10.9.0.2:9001"], tunnel.clone()),
+        service("lines", &["10.9.0.2:9002"], tunnel),
+    ]});
+    let caller = transparent(&near, mesh.sidecar("orders"), services).await;
+    let (http1, http2) = near
+        .run(async {
+            let to = addr("10.9.0.2:8080");
+            let mut shared = Connection::http2(to).await;
+            (Call::get("/").send_to(to).await, shared.send(Call::get("/")).await)
+        })
+        .await;
+    assert_eq!(http1.expect_status(200).json()["version"], "HTTP/1.1");
+    assert_eq!(http2.expect_status(200).json()["version"], "HTTP/2.0", "nobody translates");
+    near.run(async {
+        let mut client = grpc::WordsClient::connect(addr("10.9.0.2:50051")).await;
+        let (sender, words) = grpc::outgoing();
+        sender.send(grpc::word("first", 1)).await.unwrap();
+        let mut answers = client.chat(words).await.expect("a stream").into_inner();
+        assert!(timeout(DEADLINE, answers.message()).await.unwrap().unwrap().is_some());
+        drop(sender);
+        while timeout(DEADLINE, answers.message()).await.unwrap().expect("an end in order").is_some() {}
+    })
+    .await;
+    assert_eq!(near.run(talk("10.9.0.2:9001", true)).await, "hello there");
+    assert_ne!(near.run(talk("10.9.0.2:9002", false)).await, "hello there", "no policy allows this port");
+    assert_eq!(shut.connections(), 0, "and the application has heard nothing of it");
+    let log = callee.folder.join("access.log");
+    eventually("tunnels are logged with who came", || async {
+        let log = std::fs::read_to_string(&log).unwrap_or_default();
+        let told = |begins: String, ends: &str| {
+            log.lines().any(|line| line.contains(&begins) && line.ends_with(ends))
+        };
+        let from = format!("inbound hbone {} payments", id("orders"));
+        let carried = told(format!("{from} 9001 11 22 "), " 10.9.0.2:9001 finished");
+        (carried && told(format!("{from} 9002 0 0 "), " - policy_denied")).then_some(())
+    })
+    .await;
+
+    // A tunnel that a change forbids is cut.
+    let mut open = near
+        .run(async {
+            let mut stream = TcpStream::connect(addr("10.9.0.2:9001")).await.expect("a connection");
+            let mut greeting = [0; 11];
+            timeout(DEADLINE, stream.read_exact(&mut greeting)).await.expect("in time").expect("a greeting");
+            stream
+        })
+        .await;
+    let mut changed = callee.config.clone();
+    changed["policies"] = allow("billing");
+    callee.write(&changed.to_string());
+    near.run(async move {
+        let mut rest = Vec::new();
+        let _ = timeout(DEADLINE, open.read_to_end(&mut rest)).await.expect("an end");
+    })
+    .await;
+    eventually("the application sees the end of it", || async {
+        (mail.open_connections() == 0).then_some(())
+    })
+    .await;
+    drop(caller);
+}

@@ -77,6 +77,7 @@ metrics! {
     MESH_HANDSHAKES_TOTAL Counter "postern_mesh_handshakes_total" "Handshakes with other sidecars, and connections that were refused before, by side and outcome.",
     MESH_PEERS_REFUSED_TOTAL Counter "postern_mesh_peers_refused_total" "Certificates of peers that were refused, by side and reason.",
     MESH_CONNECTIONS Gauge "postern_mesh_connections" "Connections of the application that are open, by direction.",
+    MESH_TUNNELS_TOTAL Counter "postern_mesh_tunnels_total" "Tunnels to the application that were asked for, by what became of them.",
     MESH_CERTIFICATE_ENDS Gauge "postern_mesh_certificate_not_after_seconds" "When the certificate of this process ends, in seconds since 1970; 0 without one.",
     MESH_TRUST_GENERATION Gauge "postern_mesh_trust_generation" "Generation of the trust bundle in force; 0 without one.",
     MESH_RENEWALS_TOTAL Counter "postern_mesh_renewals_total" "Certificates that this process got from the authority of the mesh.",

@@ -21,6 +21,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::mesh::{self, Carries, MeshLink, MeshPeer};
 use crate::error::{Error, Reason};
+use crate::transport::hbone::Tunnel;
 use crate::transport::join;
 
 /// What went over a connection so far. A retry needs to know whether the request reached the socket.
@@ -45,6 +46,7 @@ pub(crate) struct Io {
 enum Transport {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+    Tunnel(Box<Tunnel>),
 }
 
 impl Io {
@@ -60,7 +62,7 @@ impl Io {
     /// The protocol that was agreed on in the handshake.
     pub(crate) fn alpn(&self) -> Option<&[u8]> {
         match &self.stream {
-            Transport::Plain(_) => None,
+            Transport::Plain(_) | Transport::Tunnel(_) => None,
             Transport::Tls(stream) => stream.get_ref().1.alpn_protocol(),
         }
     }
@@ -125,6 +127,20 @@ pub(crate) async fn connect_mesh(
     }
 }
 
+/// Connect to a node of the mesh through a tunnel. What is spoken inside is the application's matter.
+///
+/// # Errors
+/// As [`connect_mesh`].
+pub(crate) async fn connect_tunnel(
+    addr: SocketAddr,
+    peer: &Arc<MeshPeer>,
+    limit: Duration,
+) -> Result<Io, Error> {
+    let (tunnel, link) = peer.tunnel(addr, limit).await?;
+    let (stream, mesh) = (Transport::Tunnel(Box::new(tunnel)), Some(Rc::new(link)));
+    Ok(Io { stream, traffic: Rc::default(), mesh })
+}
+
 async fn tcp(addr: SocketAddr) -> Result<TcpStream, Error> {
     let stream =
         certs::outgoing::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
@@ -161,6 +177,7 @@ impl AsyncRead for Io {
         let result = match &mut this.stream {
             Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
             Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Transport::Tunnel(stream) => Pin::new(stream).poll_read(cx, buffer),
         };
         let read = buffer.filled().len() - before;
         this.traffic.read.set(this.traffic.read.get() + read as u64);
@@ -191,6 +208,7 @@ impl AsyncWrite for Io {
         let result = match &mut this.stream {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Transport::Tunnel(stream) => Pin::new(stream).poll_write(cx, bytes),
         };
         this.count(result)
     }
@@ -204,6 +222,7 @@ impl AsyncWrite for Io {
         let result = match &mut this.stream {
             Transport::Plain(stream) => join::poll_write(Pin::new(stream), cx, pieces),
             Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, pieces),
+            Transport::Tunnel(stream) => join::poll_write(Pin::new(stream), cx, pieces),
         };
         this.count(result)
     }
@@ -212,6 +231,7 @@ impl AsyncWrite for Io {
         match &self.stream {
             Transport::Plain(stream) => stream.is_write_vectored(),
             Transport::Tls(stream) => stream.is_write_vectored(),
+            Transport::Tunnel(_) => true,
         }
     }
 
@@ -219,6 +239,7 @@ impl AsyncWrite for Io {
         match &mut self.get_mut().stream {
             Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -226,6 +247,7 @@ impl AsyncWrite for Io {
         match &mut self.get_mut().stream {
             Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -23,7 +23,7 @@ use super::fields;
 use super::health::Report;
 use super::http1::connection::{Http1, Upgraded};
 use super::http1::head::Head;
-use super::mesh::{self, Carries, MeshPeer};
+use super::mesh::{self, By, Carries, MeshPeer};
 use super::picker::{PickKey, Tried};
 use super::pool::{Claim, Key, Pool};
 use super::request_body::Outgoing;
@@ -111,10 +111,14 @@ impl Peer {
         Self { host: host(x, state, picked.endpoint()), picked, leave, mesh }
     }
 
-    /// What is spoken to it. Requests of the mesh share connections, but for those that switch protocols.
-    fn protocol(&self, state: &State, upgrades: bool) -> Protocol {
+    /// What is spoken to it. Requests of the mesh share connections, but for those that switch protocols: they need HTTP/1.
+    fn protocol(&self, x: &Exchange, state: &State, upgrades: bool) -> Protocol {
         match &self.mesh {
             Some(_) if upgrades => Protocol::Http1,
+            // Nobody at the other end of a tunnel translates: the application hears what the client speaks.
+            Some(mesh) if mesh.by() == By::Tunnel && x.request.version < http::Version::HTTP_2 => {
+                state.settings.protocol()
+            }
             Some(_) => Protocol::Http2,
             None => state.settings.protocol(),
         }
@@ -135,7 +139,7 @@ impl Peer {
 
     /// What its sidecar is told of the protocol to speak to the application: the client's, unless another is declared.
     fn spoken(&self, x: &Exchange, state: &State) -> Option<HeaderValue> {
-        self.mesh.as_ref()?;
+        self.mesh.as_ref().filter(|mesh| mesh.by() == By::Sidecar)?;
         let http1 = state.settings.protocol() == Protocol::Http1 && x.request.version < http::Version::HTTP_2;
         http1.then(|| HeaderValue::from_static(mesh::SPOKEN_HTTP1))
     }
@@ -266,11 +270,11 @@ impl UpstreamService {
         let mut connect = Duration::ZERO;
         let result = loop {
             let mut begun = fresh.unwrap_or(started);
-            let connected =
-                match self.connect(state, peer, timeouts, job.upgrade.is_some(), fresh, begun).await {
-                    Ok(connected) => connected,
-                    Err(error) => break Err(error),
-                };
+            let protocol = peer.protocol(x, state, job.upgrade.is_some());
+            let connected = match self.connect(state, peer, timeouts, protocol, fresh, begun).await {
+                Ok(connected) => connected,
+                Err(error) => break Err(error),
+            };
             let reused = connected.is_reused();
             // An idle connection is there at once; all else has been waited for.
             if !matches!(connected, Connected::Http1 { reused: true, .. }) {
@@ -372,13 +376,13 @@ impl Job {
 
 impl UpstreamService {
     /// An idle connection, a stream on a shared one, or a new connection. `fresh` is the moment at which one that was
-    /// reused turned out dead: only a connection made since then will do. A request that `upgrades` needs HTTP/1.
+    /// reused turned out dead: only a connection made since then will do.
     async fn connect(
         &self,
         state: &State,
         peer: &Peer,
         timeouts: &Timeouts,
-        upgrades: bool,
+        protocol: Protocol,
         fresh: Option<Instant>,
         now: Instant,
     ) -> Result<Connected, Error> {
@@ -386,7 +390,7 @@ impl UpstreamService {
         let endpoint = peer.picked.endpoint();
         let name = peer.tls_name(state);
         let key = Key { endpoint: endpoint.id(), transport: peer.transport(state), name };
-        if peer.protocol(state, upgrades) == Protocol::Http1 {
+        if protocol == Protocol::Http1 {
             if fresh.is_none()
                 && let Some(connection) = poll_fn(|cx| Poll::Ready(self.pool.take(key, now, cx))).await
             {
@@ -441,7 +445,10 @@ impl UpstreamService {
         connected: Connected,
         wait: &Wait<'_>,
     ) -> Result<Answer, Failure> {
-        let tls = state.settings.tls().is_some() || peer.mesh.is_some();
+        let tls = match &peer.mesh {
+            Some(mesh) => mesh.by() == By::Sidecar,
+            None => state.settings.tls().is_some(),
+        };
         let mut route = Route { host: &peer.host, tls, upgrade: None, spoken: peer.spoken(x, state) };
         match connected {
             Connected::Http1 { mut connection, .. } => {
@@ -566,6 +573,9 @@ async fn carry(client: Upgrade, upstream: Upgraded, picked: Picked, idle: Durati
 async fn open(state: &State, peer: &Peer, protocol: Protocol, limit: Duration) -> Result<Io, Error> {
     let address = peer.picked.endpoint().addr();
     if let Some(mesh) = &peer.mesh {
+        if mesh.by() == By::Tunnel {
+            return connect::connect_tunnel(address, mesh, limit).await;
+        }
         let carries = match protocol {
             Protocol::Http1 => Carries::Upgrades,
             Protocol::Http2 => Carries::Requests,

@@ -120,10 +120,27 @@ struct Inner {
     links: RefCell<HashMap<Key, Vec<Rc<Link>>>>,
 }
 
+/// A tunnel that was opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The tunnel.
+    pub tunnel: Tunnel,
+    /// What its peer has shown.
+    pub chain: Arc<[CertificateDer<'static>]>,
+    /// Its connection was made for it.
+    pub is_first: bool,
+}
+
+/// A connection that stands.
+struct Made {
+    sender: SendRequest<Bytes>,
+    chain: Arc<[CertificateDer<'static>]>,
+}
+
 /// One connection, or one that is being made.
 struct Link {
     /// Whoever needs it first makes it; if he gives up, the next.
-    sender: OnceCell<SendRequest<Bytes>>,
+    made: OnceCell<Made>,
     open: Rc<Open>,
     /// What we showed.
     svid: Arc<Svid>,
@@ -132,7 +149,7 @@ struct Link {
 impl Link {
     fn has_room(&self) -> bool {
         let most = MAX_STREAMS as usize;
-        let most = self.sender.get().map_or(most, |sender| most.min(sender.current_max_send_streams()));
+        let most = self.made.get().map_or(most, |made| most.min(made.sender.current_max_send_streams()));
         self.open.count() < most
     }
 }
@@ -142,6 +159,14 @@ impl Hbone {
     #[must_use]
     pub fn new(identity: MeshIdentity) -> Self {
         Self(Rc::new(Inner { identity, links: RefCell::default() }))
+    }
+
+    /// Those of this thread; `number` is that of whoever shows `identity`.
+    pub(crate) fn of_thread(number: u64, identity: &MeshIdentity) -> Self {
+        thread_local! {
+            static OWN: RefCell<HashMap<u64, Hbone>> = RefCell::default();
+        }
+        OWN.with_borrow_mut(|own| own.entry(number).or_insert_with(|| Self::new(identity.clone())).clone())
     }
 
     /// Opens a tunnel through `peer`, which is expected to be `expected`, to `target`, within `limit`.
@@ -154,7 +179,7 @@ impl Hbone {
         target: SocketAddr,
         expected: &Expected,
         limit: Duration,
-    ) -> Result<Tunnel, HboneError> {
+    ) -> Result<Opened, HboneError> {
         let opened = timeout(limit, self.0.clone().open(peer, target, expected)).await;
         opened.unwrap_or(Err(HboneError::TimedOut { peer, limit }))
     }
@@ -172,22 +197,24 @@ impl Inner {
         peer: SocketAddr,
         target: SocketAddr,
         expected: &Expected,
-    ) -> Result<Tunnel, HboneError> {
+    ) -> Result<Opened, HboneError> {
         loop {
             let svid = self.identity.svid().ok_or(HboneError::NoIdentity(peer))?;
             let key = Key { peer, own: svid.id().clone(), expected: expected.clone() };
             let (link, lease) = self.checkout(&key, svid);
-            let known = link.sender.initialized();
-            let made = link.sender.get_or_try_init(|| self.dial(&key, &link)).await;
-            let sender = match made {
-                Ok(sender) => sender.clone(),
+            let known = link.made.initialized();
+            let made = link.made.get_or_try_init(|| self.dial(&key, &link)).await;
+            let Made { sender, chain } = match made {
+                Ok(made) => made,
                 Err(error) => {
                     self.retire(&key, &link);
                     return Err(error);
                 }
             };
-            match ask(sender, target, lease).await {
-                Ok((StatusCode::OK, tunnel)) => return Ok(tunnel),
+            match ask(sender.clone(), target, lease).await {
+                Ok((StatusCode::OK, tunnel)) => {
+                    return Ok(Opened { tunnel, chain: chain.clone(), is_first: !known });
+                }
                 Ok((status, _)) => return Err(HboneError::Refused { peer, target, status }),
                 // The connection has ended under our hands, before the peer looked at this: another one then.
                 Err(error) if is_unseen(&error) && known => self.retire(&key, &link),
@@ -211,7 +238,7 @@ impl Inner {
         let link = match all.iter().find(|link| link.has_room()) {
             Some(link) => link.clone(),
             None => {
-                let link = Rc::new(Link { sender: OnceCell::new(), open: Rc::default(), svid });
+                let link = Rc::new(Link { made: OnceCell::new(), open: Rc::default(), svid });
                 all.push(link.clone());
                 link
             }
@@ -231,7 +258,7 @@ impl Inner {
         }
     }
 
-    async fn dial(self: &Rc<Self>, key: &Key, link: &Rc<Link>) -> Result<SendRequest<Bytes>, HboneError> {
+    async fn dial(self: &Rc<Self>, key: &Key, link: &Rc<Link>) -> Result<Made, HboneError> {
         let peer = key.peer;
         let tls = |error| HboneError::Tls { peer, error };
         let config = self.identity.client_config(key.expected.clone(), &[ALPN]);
@@ -244,7 +271,7 @@ impl Inner {
         if session.alpn_protocol() != Some(ALPN) {
             return Err(HboneError::Protocol(peer));
         }
-        let chain: Vec<CertificateDer<'static>> = session.peer_certificates().unwrap_or_default().to_vec();
+        let chain: Arc<[CertificateDer<'static>]> = session.peer_certificates().unwrap_or_default().into();
         let mut builder = h2::client::Builder::new();
         builder
             .enable_push(false)
@@ -262,10 +289,10 @@ impl Inner {
             link: Rc::downgrade(link),
             open: link.open.clone(),
             identity: self.identity.clone(),
-            chain,
+            chain: chain.clone(),
         };
         tokio::task::spawn_local(keeper.keep(connection));
-        Ok(sender)
+        Ok(Made { sender, chain })
     }
 }
 
@@ -305,7 +332,7 @@ struct Keeper {
     link: Weak<Link>,
     open: Rc<Open>,
     identity: MeshIdentity,
-    chain: Vec<CertificateDer<'static>>,
+    chain: Arc<[CertificateDer<'static>]>,
 }
 
 impl Keeper {

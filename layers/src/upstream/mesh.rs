@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -22,8 +23,10 @@ use rustls::pki_types::CertificateDer;
 use rustls::{AlertDescription, ClientConfig};
 use tokio::sync::watch;
 
+use super::hbone::{Hbone, HboneError, Opened};
 use super::settings::next_transport;
 use crate::error::{Error, Reason};
+use crate::transport::hbone::{PORT, Tunnel};
 
 /// Requests of many clients on one connection, HTTP/2.
 pub const REQUESTS: &[u8] = b"postern-h2";
@@ -37,6 +40,9 @@ pub const SPOKEN: HeaderName = HeaderName::from_static("x-postern-protocol");
 /// The value of [`SPOKEN`].
 pub const SPOKEN_HTTP1: &str = "http/1.1";
 
+/// What `mesh` of a node's metadata says where it is reached through tunnels.
+pub(crate) const HBONE: &str = "hbone";
+
 /// What a connection has to end before its certificate does.
 const MARGIN: Duration = Duration::from_secs(60);
 /// How much connections of one age may differ from it, in percent.
@@ -47,13 +53,15 @@ const SPREAD: u64 = 20;
 pub struct Mesh(Arc<Inner>);
 
 struct Inner {
+    /// Unique in the process.
+    number: u64,
     identity: MeshIdentity,
     changes: watch::Receiver<u64>,
     /// How old a connection gets, in milliseconds.
     max_age: AtomicU64,
     /// Told when a node does not accept what we show.
     refused: Box<dyn Fn() + Send + Sync>,
-    peers: Mutex<HashMap<Expected, Weak<MeshPeer>>>,
+    peers: Mutex<HashMap<(Expected, By), Weak<MeshPeer>>>,
     handshakes: Handshakes,
 }
 
@@ -80,6 +88,7 @@ impl Mesh {
     ) -> Self {
         let changes = identity.changes();
         let mesh = Self(Arc::new(Inner {
+            number: next_transport(),
             identity,
             changes,
             max_age: AtomicU64::new(0),
@@ -111,20 +120,27 @@ impl Mesh {
     }
 
     /// The way to whoever is `expected`. Nodes with the same expectation share it.
-    pub fn peer(&self, expected: Expected) -> Arc<MeshPeer> {
+    pub fn peer(&self, expected: Expected, by: By) -> Arc<MeshPeer> {
         let mut peers = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(peer) = peers.get(&expected).and_then(Weak::upgrade) {
+        let key = (expected, by);
+        if let Some(peer) = peers.get(&key).and_then(Weak::upgrade) {
             return peer;
         }
         peers.retain(|_, peer| peer.strong_count() > 0);
         let peer = Arc::new(MeshPeer {
             number: next_transport(),
             mesh: self.clone(),
-            expected: expected.clone(),
+            expected: key.0.clone(),
+            by,
             configs: Default::default(),
         });
-        peers.insert(expected, Arc::downgrade(&peer));
+        peers.insert(key, Arc::downgrade(&peer));
         peer
+    }
+
+    /// The tunnels of this thread.
+    pub(crate) fn tunnels(&self) -> Hbone {
+        Hbone::of_thread(self.0.number, &self.0.identity)
     }
 
     fn changes(&self) -> u64 {
@@ -135,6 +151,16 @@ impl Mesh {
         let mut failed = self.0.handshakes.failed.lock().unwrap_or_else(PoisonError::into_inner);
         *failed.entry(reason).or_default() += 1;
     }
+}
+
+/// How a node of the mesh is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum By {
+    /// At its own address, where its sidecar answers as we do.
+    #[default]
+    Sidecar,
+    /// Through a tunnel of HBONE at its host, inside which its application's own protocol is spoken.
+    Tunnel,
 }
 
 /// What goes over a connection of the mesh.
@@ -169,6 +195,7 @@ pub struct MeshPeer {
     number: u64,
     mesh: Mesh,
     expected: Expected,
+    by: By,
     configs: [OnceLock<Option<Arc<ClientConfig>>>; 3],
 }
 
@@ -182,6 +209,45 @@ impl MeshPeer {
     /// The number under which connections are shared.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// How it is reached.
+    pub fn by(&self) -> By {
+        self.by
+    }
+
+    /// Opens a tunnel to the node at `address`.
+    ///
+    /// # Errors
+    /// There is none, and nothing has reached the node.
+    pub(crate) async fn tunnel(
+        self: &Arc<Self>,
+        address: SocketAddr,
+        limit: Duration,
+    ) -> Result<(Tunnel, MeshLink), Error> {
+        let host = SocketAddr::new(address.ip(), PORT);
+        let opened = self.mesh.tunnels().connect(host, address, &self.expected, limit).await;
+        let Opened { tunnel, chain, is_first } = opened.map_err(|error| self.no_tunnel(error))?;
+        if is_first {
+            self.mesh.0.handshakes.done.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok((tunnel, self.link(chain.iter().cloned().collect())))
+    }
+
+    fn no_tunnel(&self, error: HboneError) -> Error {
+        let reason = match &error {
+            HboneError::NoIdentity(_) => Reason::NoMeshIdentity,
+            HboneError::Tls { error, .. } => {
+                let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+                cause.map_or(Reason::TlsFailed, |cause| self.failed(cause))
+            }
+            HboneError::Protocol(_) => Reason::TlsFailed,
+            HboneError::TimedOut { .. } => Reason::ConnectTimeout,
+            HboneError::Connect { .. } | HboneError::Http2 { .. } | HboneError::Refused { .. } => {
+                Reason::ConnectFailed
+            }
+        };
+        Error::new(reason).because(error).retryable(reason != Reason::NoMeshIdentity)
     }
 
     /// Who is expected there, in words.
@@ -255,8 +321,12 @@ impl MeshPeer {
 
     /// A connection stands: what has to be remembered of it.
     pub(crate) fn connected(self: &Arc<Self>, chain: Option<&[CertificateDer<'_>]>) -> MeshLink {
+        self.mesh.0.handshakes.done.fetch_add(1, Ordering::Relaxed);
+        self.link(chain.into_iter().flatten().map(|cert| cert.clone().into_owned()).collect())
+    }
+
+    fn link(self: &Arc<Self>, chain: Vec<CertificateDer<'static>>) -> MeshLink {
         let inner = &self.mesh.0;
-        inner.handshakes.done.fetch_add(1, Ordering::Relaxed);
         let age = inner.max_age.load(Ordering::Relaxed);
         // Spread, so that connections made together do not end together.
         let jitter = age / 100 * SPREAD;
@@ -268,7 +338,7 @@ impl MeshPeer {
         MeshLink {
             peer: self.clone(),
             until: now.checked_add(age).unwrap_or(now),
-            chain: chain.into_iter().flatten().map(|cert| cert.clone().into_owned()).collect(),
+            chain,
             issuer: svid.map(|svid| svid.leaf().issuer.clone()),
             connected: inner.identity.connected(),
             looked: Cell::new(self.mesh.changes()),
@@ -364,18 +434,20 @@ impl MeshRule {
     /// The way to a node of which this is known; none where it is not of the mesh.
     pub(crate) fn peer(&self, details: Option<&Details>) -> Option<Arc<MeshPeer>> {
         let told = details.and_then(|details| details.identity.as_deref());
+        let way = details.and_then(|details| details.meta.get("mesh")).map(|way| &**way);
+        let by = if way == Some(HBONE) { By::Tunnel } else { By::Sidecar };
         if let Some(told) = told {
             return Some(match IdentityPattern::from_str(told) {
-                Ok(pattern) => self.mesh.peer(Expected::AnyOf([pattern].into())),
+                Ok(pattern) => self.mesh.peer(Expected::AnyOf([pattern].into()), by),
                 Err(error) => {
                     // Of the mesh, and nobody can be it: better no connection than one to anybody.
                     tracing::error!(identity = told, %error, "the identity of a node cannot be read; it is not spoken to");
-                    self.mesh.peer(Expected::AnyOf([].into()))
+                    self.mesh.peer(Expected::AnyOf([].into()), by)
                 }
             });
         }
-        let says = |details: &Details| details.meta.get("mesh").is_some_and(|value| &**value == "true");
-        (self.all || details.is_some_and(says)).then(|| self.mesh.peer(self.expected.clone()))
+        let is_meshed = self.all || matches!(way, Some("true" | HBONE));
+        is_meshed.then(|| self.mesh.peer(self.expected.clone(), by))
     }
 }
 
@@ -417,6 +489,12 @@ mod tests {
             ),
             (&some, Some(details(Some(own), &[])), Some(own), "it says who"),
             (&named, Some(details(Some("orders"), &[])), Some(""), "nobody at all: never anybody"),
+            (
+                &some,
+                Some(details(None, &[("mesh", "hbone")])),
+                Some("anybody of our trust domain"),
+                "through tunnels",
+            ),
         ];
         for (rule, details, expected, case) in cases {
             let peer = rule.peer(details.as_ref());
@@ -428,15 +506,20 @@ mod tests {
     fn who_is_expected_to_be_another_never_shares_a_connection() {
         let mesh = Mesh::new(MeshIdentity::new(), Duration::from_secs(60), || {});
         let expected = |text: &str| Expected::AnyOf([text.parse().unwrap()].into());
-        let first = mesh.peer(expected("spiffe://a/b"));
-        assert!(Arc::ptr_eq(&first, &mesh.peer(expected("spiffe://a/b"))));
-        assert_ne!(first.number(), mesh.peer(expected("spiffe://a/c")).number());
+        let first = mesh.peer(expected("spiffe://a/b"), By::Sidecar);
+        assert!(Arc::ptr_eq(&first, &mesh.peer(expected("spiffe://a/b"), By::Sidecar)));
+        assert_ne!(first.number(), mesh.peer(expected("spiffe://a/c"), By::Sidecar).number());
+        assert_ne!(
+            first.number(),
+            mesh.peer(expected("spiffe://a/b"), By::Tunnel).number(),
+            "nor who is elsewhere"
+        );
     }
 
     #[test]
     fn without_an_identity_nothing_is_said() {
         let mesh = Mesh::new(MeshIdentity::new(), Duration::from_secs(60), || {});
-        let error = mesh.peer(Expected::OwnDomain).config(Carries::Requests).unwrap_err();
+        let error = mesh.peer(Expected::OwnDomain, By::Sidecar).config(Carries::Requests).unwrap_err();
         assert_eq!(error.reason(), Reason::NoMeshIdentity);
         assert!(error.to_string().contains("no trust bundle"), "{error}");
     }

@@ -17,7 +17,7 @@ use super::cluster::{Choice, Cluster, State};
 use super::connect::{self, Io};
 use super::endpoint::Picked;
 use super::health::Report;
-use super::mesh::Carries;
+use super::mesh::{By, Carries};
 use super::picker::{PickKey, Tried};
 use super::{send, tls_client};
 use crate::error::{Blame, Error, Reason};
@@ -167,6 +167,9 @@ async fn open(state: &State, picked: &Picked, limit: Duration) -> Result<Io, Err
     let endpoint = picked.endpoint();
     let mesh = state.settings.mesh.as_ref().and_then(|_| endpoint.mesh());
     if let Some(mesh) = mesh {
+        if mesh.by() == By::Tunnel {
+            return connect::connect_tunnel(endpoint.addr(), &mesh, limit).await;
+        }
         return connect::connect_mesh(endpoint.addr(), &mesh, Carries::Opaque, limit).await;
     }
     let tls = match state.settings.tls() {

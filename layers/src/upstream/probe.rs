@@ -19,9 +19,10 @@ use tokio_rustls::TlsConnector;
 
 use super::endpoint::{EndpointKey, EndpointState};
 use super::health::{Report, Source};
-use super::mesh::Carries;
+use super::mesh::{By, Carries};
 use super::settings::Active;
 use super::tls_client;
+use crate::transport::hbone::PORT;
 
 /// Bytes of an answer that are read for its status line.
 const STATUS_LINE: usize = 1024;
@@ -125,16 +126,21 @@ async fn run(
     }
 }
 
-/// Connects, and asks over the connection if there is something to ask. A status of 0 is an answer that is no HTTP.
+/// Connects, and asks over the connection if there is something to ask. A status of 0 is an answer that is no HTTP. Of a node
+/// behind a tunnel it is found out whether tunnels are taken there.
 async fn probe(check: &Active, endpoint: &EndpointState) -> io::Result<Option<u16>> {
     let mut address = endpoint.addr();
     if let Some(port) = check.port {
         address.set_port(port);
     }
-    let stream = certs::outgoing::connect(address).await?;
-    let Some((before, after)) = &check.request else { return Ok(None) };
     // A node of the mesh is spoken to in no other way, by probes neither; another port is not its sidecar's.
     let mesh = endpoint.mesh().filter(|_| check.port.is_none());
+    let is_tunnel = mesh.as_ref().is_some_and(|mesh| mesh.by() == By::Tunnel);
+    if is_tunnel {
+        address.set_port(PORT);
+    }
+    let stream = certs::outgoing::connect(address).await?;
+    let Some((before, after)) = check.request.as_ref().filter(|_| !is_tunnel) else { return Ok(None) };
     let host = match check.host.as_deref().unwrap_or(endpoint.host()) {
         // In a `Host` field, IPv6 stands in brackets.
         bare if bare.parse::<Ipv6Addr>().is_ok() => Cow::from(format!("[{bare}]")),

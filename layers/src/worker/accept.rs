@@ -61,6 +61,12 @@ pub struct Arrival {
 }
 
 impl Arrival {
+    /// Waits until the worker drains. Every connection's task is woken then, and as often as needed after it.
+    pub fn draining(&self) -> impl Future<Output = ()> + use<> {
+        let context = self.context.clone();
+        poll_fn(move |_| if context.is_draining() { Poll::Ready(()) } else { Poll::Pending })
+    }
+
     /// From here on the connection is bytes, which nobody has to understand. It counts as a tunnel until this is dropped.
     pub fn opaque(&self) -> OpaqueGuard {
         self.watch.busy();

@@ -6,6 +6,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -22,6 +23,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::ALPN;
 use super::server::{Connect, Server, ServerError};
+use crate::local::LocalBox;
 use crate::transport::original_dst::Own;
 use crate::transport::tcp::{self, Traffic};
 
@@ -29,13 +31,32 @@ use crate::transport::tcp::{self, Traffic};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// For the application to take a connection.
 const CONNECT: Duration = Duration::from_secs(5);
-/// A tunnel in which nothing moves is ended.
-const IDLE: Duration = Duration::from_secs(3600);
+/// Who has come, with everything that was shown.
+pub struct Guest {
+    /// Who it is.
+    pub peer: Arc<Peer>,
+    /// The certificate and those above it.
+    pub chain: Vec<CertificateDer<'static>>,
+}
 
-/// Decides who may reach what.
-pub trait Gate: Send + Sync + 'static {
-    /// Where a tunnel to `target`, an address of ours, leads; `None` if `peer` may not have it.
-    fn admit(&self, peer: &Peer, target: SocketAddr) -> Option<SocketAddr>;
+/// Decides who may reach what through one connection.
+pub trait Gate: 'static {
+    /// The leave of a tunnel to `target`, an address of ours; `None` if the guest may not have it.
+    fn admit(&self, guest: &Guest, target: SocketAddr) -> Option<Rc<dyn Leave>>;
+}
+
+/// The leave of one tunnel to be there, as long as it is.
+pub trait Leave: 'static {
+    /// Where it leads.
+    fn application(&self) -> SocketAddr;
+    /// How long nothing may move in it.
+    fn idle(&self) -> Duration;
+    /// What moves in it is counted here.
+    fn traffic(&self) -> &Arc<Traffic>;
+    /// Waits until the leave is taken back: why.
+    fn revoked(&self) -> LocalBox<'static, &'static str>;
+    /// It is over, for this reason.
+    fn over(&self, why: &'static str);
 }
 
 /// What became of tunnels.
@@ -77,10 +98,23 @@ pub enum ReceiveError {
 pub struct Receiver {
     identity: MeshIdentity,
     tls: Arc<ServerConfig>,
-    own: Own,
-    gate: Box<dyn Gate>,
+    own: Arc<Own>,
     /// What became of tunnels.
     pub counts: Counts,
+}
+
+impl Counts {
+    /// By what became of them.
+    pub fn read(&self) -> [(&'static str, u64); 5] {
+        [
+            ("opened", &self.opened),
+            ("loop", &self.loops),
+            ("foreign", &self.foreign),
+            ("denied", &self.denied),
+            ("unreachable", &self.unreachable),
+        ]
+        .map(|(word, count)| (word, count.load(Ordering::Relaxed)))
+    }
 }
 
 impl Receiver {
@@ -88,17 +122,22 @@ impl Receiver {
     ///
     /// # Errors
     /// As [`MeshIdentity::server_config`].
-    pub fn new(identity: MeshIdentity, own: Own, gate: impl Gate) -> Result<Self, rustls::Error> {
+    pub fn new(identity: MeshIdentity, own: Arc<Own>) -> Result<Self, rustls::Error> {
         let tls = identity.server_config(Clients::Required, &[ALPN])?;
-        Ok(Self { identity, tls, own, gate: Box::new(gate), counts: Counts::default() })
+        Ok(Self { identity, tls, own, counts: Counts::default() })
     }
 
-    /// Serves one connection that has come to our port. After `drain` it ends with its last tunnel; dropping this future
+    /// Serves one connection that has come to our port, as far as `gate` lets it in. After `drain` it ends with its last tunnel; dropping this future
     /// cuts all of them.
     ///
     /// # Errors
     /// Why it ended early; nothing has reached the application that the gate did not let through.
-    pub async fn serve<T>(self: Arc<Self>, io: T, drain: impl Future<Output = ()>) -> Result<(), ReceiveError>
+    pub async fn serve<T>(
+        self: Arc<Self>,
+        io: T,
+        gate: impl Gate,
+        drain: impl Future<Output = ()>,
+    ) -> Result<(), ReceiveError>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
@@ -111,8 +150,12 @@ impl Receiver {
         }
         let chain: Vec<CertificateDer<'static>> = session.peer_certificates().unwrap_or_default().to_vec();
         let peer = Arc::new(self.identity.peer(&chain, Usage::Client)?);
+        let visit = Rc::new((Guest { peer, chain: chain.clone() }, gate));
         let server = Server::begin(stream, HANDSHAKE).await?;
-        let tunnel = |connect| self.clone().tunnel(connect, peer.clone());
+        let tunnel = |connect| {
+            let (receiver, visit) = (self.clone(), visit.clone());
+            async move { receiver.tunnel(connect, &visit.0, &visit.1).await }
+        };
         let mut serving = pin!(server.run(tunnel, drain));
         loop {
             tokio::select! {
@@ -127,11 +170,11 @@ impl Receiver {
         }
     }
 
-    async fn tunnel(self: Arc<Self>, connect: Connect, peer: Arc<Peer>) {
+    async fn tunnel(&self, connect: Connect, guest: &Guest, gate: &impl Gate) {
         let counts = &self.counts;
         let refused = |count: &AtomicU64, connect: Connect, status, why| {
             count.fetch_add(1, Ordering::Relaxed);
-            tracing::info!(peer = %peer.id, target = %connect.authority(), why, "tunnel refused");
+            tracing::info!(peer = %guest.peer.id, target = %connect.authority(), why, "tunnel refused");
             connect.refuse(status, why);
         };
         let Some(target) = connect.target() else {
@@ -146,12 +189,13 @@ impl Receiver {
             let why = "postern; details=\"the address is not here\"";
             return refused(&counts.foreign, connect, StatusCode::FORBIDDEN, why);
         }
-        let Some(application) = self.gate.admit(&peer, target) else {
+        let Some(leave) = gate.admit(guest, target) else {
             let why = "postern; details=\"a policy forbids it\"";
             return refused(&counts.denied, connect, StatusCode::FORBIDDEN, why);
         };
-        let dialled = timeout(CONNECT, certs::outgoing::connect(application)).await;
+        let dialled = timeout(CONNECT, certs::outgoing::connect(leave.application())).await;
         let Ok(Ok(application)) = dialled else {
+            leave.over("connect_failed");
             let why = "postern; error=connection_refused";
             return refused(&counts.unreachable, connect, StatusCode::SERVICE_UNAVAILABLE, why);
         };
@@ -160,6 +204,11 @@ impl Receiver {
         // A peer that has gone meanwhile needs nothing.
         let Ok(tunnel) = connect.accept() else { return };
         counts.opened.fetch_add(1, Ordering::Relaxed);
-        tcp::copy(tunnel, application, Bytes::new(), IDLE, &Arc::<Traffic>::default()).await;
+        let copying = tcp::copy(tunnel, application, Bytes::new(), leave.idle(), leave.traffic());
+        let why = tokio::select! {
+            ended = copying => ended.as_str(),
+            why = leave.revoked() => why,
+        };
+        leave.over(why);
     }
 }

@@ -12,6 +12,8 @@ use discovery::{
 use hashbrown::HashMap;
 use serde_json::Value;
 
+use crate::upstream::mesh::HBONE;
+
 /// Where endpoints come from.
 pub(super) enum Origin {
     /// Addresses that are written down: all there will ever be.
@@ -131,9 +133,12 @@ impl Places {
                     identity: name("identity"),
                     ..Details::default()
                 };
-                let is_meshed = |value: &Value| *value == Value::Bool(true) || value == "true";
-                if metadata.get("mesh").is_some_and(is_meshed) {
-                    details.meta.insert("mesh".into(), "true".into());
+                match metadata.get("mesh") {
+                    Some(way) if *way == HBONE => drop(details.meta.insert("mesh".into(), HBONE.into())),
+                    Some(way) if *way == Value::Bool(true) || way == "true" => {
+                        details.meta.insert("mesh".into(), "true".into());
+                    }
+                    _ => {}
                 }
                 if details != Details::default() {
                     places.insert((node.bare_host().into(), upstream.port_of(node)), Arc::new(details));

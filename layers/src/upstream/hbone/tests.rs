@@ -22,9 +22,11 @@ use tokio::task::{LocalSet, spawn_local};
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::transport::hbone::receiver::{Gate, Receiver};
+use crate::local::LocalBox;
+use crate::transport::hbone::receiver::{Gate, Guest, Leave, Receiver};
 use crate::transport::hbone::server::Server;
 use crate::transport::original_dst::Own;
+use crate::transport::tcp::Traffic;
 
 /// A client without a certificate.
 #[derive(Debug)]
@@ -172,8 +174,8 @@ async fn until(what: &str, mut done: impl FnMut() -> bool) {
 async fn tunnels_share_a_connection_and_half_closes_pass() {
     let work = async {
         let (peer, hbone, _) = pair(&Ca::new("root")).await;
-        let mut first = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
-        let mut second = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut first = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
+        let mut second = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         says(&mut first, b"one").await.unwrap();
         says(&mut second, b"two").await.unwrap();
         second.write_all(b"last words").await.unwrap();
@@ -193,7 +195,7 @@ async fn a_hundred_megabytes_go_there_and_back() {
     const SIZE: usize = 100 << 20;
     let work = async {
         let (peer, hbone, _) = pair(&Ca::new("root")).await;
-        let tunnel = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let tunnel = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         let (mut read, mut write) = tokio::io::split(tunnel);
         let send = async {
             let piece: Vec<u8> = (0..=255).cycle().take(64 * 1024).collect();
@@ -237,7 +239,7 @@ async fn who_does_not_read_is_held_up_and_holds_up_nobody_else() {
         let deaf = "10.0.0.1:9".parse().unwrap();
         let mut stuck = Vec::new();
         for _ in 0..20 {
-            let mut tunnel = hbone.connect(peer.address, deaf, &api(), LIMIT).await.unwrap();
+            let mut tunnel = hbone.connect(peer.address, deaf, &api(), LIMIT).await.unwrap().tunnel;
             let piece = vec![0; 64 * 1024];
             let mut written = 0;
             while let Ok(count) = timeout(Duration::from_millis(100), tunnel.write(&piece)).await {
@@ -247,7 +249,7 @@ async fn who_does_not_read_is_held_up_and_holds_up_nobody_else() {
             assert!(written <= bound, "{written} bytes were taken from us, of {bound} that may be");
             stuck.push(tunnel);
         }
-        let mut other = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut other = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         let words = async { says(&mut other, b"not held up").await };
         timeout(LIMIT, words).await.unwrap().unwrap();
         assert_eq!(hbone.connections(), 1);
@@ -262,7 +264,7 @@ async fn one_more_than_a_connection_takes_opens_another() {
         // All at once: those that come while the connection is being made wait for it and count.
         let all = (0..=MAX_STREAMS).map(|_| {
             let (hbone, address) = (hbone.clone(), peer.address);
-            spawn_local(async move { hbone.connect(address, target(), &api(), LIMIT).await.unwrap() })
+            spawn_local(async move { hbone.connect(address, target(), &api(), LIMIT).await.unwrap().tunnel })
         });
         let mut tunnels = Vec::new();
         for tunnel in all.collect::<Vec<_>>() {
@@ -274,7 +276,7 @@ async fn one_more_than_a_connection_takes_opens_another() {
             says(tunnel, b"here").await.unwrap();
         }
         tunnels.clear();
-        tunnels.push(hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap());
+        tunnels.push(hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel);
         assert_eq!(peer.connections.get(), 2, "those that are there are used again");
     };
     LocalSet::new().run_until(work).await;
@@ -284,8 +286,8 @@ async fn one_more_than_a_connection_takes_opens_another() {
 async fn identities_are_never_mixed() {
     let work = async {
         let (peer, hbone, _) = pair(&Ca::new("root")).await;
-        let first = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
-        let second = hbone.connect(peer.address, target(), &Expected::OwnDomain, LIMIT).await.unwrap();
+        let first = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
+        let second = hbone.connect(peer.address, target(), &Expected::OwnDomain, LIMIT).await.unwrap().tunnel;
         assert_eq!(peer.connections.get(), 2, "another expectation, another connection");
         drop((first, second));
         let other = Expected::from("spiffe://mesh.test/ns/default/sa/other".parse::<SpiffeId>().unwrap());
@@ -301,10 +303,10 @@ async fn a_renewal_moves_new_tunnels_and_leaves_the_old() {
     let work = async {
         let ca = Ca::new("root");
         let (peer, hbone, web) = pair(&ca).await;
-        let mut old = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut old = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         says(&mut old, b"before").await.unwrap();
         web.install(ca.svid(WEB)).unwrap();
-        let mut new = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut new = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         assert_eq!(peer.connections.get(), 2);
         says(&mut old, b"old").await.unwrap();
         says(&mut new, b"new").await.unwrap();
@@ -317,7 +319,7 @@ async fn a_renewal_moves_new_tunnels_and_leaves_the_old() {
 async fn a_peer_that_is_no_longer_believed_is_cut() {
     let work = async {
         let (peer, hbone, web) = pair(&Ca::new("root")).await;
-        let mut tunnel = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut tunnel = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         says(&mut tunnel, b"before").await.unwrap();
         web.set_trust(Ca::new("another root").trust(2)).unwrap();
         let heard = timeout(LIMIT, tunnel.read_u8()).await.unwrap();
@@ -333,14 +335,14 @@ async fn a_peer_that_is_no_longer_believed_is_cut() {
 async fn a_peer_that_leaves_keeps_its_tunnels_and_gets_no_new_ones() {
     let work = async {
         let (peer, hbone, _) = pair(&Ca::new("root")).await;
-        let mut old = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut old = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         says(&mut old, b"before").await.unwrap();
         peer.drain.send_replace(1);
         // Until we are told, the old connection takes more.
         let deadline = Instant::now() + LIMIT;
         while peer.connections.get() < 2 {
             assert!(Instant::now() < deadline, "new tunnels get a new connection");
-            let mut new = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+            let mut new = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
             says(&mut new, b"new").await.unwrap();
             says(&mut old, b"during").await.unwrap();
         }
@@ -371,7 +373,7 @@ async fn a_refusal_is_told_and_the_connection_stays() {
         let error = hbone.connect(peer.address, foreign, &api(), LIMIT).await.unwrap_err();
         assert!(matches!(&error, HboneError::Refused { status: StatusCode::FORBIDDEN, .. }), "{error}");
         let v6 = "[2001:db8::1]:8080".parse().unwrap();
-        let mut tunnel = hbone.connect(peer.address, v6, &api(), LIMIT).await.unwrap();
+        let mut tunnel = hbone.connect(peer.address, v6, &api(), LIMIT).await.unwrap().tunnel;
         says(&mut tunnel, b"fine").await.unwrap();
         assert_eq!(peer.connections.get(), 1);
     };
@@ -429,7 +431,7 @@ async fn a_peer_that_does_not_speak_it_is_told() {
 async fn a_connection_without_tunnels_is_let_go_after_a_while() {
     let work = async {
         let (peer, hbone, _) = pair(&Ca::new("root")).await;
-        let mut kept = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap();
+        let mut kept = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         says(&mut kept, b"here").await.unwrap();
         tokio::time::pause();
         tokio::time::advance(IDLE / 2).await;
@@ -451,8 +453,33 @@ async fn a_connection_without_tunnels_is_let_go_after_a_while() {
 struct Door(SocketAddr);
 
 impl Gate for Door {
-    fn admit(&self, peer: &certs::trust::Peer, target: SocketAddr) -> Option<SocketAddr> {
-        (peer.id.as_str() == WEB && target.port() > 1023).then_some(self.0)
+    fn admit(&self, guest: &Guest, target: SocketAddr) -> Option<Rc<dyn Leave>> {
+        let may = guest.peer.id.as_str() == WEB && target.port() > 1023;
+        may.then(|| Rc::new(Granted(self.0, Arc::default())) as Rc<dyn Leave>)
+    }
+}
+
+struct Granted(SocketAddr, Arc<Traffic>);
+
+impl Leave for Granted {
+    fn application(&self) -> SocketAddr {
+        self.0
+    }
+
+    fn idle(&self) -> Duration {
+        LIMIT
+    }
+
+    fn traffic(&self) -> &Arc<Traffic> {
+        &self.1
+    }
+
+    fn revoked(&self) -> LocalBox<'static, &'static str> {
+        Box::pin(pending())
+    }
+
+    fn over(&self, why: &'static str) {
+        assert_ne!(why, "connect_failed");
     }
 }
 
@@ -470,13 +497,13 @@ async fn tunnels_lead_to_our_application_and_nowhere_else() {
         let api_identity = ca.identity(API);
         // An address of 127.0.0.0/8 stands in for one of the machine's.
         let own = Own::at([15006, 15008], ["127.0.0.9".parse().unwrap()]);
-        let receiver = Arc::new(Receiver::new(api_identity.clone(), own, Door(behind)).unwrap());
+        let receiver = Arc::new(Receiver::new(api_identity.clone(), Arc::new(own)).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let peer = listener.local_addr().unwrap();
         let serving = receiver.clone();
         spawn_local(async move {
             while let Ok((tcp, _)) = listener.accept().await {
-                spawn_local(serving.clone().serve(tcp, pending()));
+                spawn_local(serving.clone().serve(tcp, Door(behind), pending()));
             }
         });
         let web = Hbone::new(ca.identity(WEB));
@@ -497,18 +524,14 @@ async fn tunnels_lead_to_our_application_and_nowhere_else() {
         let error = stranger.connect(peer, ours, &api(), LIMIT).await.unwrap_err();
         assert!(matches!(error, HboneError::Refused { status: StatusCode::FORBIDDEN, .. }), "{error}");
 
-        let mut tunnel = web.connect(peer, ours, &api(), LIMIT).await.unwrap();
+        let mut tunnel = web.connect(peer, ours, &api(), LIMIT).await.unwrap().tunnel;
         says(&mut tunnel, b"to the application").await.unwrap();
         assert_eq!(web.connections(), 1, "refusals have not ended the connection");
         // The peer's root is believed no more, on the side that serves.
         api_identity.set_trust(Ca::new("another root").trust(2)).unwrap();
         assert!(timeout(LIMIT, tunnel.read_u8()).await.unwrap().is_err(), "the tunnel is cut");
         timeout(LIMIT, answering).await.unwrap().unwrap();
-        let read = |count: &std::sync::atomic::AtomicU64| count.load(std::sync::atomic::Ordering::Relaxed);
-        let counts = &receiver.counts;
-        let all =
-            [&counts.opened, &counts.loops, &counts.foreign, &counts.denied, &counts.unreachable].map(read);
-        assert_eq!(all, [1, 2, 2, 2, 0]);
+        assert_eq!(receiver.counts.read().map(|(_, count)| count), [1, 2, 2, 2, 0]);
     };
     LocalSet::new().run_until(work).await;
 }
