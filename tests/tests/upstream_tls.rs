@@ -2,8 +2,9 @@
 
 use e2e::certs::{Authority, Leaf};
 use e2e::client::Call;
+use e2e::load::Load;
 use e2e::origin::{Origin, echo, grpc};
-use e2e::{Edge, Value, json};
+use e2e::{Edge, Value, eventually, json};
 
 fn upstream(origin: &Origin, tls: Value) -> Value {
     json!({"type": "roundrobin", "scheme": "https", "pass_host": "rewrite", "upstream_host": "origin.test",
@@ -78,6 +79,54 @@ async fn a_client_certificate_is_shown_to_the_origin() {
     edge.get("/inline").await.expect_status(200);
     edge.get("/by-id").await.expect_status(200);
     edge.get("/without").await.expect_status(502);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_certificate_is_exchanged_under_load_and_others_do_not_notice() {
+    let (ca, clients) = (Authority::new("ca"), Authority::new("clients"));
+    let renewed = clients.intermediate("renewed");
+    let leaf = ca.server(&["origin.test"]);
+    let asking = |of: &Authority, name: &'static str| {
+        let config = leaf.server_config_asking(&["http/1.1"], of);
+        async move { echo::tls(config, name).await }
+    };
+    let (shop, bank) = (asking(&clients, "shop").await, asking(&clients, "bank").await);
+    // It takes the certificate that comes, and not the one that goes.
+    let strict = asking(&renewed, "strict").await;
+    let certificate = |leaf: &Leaf| json!({"type": "client", "cert": leaf.cert, "key": leaf.key});
+    let edge = Edge::embedded().start().await;
+    for name in ["shop", "bank"] {
+        edge.put(&format!("ssls/{name}"), certificate(&clients.client(&format!("{name}.gateway.test"))))
+            .await;
+    }
+    for (path, certificate, origin) in
+        [("shop", "shop", &shop), ("bank", "bank", &bank), ("strict", "shop", &strict)]
+    {
+        let upstream = upstream(origin, json!({"client_cert_id": certificate}));
+        edge.put(&format!("routes/{path}"), json!({"uri": format!("/{path}"), "upstream": upstream})).await;
+    }
+    edge.until_status("/shop", 200).await;
+    edge.until_status("/bank", 200).await;
+    edge.until_status("/strict", 502).await;
+
+    let load = |path: &str| {
+        Load::start(edge.http, &format!("GET /{path} HTTP/1.1\r\nhost: a.test\r\n\r\n"), 200, 4, 400)
+    };
+    let loads = [load("shop"), load("bank")];
+    let begun = bank.requests();
+    eventually("requests flow", || async { (bank.requests() > begun + 100).then_some(()) }).await;
+    let before = bank.connections();
+    edge.put("ssls/shop", certificate(&renewed.client("shop.gateway.test"))).await;
+    edge.until_status("/strict", 200).await;
+    let begun = [shop.requests(), bank.requests()];
+    eventually("requests go on", || async {
+        (shop.requests() > begun[0] + 100 && bank.requests() > begun[1] + 100).then_some(())
+    })
+    .await;
+    for load in loads {
+        load.finish().await.expect_no_failure();
+    }
+    assert_eq!(bank.connections(), before, "no connection with another certificate was made anew");
 }
 
 #[tokio::test]
