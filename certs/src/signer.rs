@@ -10,6 +10,7 @@ pub mod node;
 pub mod pool;
 pub mod service;
 pub mod store;
+pub mod tls;
 pub mod transcript;
 
 #[cfg(test)]

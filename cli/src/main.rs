@@ -3,6 +3,7 @@
 mod client;
 mod cmd;
 mod logging;
+mod observed;
 mod output;
 mod role;
 
@@ -41,6 +42,8 @@ enum Command {
     Sidecar(Box<role::sidecar::Sidecar>),
     /// Run the certificate authority of a mesh, and make tokens by which workloads join.
     Ca(role::ca::Ca),
+    /// Hold private keys of certificates and sign handshakes with them, so that gateways need not have them.
+    Signer(role::signer::Signer),
     /// Watch registries for many gateways.
     Discovery(role::discovery::Discovery),
     /// Look at the certificates of a mesh, exchange them under traffic, and get out of trouble.
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Command::Up(role) => role.run(),
         Command::Ca(role) => role.run(),
         Command::Sidecar(role) => role.run(),
+        Command::Signer(role) => role.run(),
         Command::Discovery(role) => role.run(),
         Command::Certs(command) => command.run(),
         Command::Check(command) => command.run(),

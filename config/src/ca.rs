@@ -490,7 +490,7 @@ impl Ca {
 }
 
 /// YAML reads a bare `off` as false.
-fn address_or_off<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+pub(crate) fn address_or_off<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "an address with a port, or `off`")]
     enum Written {

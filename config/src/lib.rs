@@ -40,6 +40,7 @@ pub mod secret_ref;
 pub mod sensitive;
 pub mod service;
 pub mod sidecar;
+pub mod signer;
 pub mod ssl;
 pub mod stream_route;
 mod strict;

@@ -130,6 +130,11 @@ impl Service {
     }
 
     #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.0.stopping.load(Ordering::Relaxed)
+    }
+
+    #[must_use]
     pub fn keys(&self) -> &Arc<KeyStore> {
         &self.0.keys
     }
@@ -158,7 +163,7 @@ impl Service {
     }
 
     fn client<T>(&self, request: &Request<T>, key: &str) -> Result<Client<'_>, Status> {
-        if self.0.stopping.load(Ordering::Relaxed) {
+        if self.is_stopping() {
             return Err(self.refuse(Refusal::Stopping, "", key, Status::unavailable("the signer stops")));
         }
         let chain = request.extensions().get::<Caller>().map(|caller| &*caller.chain).unwrap_or_default();

@@ -6,4 +6,5 @@ pub mod edge;
 pub mod register;
 mod sample;
 pub mod sidecar;
+pub mod signer;
 pub mod up;

@@ -38,7 +38,8 @@ use tokio::time::timeout;
 use tonic::service::Routes;
 
 use super::status::Told;
-use super::{AUDIT, Place, SOCKET, settings, status, store};
+use super::{AUDIT, Place, SOCKET, settings, store};
+use crate::observed;
 use crate::output::{self, Colour};
 
 /// What is said to the other replicas at the end is not waited for longer.
@@ -206,7 +207,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let told = Told { service: service.clone(), keeper: Arc::clone(&keeper), audit: Arc::clone(&audit), pin };
     let observing = async {
         match watched {
-            Some(listener) => status::serve(listener, told).await,
+            Some(listener) => observed::serve(listener, told).await,
             None => std::future::pending().await,
         }
     };

@@ -1,32 +1,18 @@
-//! What the authority is doing, by HTTP: `/status` for people and programs, `/metrics` for Prometheus, `/readyz`.
+//! What the authority tells of itself.
 
-use std::convert::Infallible;
 use std::fmt::Write;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use certs::ca::audit::Audit;
 use certs::ca::channel::Pin;
 use certs::ca::keeper::Keeper;
 use certs::ca::service::{Numbers, Service};
 use certs::ca::{Current, RootState};
 use certs::trust::{Fingerprint, Root};
-use http::header::CONTENT_TYPE;
-use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::Full;
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 
-const CONNECTIONS: usize = 64;
-const HEAD: Duration = Duration::from_secs(10);
-/// A connection that has said nothing more is closed.
-const LIFE: Duration = Duration::from_secs(60);
+use crate::observed::Observed;
 
 /// What is told.
 #[derive(Clone)]
@@ -35,38 +21,6 @@ pub(super) struct Told {
     pub(super) keeper: Arc<Keeper>,
     pub(super) audit: Arc<Audit>,
     pub(super) pin: Pin,
-}
-
-/// Serves until it is dropped.
-pub(super) async fn serve(listener: TcpListener, told: Told) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let mut connections = tokio::task::JoinSet::new();
-    loop {
-        let stream = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(_) => {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-            Some(_) = connections.join_next() => continue,
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
-        let told = told.clone();
-        connections.spawn(async move {
-            let answer = service_fn(move |request| {
-                let told = told.clone();
-                async move { Ok::<_, Infallible>(told.answer(&request)) }
-            });
-            let mut server = http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(HEAD).max_headers(64);
-            let connection = server.serve_connection(TokioIo::new(stream), answer);
-            // How a connection ends is the client's affair.
-            let _ = tokio::time::timeout(LIFE, connection).await;
-            drop(place);
-        });
-    }
 }
 
 fn seconds(time: SystemTime) -> u64 {
@@ -82,40 +36,6 @@ fn word(state: RootState) -> &'static str {
 }
 
 impl Told {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        let (status, kind, body) = match (request.method(), request.uri().path()) {
-            (&Method::GET, "/status") => {
-                let text = serde_json::to_string_pretty(&self.status()).unwrap_or_default() + "\n";
-                (StatusCode::OK, "application/json", text)
-            }
-            (&Method::GET, "/metrics") => (StatusCode::OK, "text/plain; version=0.0.4", self.metrics()),
-            (&Method::GET, "/healthz") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-            (&Method::GET, "/readyz") => match self.ready() {
-                Ok(()) => (StatusCode::OK, "text/plain", "ready\n".to_owned()),
-                Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("{reason}\n")),
-            },
-            (&Method::GET, _) => (
-                StatusCode::NOT_FOUND,
-                "text/plain",
-                "there is /status, /metrics, /healthz and /readyz\n".to_owned(),
-            ),
-            _ => (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "GET alone\n".to_owned()),
-        };
-        let mut response = Response::new(Full::new(Bytes::from(body)));
-        *response.status_mut() = status;
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-        response
-    }
-
-    fn ready(&self) -> Result<(), &'static str> {
-        let current = self.service.current();
-        match &current.issuer {
-            None => Err("there is no issuer that can sign"),
-            Some(issuer) if issuer.ends() <= SystemTime::now() => Err("the issuer has expired"),
-            Some(_) => Ok(()),
-        }
-    }
-
     fn roots(current: &Current) -> Vec<(Fingerprint, &'static str, u64)> {
         let roots = current.bundle().roots.iter();
         roots
@@ -124,6 +44,17 @@ impl Told {
                 Some((read.fingerprint, word(root.state), seconds(read.not_after)))
             })
             .collect()
+    }
+}
+
+impl Observed for Told {
+    fn ready(&self) -> Result<(), String> {
+        let current = self.service.current();
+        match &current.issuer {
+            None => Err("there is no issuer that can sign".to_owned()),
+            Some(issuer) if issuer.ends() <= SystemTime::now() => Err("the issuer has expired".to_owned()),
+            Some(_) => Ok(()),
+        }
     }
 
     fn status(&self) -> Value {
