@@ -24,6 +24,7 @@ pub mod kafka;
 pub mod kube;
 pub mod load;
 pub mod machine;
+pub mod memory;
 pub mod nacos;
 pub mod namespace;
 pub mod nginx;
@@ -35,6 +36,7 @@ mod process;
 pub mod redis;
 pub mod registry;
 pub mod sidecar;
+pub mod signer;
 pub mod sink;
 pub mod vault;
 
