@@ -1,5 +1,5 @@
-//! gRPC over TLS of our own: connections by rustls with the configurations of this crate, and a server that tells who is
-//! calling. For what processes of Postern say to each other; requests of clients never come by here.
+//! gRPC over TLS of our own and over socket files: connections by rustls with the configurations of this crate, and a server
+//! that tells who is calling and ends in order. For what processes of Postern say to each other; requests of clients never come by here.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -19,8 +19,8 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -38,6 +38,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_secs(10);
 const SERVER_PONG: Duration = Duration::from_secs(10);
 const CLIENT_PONG: Duration = Duration::from_secs(5);
+/// What calls under way get after a stop.
+const LAST: Duration = Duration::from_secs(10);
 /// After a failure to accept, as a rule for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -115,12 +117,29 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Who calls; an extension of each request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Caller {
-    /// Where the connection comes from.
-    pub address: SocketAddr,
+    /// Where the connection comes from, if that is not a process of this machine over a socket file.
+    pub address: Option<SocketAddr>,
     /// What was shown in the handshake, leaf first, and believed by the configuration of the server.
     pub chain: Arc<[CertificateDer<'static>]>,
+    /// The user of a process of this machine, as the kernel says.
+    pub user: Option<u32>,
+}
+
+impl Caller {
+    /// Who sent a request.
+    pub fn of<T>(request: &tonic::Request<T>) -> Self {
+        request.extensions().get::<Self>().cloned().unwrap_or_default()
+    }
+}
+
+/// Where callers come in.
+#[derive(Debug)]
+pub enum Door {
+    /// Encrypted where there is a configuration.
+    Tcp(TcpListener, Option<Arc<ServerConfig>>),
+    Unix(UnixListener),
 }
 
 /// What a server allows.
@@ -132,19 +151,49 @@ pub struct Limits {
     pub calls: u32,
 }
 
+/// Somebody at the door.
+enum Guest {
+    Tcp(TcpStream, SocketAddr, Option<Arc<ServerConfig>>),
+    Unix(UnixStream),
+}
+
+impl Door {
+    async fn guest(&self) -> io::Result<Guest> {
+        match self {
+            Self::Tcp(listener, tls) => {
+                let (stream, address) = listener.accept().await?;
+                Ok(Guest::Tcp(stream, address, tls.clone()))
+            }
+            Self::Unix(listener) => Ok(Guest::Unix(listener.accept().await?.0)),
+        }
+    }
+}
+
 /// Serves until it is dropped; connections end with it.
 pub async fn serve<S>(listener: TcpListener, tls: Option<Arc<ServerConfig>>, limits: Limits, service: S)
 where
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
+    serve_until(Door::Tcp(listener, tls), limits, service, std::future::pending()).await;
+}
+
+/// Serves until `stop`. Then nobody is let in, calls that are under way get ten seconds, and connections are closed. When it
+/// is dropped, everything ends at once.
+pub async fn serve_until<S>(door: Door, limits: Limits, service: S, stop: impl Future<Output = ()>)
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
     let places = Arc::new(Semaphore::new(limits.connections));
+    let (stopping, stopped) = watch::channel(false);
     // Connections end with the server.
     let mut connections = JoinSet::new();
+    tokio::pin!(stop);
     loop {
-        let (stream, address) = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
+        let guest = tokio::select! {
+            accepted = door.guest() => match accepted {
+                Ok(guest) => guest,
                 Err(error) => {
                     debug!(%error, "no connection was accepted");
                     tokio::time::sleep(PAUSE).await;
@@ -152,42 +201,59 @@ where
                 }
             },
             Some(_) = connections.join_next() => continue,
+            () = &mut stop => break,
         };
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            info!(%address, most = limits.connections, "a connection is turned away: there are too many");
+            info!(most = limits.connections, "a connection is turned away: there are too many");
             continue;
         };
-        let (tls, service) = (tls.clone(), service.clone());
+        let (service, stopped) = (service.clone(), stopped.clone());
         connections.spawn(async move {
-            let served = match greet(stream, address, tls).await {
-                Ok((stream, caller)) => connection(stream, caller, limits, service).await,
+            let served = match greet(guest).await {
+                Ok((stream, caller)) => connection(stream, caller, limits, service, stopped).await,
                 Err(error) => Err(error),
             };
             // How a connection ends is the caller's affair.
             if let Err(error) = served {
-                debug!(%address, %error, "a connection has ended");
+                debug!(%error, "a connection has ended");
             }
             drop(place);
         });
     }
+    drop(door);
+    stopping.send_replace(true);
+    let ending = async { while connections.join_next().await.is_some() {} };
+    if timeout(LAST, ending).await.is_err() {
+        info!("calls that did not end in ten seconds are cut");
+    }
 }
 
 /// Who has come, and the stream to speak over.
-async fn greet(
-    stream: TcpStream,
-    address: SocketAddr,
-    tls: Option<Arc<ServerConfig>>,
-) -> Result<(Box<dyn Io>, Caller), String> {
+async fn greet(guest: Guest) -> Result<(Box<dyn Io>, Caller), String> {
+    let (stream, address, tls) = match guest {
+        Guest::Unix(stream) => {
+            let user = stream.peer_cred().map_err(|error| error.to_string())?.uid();
+            return Ok((Box::new(stream), Caller { user: Some(user), ..Caller::default() }));
+        }
+        Guest::Tcp(stream, address, tls) => (stream, address, tls),
+    };
     stream.set_nodelay(true).map_err(|error| error.to_string())?;
-    let Some(tls) = tls else { return Ok((Box::new(stream), Caller { address, chain: Arc::from([]) })) };
+    let caller = Caller { address: Some(address), ..Caller::default() };
+    let Some(tls) = tls else { return Ok((Box::new(stream), caller)) };
     let accepting = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await;
     let stream = accepting.map_err(|_| "no TLS handshake within 10 s")?.map_err(|error| error.to_string())?;
     let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let chain = shown.iter().map(|shown| shown.clone().into_owned()).collect();
-    Ok((Box::new(stream), Caller { address, chain }))
+    Ok((Box::new(stream), Caller { chain, ..caller }))
 }
 
-async fn connection<T, S>(stream: T, caller: Caller, limits: Limits, service: S) -> Result<(), String>
+async fn connection<T, S>(
+    stream: T,
+    caller: Caller,
+    limits: Limits,
+    service: S,
+    mut stopped: watch::Receiver<bool>,
+) -> Result<(), String>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
@@ -198,16 +264,29 @@ where
         request.extensions_mut().insert(caller.clone());
         async move { service.call(request).await }
     });
-    http2::Builder::new(TokioExecutor::new())
+    let mut server = http2::Builder::new(TokioExecutor::new());
+    server
         .timer(TokioTimer::new())
         .keep_alive_interval(PING)
         .keep_alive_timeout(SERVER_PONG)
         .max_concurrent_streams(limits.calls)
         .max_header_list_size(16 * 1024)
-        .max_send_buf_size(64 * 1024)
-        .serve_connection(TokioIo::new(stream), service)
-        .await
-        .map_err(|error| error.to_string())
+        .max_send_buf_size(64 * 1024);
+    let connection = server.serve_connection(TokioIo::new(stream), service);
+    let stop = async { drop(stopped.wait_for(|stopped| *stopped).await) };
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => Some(ended),
+        () = stop => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    ended.map_err(|error| error.to_string())
 }
 
 fn provider() -> Arc<CryptoProvider> {

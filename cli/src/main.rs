@@ -73,7 +73,11 @@ fn main() -> ExitCode {
         // Where the kernel cannot do it, they end with the signal of the terminal.
         let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM);
     }
-    let result = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misread(&error),
+    };
+    let result = match cli.command {
         Command::Edge(role) => role.run(),
         Command::Up(role) => role.run(),
         Command::Ca(role) => role.run(),
@@ -90,6 +94,18 @@ fn main() -> ExitCode {
         Command::Docs(command) => command.run(),
     };
     result.unwrap_or_else(|error| output::failure(&error))
+}
+
+/// Prints help, or what is wrong with the arguments.
+fn misread(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    // With `postern certs` 2 says that something ends soon, and a word that is misspelt must not.
+    let is_certs = std::env::args_os().nth(1).is_some_and(|word| word == "certs");
+    match error.exit_code() {
+        0 => ExitCode::from(output::OK),
+        _ if is_certs => ExitCode::from(output::FOUND),
+        code => ExitCode::from(u8::try_from(code).unwrap_or(output::FAILED)),
+    }
 }
 
 #[cfg(test)]

@@ -151,6 +151,8 @@ async fn it_tells_what_ends_and_gets_out_of_trouble() {
         (&["revoke", "xyz", "--reason", "x"][..], "neither a serial"),
         (&["recover", "--new-root"][..], "rotate root"),
         (&["resume"][..], "no rotation"),
+        (&["distrust", "zz"][..], "--reason"),
+        (&["check", "--fail-befor", "30d"][..], "--fail-before"),
     ] {
         let (code, out, err) = authority.certs(args).await;
         assert_eq!(code, 1, "{args:?} {out} {err}");

@@ -10,27 +10,17 @@ pub mod session;
 pub mod token;
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-
-use rustls::pki_types::CertificateDer;
 
 use super::Current;
 use super::mark::Mark;
 use super::proto::attest_request::Proof;
+use crate::grpc::Caller;
 use crate::identity::SpiffeId;
 use consul::Consul;
 use kubernetes::Kubernetes;
 use token::JoinTokens;
-
-/// Who is at the other end of a connection.
-#[derive(Clone, Debug, Default)]
-pub struct Caller {
-    pub address: Option<SocketAddr>,
-    /// What he showed in the handshake. That he has the key is known, and nothing else.
-    pub chain: Arc<[CertificateDer<'static>]>,
-}
 
 /// What a proof allows.
 #[derive(Clone, Debug, PartialEq, Eq)]

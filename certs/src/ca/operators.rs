@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::attest::token::{JoinTokens, NewToken};
 use super::audit::{Audit, Entry};
 use super::{Current, proto};
 use crate::clock::Clock;
+use crate::grpc::Caller;
 
 /// The service of join tokens.
 pub struct Operators {
@@ -27,11 +27,6 @@ impl Operators {
     }
 }
 
-/// The user at the other end of the socket, as the kernel says.
-fn uid<T>(request: &Request<T>) -> Option<u32> {
-    request.extensions().get::<UdsConnectInfo>()?.peer_cred.map(|peer| peer.uid())
-}
-
 fn millis(seconds: u64) -> i64 {
     i64::try_from(seconds.saturating_mul(1000)).unwrap_or(i64::MAX)
 }
@@ -42,7 +37,7 @@ impl proto::join_tokens_server::JoinTokens for Operators {
         &self,
         request: Request<proto::CreateTokenRequest>,
     ) -> Result<Response<proto::CreateTokenResponse>, Status> {
-        let uid = uid(&request);
+        let uid = Caller::of(&request).user;
         let asked = request.into_inner();
         let identity = asked.identity.parse();
         let identity = identity
@@ -93,7 +88,7 @@ impl proto::join_tokens_server::JoinTokens for Operators {
         &self,
         request: Request<proto::DeleteTokenRequest>,
     ) -> Result<Response<proto::DeleteTokenResponse>, Status> {
-        let uid = uid(&request);
+        let uid = Caller::of(&request).user;
         let asked = request.into_inner();
         let deleted = self.tokens.delete(&asked.id).await.map_err(Status::invalid_argument)?;
         if !deleted {

@@ -19,7 +19,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::{debug, warn};
 
 use super::attest::session::{Session, Sessions};
-use super::attest::{self, Attestors, Caller, Refusal, renewal};
+use super::attest::{self, Attestors, Refusal, renewal};
 use super::audit::{Audit, Entry};
 use super::authority;
 use super::csr::PublicKey;
@@ -31,6 +31,7 @@ use super::proto::watch_response::Body as ToWorkload;
 use super::seal::{SealError, Sealer};
 use super::{Ack, Acks, Bundle, Current, RootState};
 use crate::clock::Clock;
+use crate::grpc::Caller;
 use crate::identity::SpiffeId;
 use crate::trust::{KeyId, Serial};
 
@@ -704,10 +705,6 @@ impl Watcher {
 
 type Messages = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
-fn caller<T>(request: &Request<T>) -> Caller {
-    request.extensions().get::<Caller>().cloned().unwrap_or_default()
-}
-
 #[tonic::async_trait]
 impl proto::certificate_authority_server::CertificateAuthority for Service {
     type WatchTrustStream = Messages;
@@ -716,7 +713,7 @@ impl proto::certificate_authority_server::CertificateAuthority for Service {
         &self,
         request: Request<Streaming<proto::AttestRequest>>,
     ) -> Result<Response<proto::Session>, Status> {
-        let caller = caller(&request);
+        let caller = Caller::of(&request);
         match self.judge(&caller, request.into_inner()).await {
             Ok((session, kind)) => {
                 self.count("attest", kind, Code::Ok);
@@ -750,7 +747,7 @@ impl proto::certificate_authority_server::CertificateAuthority for Service {
         &self,
         request: Request<Streaming<proto::WatchRequest>>,
     ) -> Result<Response<Messages>, Status> {
-        let caller = caller(&request);
+        let caller = Caller::of(&request);
         let mut messages = request.into_inner();
         let hello = timeout(PATIENCE, messages.message()).await;
         let hello = match hello.map_err(|_| Status::deadline_exceeded("no hello within 10 s"))?? {

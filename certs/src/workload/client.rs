@@ -1,36 +1,21 @@
 //! Calls to an authority: a connection to a server that is known by its key.
 
-use std::future::Future;
-use std::pin::Pin as Pinned;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::stream;
-use http::Uri;
-use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
-use tonic::codegen::Service;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::ca::channel::{self, Pin};
 use crate::ca::proto;
 use crate::ca::proto::certificate_authority_client::CertificateAuthorityClient;
 use crate::ca::service::retry_after;
+use crate::grpc::Dial;
 use crate::identity::SpiffeId;
-use crate::outgoing;
 use crate::svid::Svid;
 
-const CONNECT: Duration = Duration::from_secs(5);
-/// An authority that is gone without a word is noticed by this.
-const PING: Duration = Duration::from_secs(15);
-const PONG: Duration = Duration::from_secs(10);
 /// A bundle with some thousand revocations.
 const LONGEST_MESSAGE: usize = 4 << 20;
 /// What wants to be said and waits.
@@ -82,21 +67,10 @@ impl Call {
     ) -> Result<Self, Failure> {
         let failed = |problem: &dyn std::fmt::Display| Failure::new(format!("{server}: {problem}"));
         let tls = channel::client(pins, svid).map_err(|error| failed(&error))?;
-        let name = ServerName::try_from("postern-ca").map_err(|error| failed(&error))?;
-        let connector = Connector { server: server.into(), tls: TlsConnector::from(tls), name };
-        let endpoint = Endpoint::from_static("http://postern-ca")
-            .http2_keep_alive_interval(PING)
-            .keep_alive_timeout(PONG)
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect_with_connector(connector).await;
-        let channel = channel.map_err(|error| {
-            // The last cause says what it was.
-            let mut cause: &dyn std::error::Error = &error;
-            while let Some(next) = cause.source() {
-                cause = next;
-            }
-            failed(&cause)
-        })?;
+        // Whose certificate it is, the pin says; it has this name.
+        let server_name = Some("postern-ca".to_owned());
+        let dial = Dial { server: server.to_owned(), tls: Some(tls), server_name, patience: None };
+        let channel = dial.connect().await.map_err(|error| failed(&error))?;
         Ok(Self(CertificateAuthorityClient::new(channel).max_decoding_message_size(LONGEST_MESSAGE)))
     }
 
@@ -128,35 +102,5 @@ impl Call {
             stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) });
         let answer = self.0.watch_trust(Request::new(requests)).await;
         answer.map(|answer| (sender, answer.into_inner())).map_err(|status| Failure::of(&status))
-    }
-}
-
-/// Connects, and shakes hands with whoever has a pinned key.
-#[derive(Clone)]
-struct Connector {
-    server: Arc<str>,
-    tls: TlsConnector,
-    name: ServerName<'static>,
-}
-
-impl Service<Uri> for Connector {
-    type Response = TokioIo<TlsStream<TcpStream>>;
-    type Error = std::io::Error;
-    type Future = Pinned<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, _: Uri) -> Self::Future {
-        let Self { server, tls, name } = self.clone();
-        Box::pin(async move {
-            let open = async {
-                let stream = outgoing::connect_to(&*server).await?;
-                stream.set_nodelay(true)?;
-                tls.connect(name, stream).await
-            };
-            Ok(TokioIo::new(timeout(CONNECT, open).await??))
-        })
     }
 }

@@ -9,30 +9,24 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::stream::{self, Stream};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
-use tonic::transport::server::{Connected, UdsConnectInfo};
 use tonic::{Request, Response, Status};
 
 use super::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
 use super::{HEADER, joined, proto, written};
+use crate::grpc::{self, Caller, Door, Limits};
 use crate::mesh::MeshIdentity;
 
-/// Connections at once. What is more waits to be accepted.
+/// Connections at once.
 const CONNECTIONS: usize = 1024;
 /// Calls at once on one connection.
 const CALLS: u32 = 16;
-const PING: Duration = Duration::from_secs(60);
-const PONG: Duration = Duration::from_secs(20);
 /// How long a stale socket may take to say that nobody listens.
 const PROBE: Duration = Duration::from_secs(1);
 const NO_JWT: &str = "JWT-SVIDs are not issued here: use FetchX509SVID and FetchX509Bundles";
@@ -76,16 +70,9 @@ impl Serving {
         std::fs::set_permissions(&settings.socket, Permissions::from_mode(mode)).map_err(named)?;
         let inode = std::fs::symlink_metadata(&settings.socket).map_err(named)?.ino();
         let service = SpiffeWorkloadApiServer::new(Service { identity, users });
-        let server = tonic::transport::Server::builder()
-            .http2_keepalive_interval(Some(PING))
-            .http2_keepalive_timeout(Some(PONG))
-            .max_concurrent_streams(CALLS)
-            .add_service(service);
-        let task = tokio::spawn(async move {
-            if let Err(error) = server.serve_with_incoming(incoming(listener)).await {
-                tracing::error!(%error, "the Workload API is not served any more");
-            }
-        });
+        let limits = Limits { connections: CONNECTIONS, calls: CALLS };
+        let task =
+            tokio::spawn(grpc::serve_until(Door::Unix(listener), limits, service, std::future::pending()));
         Ok(Self { task: task.abort_handle(), socket: settings.socket, inode })
     }
 }
@@ -116,62 +103,6 @@ async fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Connections as they come, no more than [`CONNECTIONS`] at once.
-fn incoming(listener: UnixListener) -> impl Stream<Item = io::Result<Accepted>> {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    stream::unfold((listener, places), |(listener, places)| async move {
-        let place = Arc::clone(&places).acquire_owned().await.ok()?;
-        let accepted = listener.accept().await.map(|(stream, _)| Accepted { stream, _place: place });
-        if accepted.is_err() {
-            // Out of descriptors, as a rule: it does not get better by asking at once.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        Some((accepted, (listener, places)))
-    })
-}
-
-/// A connection and its place.
-struct Accepted {
-    stream: UnixStream,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Connected for Accepted {
-    type ConnectInfo = UdsConnectInfo;
-
-    fn connect_info(&self) -> UdsConnectInfo {
-        self.stream.connect_info()
-    }
-}
-
-impl AsyncRead for Accepted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Accepted {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
-
 struct Service {
     identity: MeshIdentity,
     users: BTreeSet<u32>,
@@ -183,8 +114,7 @@ impl Service {
         if request.metadata().get(HEADER).is_none_or(|value| value != "true") {
             return Err(Status::invalid_argument(format!("the metadata `{HEADER}: true` is missing")));
         }
-        let credentials = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
-        match credentials.map(|credentials| credentials.uid()) {
+        match Caller::of(request).user {
             Some(user) if self.users.contains(&user) => Ok(()),
             Some(user) => Err(Status::permission_denied(format!("user {user} has no identity here"))),
             None => Err(Status::permission_denied("the kernel does not tell who asks")),

@@ -312,7 +312,7 @@ impl Rpc for Server {
         &self,
         request: Request<Streaming<proto::ClientMessage>>,
     ) -> Result<Response<Messages>, Status> {
-        let peer = request.extensions().get::<Caller>().map(|caller| caller.address);
+        let peer = Caller::of(&request).address;
         let mut messages = request.into_inner();
         // One message waits here, one is on its way; what a client has not taken yet is not made.
         let (sender, receiver) = mpsc::channel(1);

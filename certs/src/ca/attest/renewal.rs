@@ -91,13 +91,13 @@ mod tests {
     use rcgen::PublicKeyData as _;
     use rustls::pki_types::CertificateDer;
 
-    use super::super::Caller;
     use super::*;
     use crate::ca::authority::{Authority, Issued, Key, KeyKind, Request};
     use crate::ca::csr::PublicKey;
     use crate::ca::mark::Mark;
     use crate::ca::seal::Sealer;
     use crate::ca::{Bundle, BundleRoot, Lifetimes, RootState};
+    use crate::grpc::Caller;
     use crate::identity::TrustDomain;
     use crate::trust::{Fingerprint, Serial};
 
@@ -137,7 +137,7 @@ mod tests {
         let mut current = Current::new(bundle).unwrap();
         current.distrusted_roots = vec![old.certificate().clone()];
         let judge = |chain: &[CertificateDer<'static>], at: SystemTime| {
-            let caller = Caller { address: None, chain: Arc::from(chain) };
+            let caller = Caller { chain: Arc::from(chain), ..Caller::default() };
             let judging = Judging { caller: &caller, current: &current, mark: &mark, now: at };
             attest(&judging).map(|grant| (grant.identity.to_string(), grant.dns_names))
         };

@@ -174,7 +174,9 @@ impl Command {
             }
             Self::Pause { reason } => change(record, |rotation| {
                 if rotation.state == State::Paused {
-                    return Err(Refusal::Invalid("it is paused already".to_owned()));
+                    return Err(Refusal::Invalid(
+                        "it is paused already: `postern certs resume` or `postern certs rollback`".to_owned(),
+                    ));
                 }
                 rotation.paused_in = Some(rotation.state);
                 rotation.state = State::Paused;
@@ -183,7 +185,9 @@ impl Command {
             }),
             Self::Resume { reason } => change(record, |rotation| {
                 let Some(state) = rotation.paused_in.take() else {
-                    return Err(Refusal::Invalid("it is not paused".to_owned()));
+                    return Err(Refusal::Invalid(
+                        "it is not paused: `postern certs watch` shows what it waits for".to_owned(),
+                    ));
                 };
                 rotation.state = state;
                 rotation.guard_since = now;
@@ -252,7 +256,9 @@ fn change(
 ) -> Result<Record, Refusal> {
     let mut next = record.clone();
     let Some(rotation) = &mut next.rotation else {
-        return Err(Refusal::Invalid("no rotation is under way".to_owned()));
+        return Err(Refusal::Invalid(
+            "no rotation is under way: `postern certs rotate root --plan` tells what one would do".to_owned(),
+        ));
     };
     change(rotation)?;
     Ok(next)
@@ -499,7 +505,10 @@ fn distrust(
     }
     let root = find_root(record, root)?.clone();
     if root.state == RootState::Distrusted {
-        return Err(Refusal::Invalid(format!("root {} is distrusted already", root.id.short())));
+        return Err(Refusal::Invalid(format!(
+            "root {} is distrusted already: `postern certs watch` shows who still has it",
+            root.id.short()
+        )));
     }
     let mut next = record.clone();
     if !root.in_bundle() {
@@ -631,8 +640,8 @@ fn recover(
     let signer = record.signing().map_or(old.not_after, |issuer| issuer.not_after);
     if old.not_after > now && signer > now {
         return Err(Refusal::Invalid(format!(
-            "the root is good until {}: `postern certs rotate root` exchanges it without a failed request",
-            old.not_after.min(signer)
+            "the root is good until {} and its issuer until {signer}: `postern certs rotate root` exchanges them without a failed request",
+            old.not_after
         )));
     }
     let mut next = record.clone();

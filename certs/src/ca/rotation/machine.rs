@@ -368,7 +368,7 @@ pub fn roll_back(
     use super::command::Refusal;
     let mut next = record.clone();
     let Some(mut rotation) = next.rotation.take() else {
-        return Err(Refusal::Invalid("nothing is under way that could go back".to_owned()));
+        return Err(Refusal::Invalid("nothing is under way that could go back: what is over is exchanged anew, `postern certs rotate root`".to_owned()));
     };
     let doing = rotation.doing();
     match (doing, rotation.kind) {

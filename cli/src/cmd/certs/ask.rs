@@ -7,8 +7,6 @@ use anyhow::{Context, Result};
 use certs::ca::admin::ACTOR;
 use certs::ca::proto::admin_client::AdminClient;
 use clap::Args;
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
@@ -69,14 +67,9 @@ impl From<Status> for Refused {
 impl Asked {
     /// A connection to the authority.
     pub async fn client(&self) -> Result<AdminClient<Channel>> {
-        let path = self.socket.clone();
-        let connect = tower::service_fn(move |_: http::Uri| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        // The name is never looked up.
-        let endpoint = Endpoint::from_static("http://authority").connect_timeout(DEADLINE);
-        let channel = endpoint.connect_with_connector(connect).await.with_context(|| {
+        let socket = std::path::absolute(&self.socket)?;
+        let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display()))?;
+        let channel = endpoint.connect_timeout(DEADLINE).connect().await.with_context(|| {
             format!(
                 "no authority answers at {}: is `postern ca run` running here, and is this its socket (--socket)?",
                 self.socket.display()

@@ -225,16 +225,16 @@ async fn serve(settings: Settings) -> Result<()> {
         let _ = stopped.wait_for(|stopped| *stopped).await;
     };
     let serving = async {
-        tokio::try_join!(
+        tokio::join!(
             server::workloads(service, listener, tls, until(stopped.clone())),
             server::operators(routes, operators, until(stopped.clone())),
-        )
+        );
     };
-    let served = tokio::select! {
-        served = serving => served.map(|_| ()),
-        () = Arc::clone(&keeper).run() => Ok(()),
-        () = observing => Ok(()),
-    };
+    tokio::select! {
+        () = serving => {}
+        () = Arc::clone(&keeper).run() => {}
+        () = observing => {}
+    }
     match timeout(FAREWELL, keeper.driver().leave()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the other replicas were not told of the end"),
@@ -243,7 +243,7 @@ async fn serve(settings: Settings) -> Result<()> {
     audit.write(&Entry::allowed("stop", "authority"), SystemTime::now())?;
     audit.sync()?;
     let _ = std::fs::remove_file(&socket);
-    served.context("the service has ended")
+    Ok(())
 }
 
 /// The authority in the store, or a new one.
