@@ -14,6 +14,8 @@ pub mod fleet;
 pub mod foundry;
 pub mod inspect;
 pub mod keeper;
+#[cfg(test)]
+mod keeper_tests;
 pub mod limits;
 pub mod mark;
 pub mod operators;

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, watch};
@@ -44,23 +44,13 @@ pub trait Clock: Send + Sync + 'static {
     fn steady(&self) -> Duration;
 }
 
-/// The clocks of the machine.
-#[derive(Debug)]
-pub struct SystemClock(std::time::Instant);
-
-impl Default for SystemClock {
-    fn default() -> Self {
-        Self(std::time::Instant::now())
-    }
-}
-
-impl Clock for SystemClock {
+impl<C: crate::clock::Clock> Clock for C {
     fn wall(&self) -> Moment {
-        SystemTime::now().into()
+        self.now().into()
     }
 
     fn steady(&self) -> Duration {
-        self.0.elapsed()
+        self.elapsed()
     }
 }
 

@@ -9,10 +9,11 @@ use certs::ca::authority::KeyKind;
 use certs::ca::foundry::Foundry;
 use certs::ca::proto::{DistrustRequest, RecoverRequest, RevokeRequest};
 use certs::ca::rotation::command::Command;
-use certs::ca::rotation::driver::{Driver, SystemClock};
+use certs::ca::rotation::driver::Driver;
 use certs::ca::seal::Sealer;
 use certs::ca::store::Store;
 use certs::ca::store::embedded::Embedded;
+use certs::clock::SystemClock;
 use clap::Args;
 
 use super::ask::{Asked, answer, request};
@@ -150,7 +151,7 @@ impl Recover {
         }
         let store: Arc<dyn Store> = Arc::new(Embedded::open(&data)?);
         let forge = Arc::new(Foundry::new(Arc::new(sealer), KeyKind::P256));
-        let clock = Arc::new(SystemClock::default());
+        let clock = SystemClock::new();
         let driver = Driver::open(store, Arc::default(), forge, clock, "offline").await?;
         let driver = driver.with_context(|| format!("{} has no record of an authority", data.display()))?;
         let import = (!import.is_empty()).then_some(import);

@@ -255,7 +255,7 @@ async fn open(
     now: SystemTime,
 ) -> Result<Arc<Keeper>> {
     let foundry = Arc::new(Foundry::new(Arc::clone(sealer), KeyKind::P256));
-    let clock = Arc::new(driver::SystemClock::default());
+    let clock = SystemClock::new();
     let replica = store::replica(settings)?;
     let opened = async || {
         let (store, foundry, clock) = (Arc::clone(store), Arc::clone(&foundry), clock.clone());

@@ -1,0 +1,159 @@
+//! The parts of an authority as `postern ca run` joins them, with workloads over real sockets and a clock that is moved.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use super::attest::Attestors;
+use super::attest::token::{JoinTokens, NewToken};
+use super::audit::Audit;
+use super::authority::KeyKind;
+use super::channel::{self, Pin};
+use super::foundry::Foundry;
+use super::keeper::Keeper;
+use super::limits::{Limits, Rate};
+use super::record::Lifetimes;
+use super::rotation::command::Command;
+use super::rotation::driver;
+use super::seal::Sealer;
+use super::server;
+use super::service::{Parts, Service};
+use super::store::Store;
+use super::store::memory::Memory;
+use crate::clock::{Clock, ManualClock};
+use crate::mesh::MeshIdentity;
+use crate::trust::{Usage, VerifyError};
+use crate::workload::time::MeshTime;
+use crate::workload::{Proof, Settings, Workload};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// An authority at work; ends when it is dropped.
+struct Authority {
+    clock: ManualClock,
+    keeper: Arc<Keeper>,
+    tokens: Arc<JoinTokens>,
+    address: String,
+    pin: Pin,
+    _dir: tempfile::TempDir,
+    _tasks: JoinSet<()>,
+}
+
+struct Member {
+    workload: Workload,
+    identity: MeshIdentity,
+}
+
+impl Authority {
+    async fn start(lifetimes: Lifetimes) -> Self {
+        let clock = ManualClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let now = clock.now();
+        let dir = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(Memory::default());
+        let sealer = Arc::new(Sealer::random().unwrap());
+        let foundry = Arc::new(Foundry::new(Arc::clone(&sealer), KeyKind::P256));
+        let record = foundry.found("mesh.local", lifetimes, now.into()).unwrap();
+        driver::found(&*store, &record).await.unwrap();
+        let opened =
+            Keeper::open(Arc::clone(&store), foundry, Arc::new(clock.clone()), "ca-1", |driver| driver);
+        let keeper = opened.await.unwrap().unwrap();
+        let key = channel::key(&*store, &sealer).await.unwrap();
+        let tokens = Arc::new(JoinTokens::new(store));
+        let often = Rate { per_second: 1000.0, burst: 1000.0 };
+        let service = Service::new(Parts {
+            current: keeper.current(),
+            acks: keeper.clone(),
+            attestors: Attestors { tokens: Some(Arc::clone(&tokens)), ..Attestors::default() },
+            audit: Arc::new(Audit::open(&dir.path().join("audit.log"), now).unwrap()),
+            limits: Limits { identity: often, ..Limits::default() },
+            sealer,
+            clock: Arc::new(clock.clone()),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let tls = channel::server(&key, now).unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Arc::clone(&keeper).run());
+        tasks.spawn(server::workloads(service.unwrap(), listener, tls, std::future::pending()));
+        Self { clock, keeper, tokens, address, pin: Pin::of(&key), _dir: dir, _tasks: tasks }
+    }
+
+    async fn member(&self, name: &str) -> Member {
+        let new = NewToken {
+            identity: format!("spiffe://mesh.local/ns/shop/sa/{name}").parse().unwrap(),
+            ttl: DAY,
+            uses: 1,
+            dns_names: Vec::new(),
+            longest_ttl: None,
+        };
+        let domain = "mesh.local".parse().unwrap();
+        let (secret, _) = self.tokens.create(new, &domain, self.clock.now()).await.unwrap();
+        let settings = Settings {
+            servers: vec![self.address.clone()],
+            pins: Arc::from([self.pin]),
+            proof: Some(Proof::JoinToken(secret)),
+            identity: None,
+            proxy_id: format!("{name}-1"),
+            version: "test".to_owned(),
+            ttl: None,
+        };
+        let time = MeshTime::new(Arc::new(self.clock.clone()));
+        let identity = MeshIdentity::with_clock(time.clone());
+        let member = Member { workload: Workload::start(settings, identity.clone(), time), identity };
+        self.until("a first certificate", || member.workload.status().borrow().following).await;
+        member
+    }
+
+    /// While time goes on: pauses between attempts are by the clock that is moved.
+    async fn until(&self, what: &str, mut is: impl FnMut() -> bool) {
+        for _ in 0..3000 {
+            if is() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            self.clock.advance(Duration::from_millis(100));
+        }
+        panic!("never: {what}");
+    }
+}
+
+fn judge(shows: &Member, sees: &Member, now: SystemTime) -> Result<(), VerifyError> {
+    let svid = shows.identity.svid().unwrap();
+    sees.identity.trust().unwrap().verify(svid.chain(), Usage::Server, now).map(drop)
+}
+
+#[tokio::test]
+async fn a_root_that_has_ended_is_replaced_and_no_workload_is_started_anew() {
+    let lifetimes =
+        Lifetimes { root_s: 10 * DAY.as_secs(), issuer_s: 8 * DAY.as_secs(), leaf_s: DAY.as_secs() };
+    let ca = Authority::start(lifetimes).await;
+    let (one, two) = (ca.member("orders").await, ca.member("billing").await);
+    assert_eq!(judge(&one, &two, ca.clock.now()), Ok(()));
+    let root = ca.keeper.driver().now().record.current_root().unwrap().id.clone();
+    let early = Command::Recover { import: None, reason: String::new() };
+    assert!(ca.keeper.driver().command(&early, "sre").await.is_err(), "nothing has ended");
+
+    // Nobody looked for two weeks: everything has ended, and nobody signs.
+    ca.clock.advance(14 * DAY);
+    let failures = || one.workload.status().borrow().failures;
+    let before = failures();
+    ca.until("it is refused", || failures() > before).await;
+    assert_eq!(judge(&one, &two, ca.clock.now()), Err(VerifyError::Expired));
+
+    let recover = Command::Recover { import: None, reason: "nobody looked".to_owned() };
+    ca.keeper.driver().command(&recover, "sre").await.unwrap();
+    let back = || judge(&one, &two, ca.clock.now()).is_ok() && judge(&two, &one, ca.clock.now()).is_ok();
+    ca.until("both are back by the channel that does not depend on the root", back).await;
+    let over = || ca.keeper.driver().now().record.rotation.is_none();
+    ca.until("the authority knows it", over).await;
+    let record = ca.keeper.driver().now().record.clone();
+    assert_ne!(record.current_root().unwrap().id, root);
+    for member in [&one, &two] {
+        let roots: Vec<_> = member.identity.trust().unwrap().roots("mesh.local").cloned().collect();
+        assert_eq!(roots.len(), 1, "the old one is gone from everybody");
+    }
+}

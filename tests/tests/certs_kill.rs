@@ -1,0 +1,91 @@
+//! kill -9 of a real authority at every write of a root rotation: whoever starts it again goes on where the record says,
+//! and nobody is refused meanwhile.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use certs::workload::Proof;
+use e2e::ca::{Authority, Watcher};
+use e2e::{Value, eventually_within, json};
+
+/// A rotation of a root has fewer writes than this.
+const WRITES: usize = 40;
+
+/// How many changes the record on the disk has seen.
+fn sequence(record: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(record).ok()?;
+    let (_, value) = text.split_once('\n')?;
+    serde_json::from_str::<Value>(value).ok()?["sequence"].as_u64()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn an_authority_killed_at_every_write_of_a_rotation_ends_it() {
+    let limits = json!({"certificates_per_second": 1000.0, "certificates_burst": 1000});
+    let mut authority = Authority::start(json!({ "limits": limits })).await;
+    let mut members = Vec::new();
+    for number in 0..2 {
+        let token = authority.token(&format!("spiffe://mesh.local/ns/shop/sa/s{number}"));
+        let member = authority.join(Proof::JoinToken(token.into()), &format!("p{number}"));
+        member.until(1).await;
+        members.push(member);
+    }
+    eventually_within(Duration::from_secs(30), "the authority knows them", || async {
+        (authority.certs_status().await["fleet"]["current"] == 2).then_some(())
+    })
+    .await;
+    let watcher = Watcher::start(&members);
+    let begin = ["rotate", "root", "--reason", "a test", "--soak", "1ms", "--spread", "1ms", "--no-wait"];
+    let (code, out, err) = authority.certs(&begin).await;
+    assert_eq!(code, 4, "{out} {err}");
+
+    let record = authority.data().join("store/record.value");
+    let mut kills = 0;
+    let mut seen = sequence(&record).expect("a record");
+    let until = Instant::now() + Duration::from_secs(120);
+    let ended = loop {
+        let watched = record.clone();
+        let next = tokio::task::spawn_blocking(move || next_write(&watched, seen)).await.expect("a look");
+        let Some(next) = next else { break authority.certs_status().await };
+        authority.kill();
+        kills += 1;
+        seen = sequence(&record).unwrap_or(next);
+        assert!(kills < WRITES && Instant::now() < until, "{kills} writes and no end: {seen}");
+        authority.run().await;
+    };
+    assert!(kills >= 5, "{kills} writes are too few for a rotation");
+    assert_eq!((&ended["rotation"], &ended["past"][0]["ended"]), (&Value::Null, &json!("done")));
+    assert_eq!(
+        (&ended["roots"][0]["state"], &ended["roots"][1]["state"]),
+        (&json!("retired"), &json!("active"))
+    );
+    watcher.finish();
+    for member in &members {
+        member.workload.renew_now();
+        eventually_within(Duration::from_secs(30), "only the new root is trusted", || {
+            let roots = member.identity.trust().map(|trust| trust.roots("mesh.local").count());
+            async move { (roots == Some(1)).then_some(()) }
+        })
+        .await;
+    }
+}
+
+/// The number of the next write, the moment it is on the disk; none once the rotation has ended.
+fn next_write(record: &Path, seen: u64) -> Option<u64> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        match sequence(record) {
+            Some(next) if next != seen => return Some(next),
+            _ if is_over(record) => return None,
+            _ => {}
+        }
+        assert!(Instant::now() < until, "nothing is written any more after {seen}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Whether the record on the disk has a rotation that ended.
+fn is_over(record: &Path) -> bool {
+    let text = std::fs::read_to_string(record).unwrap_or_default();
+    let value = text.split_once('\n').and_then(|(_, value)| serde_json::from_str::<Value>(value).ok());
+    value.is_some_and(|value| value["rotation"].is_null() && value["past"][0]["ended"] == "done")
+}
