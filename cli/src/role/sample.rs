@@ -88,8 +88,8 @@ fn answer(name: &str, request: &Request<Incoming>, told: Option<Value>) -> Respo
         "uri": request.uri().to_string(),
         "headers": headers,
     });
-    if let Some(told) = told {
-        body["payments"] = told;
+    if let (Value::Object(body), Some(told)) = (&mut body, told) {
+        body.insert("payments".to_owned(), told);
     }
     let mut response = Response::new(Full::new(Bytes::from(format!("{body:#}\n"))));
     response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));

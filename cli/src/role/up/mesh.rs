@@ -106,7 +106,7 @@ impl Mesh {
                     told.join("\n")
                 );
             }
-            std::thread::sleep(PACE);
+            pause();
         }
         Ok(())
     }
@@ -146,12 +146,18 @@ impl Mesh {
                         output::problem(&format!("{name} does not end and is killed"));
                         let _ = child.kill();
                     }
-                    std::thread::sleep(PACE);
+                    pause();
                 }
                 let _ = fs::remove_file(self.dir.join(format!("{name}.pid")));
             }
         }
     }
+}
+
+/// Between two looks at a process.
+#[expect(clippy::disallowed_methods, reason = "no worker: this thread waits for processes")]
+fn pause() {
+    std::thread::sleep(PACE);
 }
 
 /// Whether somebody on loopback answers a GET with 200.
