@@ -17,6 +17,7 @@ need /usr/sbin/nft nftables
 need /usr/sbin/iptables-restore iptables
 need openssl openssl
 need kcat kcat
+need faketime faketime
 need protoc protobuf-compiler
 need cmake cmake
 need cc build-essential

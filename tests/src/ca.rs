@@ -26,6 +26,7 @@ pub struct Authority {
     pub addr: SocketAddr,
     pub status: SocketAddr,
     process: Option<Process>,
+    env: Vec<(String, String)>,
     folder: TempDir,
     _ports: [Port; 2],
 }
@@ -33,6 +34,11 @@ pub struct Authority {
 impl Authority {
     /// With the settings of `more` besides its own addresses.
     pub async fn start(more: Value) -> Authority {
+        Authority::start_with(more, Vec::new()).await
+    }
+
+    /// The same with more in its environment.
+    pub async fn start_with(more: Value, env: Vec<(String, String)>) -> Authority {
         let folder = tempfile::Builder::new().prefix("postern-ca-").tempdir().expect("a folder");
         let ports = [Port::free(), Port::free()];
         let mut settings =
@@ -42,7 +48,7 @@ impl Authority {
         }
         std::fs::write(folder.path().join("ca.yaml"), settings.to_string()).expect("ca.yaml");
         let [addr, status] = [ports[0].addr(), ports[1].addr()];
-        let mut authority = Authority { addr, status, process: None, folder, _ports: ports };
+        let mut authority = Authority { addr, status, process: None, env, folder, _ports: ports };
         authority.run().await;
         authority
     }
@@ -51,7 +57,7 @@ impl Authority {
     pub async fn run(&mut self) {
         let folder = self.folder.path();
         let args = ["ca", "run"].map(str::to_owned);
-        self.process = Some(Process::start(&binary(), &args, &[], folder, &folder.join("output")));
+        self.process = Some(Process::start(&binary(), &args, &self.env, folder, &folder.join("output")));
         let (status, output) = (self.status, folder.join("output"));
         eventually_within(Duration::from_secs(60), "the authority is ready", || {
             let told = std::fs::read_to_string(&output).unwrap_or_default();

@@ -10,6 +10,7 @@ pub mod ca;
 pub mod caller;
 pub mod certs;
 pub mod client;
+pub mod clock;
 pub mod compat;
 pub mod consul;
 pub mod discovery_server;

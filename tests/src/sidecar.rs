@@ -88,6 +88,7 @@ pub struct SidecarBuilder {
     ports: Vec<Port>,
     holder: TempDir,
     command: Vec<String>,
+    env: Vec<(String, String)>,
 }
 
 impl SidecarBuilder {
@@ -107,7 +108,14 @@ impl SidecarBuilder {
             ports: vec![admin],
             holder,
             command: Vec::new(),
+            env: vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())],
         }
+    }
+
+    /// More in the environment of the process.
+    pub fn env(mut self, env: Vec<(String, String)>) -> Self {
+        self.env.extend(env);
+        self
     }
 
     /// Merges `patch` into the file (RFC 7396).
@@ -190,8 +198,7 @@ impl SidecarBuilder {
             args.push("--".to_owned());
             args.extend(self.command.iter().cloned());
         }
-        let env = [("RUST_BACKTRACE".to_owned(), "1".to_owned())];
-        let process = Process::start(&binary(), &args, &env, &self.folder, &self.folder.join("output"));
+        let process = Process::start(&binary(), &args, &self.env, &self.folder, &self.folder.join("output"));
         Sidecar {
             admin: self.admin,
             folder: self.folder,

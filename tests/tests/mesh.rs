@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use e2e::ca::Authority;
-use e2e::client::DEADLINE;
+use e2e::client::{Call, DEADLINE};
+use e2e::clock::WallClock;
+use e2e::consul::{self, Consul};
 use e2e::load::Load;
 use e2e::origin::{Origin, echo, grpc, websocket};
-use e2e::sidecar::{Sidecar, id};
+use e2e::sidecar::{Mesh, Sidecar, id};
 use e2e::{Edge, Value, eventually, eventually_within, json};
 use futures_util::{SinkExt, StreamExt};
 use tempfile::TempDir;
@@ -282,4 +284,130 @@ async fn an_authority_that_is_killed_in_a_rotation_fails_nothing_and_goes_on() {
     })
     .await;
     busy.finish().await;
+}
+
+/// Waits until calls of `caller` at its first listener are answered with `status`, and gives the answer.
+async fn until_answered(caller: &Sidecar, status: u16) {
+    let what = format!("calls are answered with {status}");
+    eventually_within(Duration::from_secs(90), &what, || async {
+        let answer = Call::get("/http").send_to(caller.listener(0)).await;
+        (answer.status == status).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_that_has_expired_is_replaced_without_a_restart() {
+    let Some(clock) = WallClock::new() else {
+        eprintln!("faketime is not installed: no clock to move");
+        return;
+    };
+    let limits = json!({"certificates_per_second": 1000, "certificates_burst": 1000});
+    let authority = Authority::start_with(json!({"limits": limits}), clock.env()).await;
+    let origin = echo::start().await;
+    let callee = authority.sidecar("payments").inbound(origin.addr, json!({})).env(clock.env()).start().await;
+    let service = json!({"identities": [id("payments")]});
+    let caller = authority
+        .sidecar("orders")
+        .service("payments", callee.inbound(0), service)
+        // Connections that stand go on; these do not stand for long.
+        .config(json!({"limits": {"connection_age": 1}}))
+        .env(clock.env())
+        .start()
+        .await;
+    until_answered(&caller, 200).await;
+
+    // Everybody was asleep for eleven years.
+    clock.set("+4015d");
+    until_answered(&caller, 502).await;
+    let (code, out, _) = certs(&authority, &["status"]).await;
+    assert_eq!(code, 2, "{out}");
+    let ready = caller.readiness().await.expect("the admin interface answers");
+    assert!(ready.status == 503 && ready.text().contains("expired"), "{}", ready.text());
+
+    // Their tokens have ended too, and are replaced where they stand.
+    for (sidecar, name) in [(&callee, "payments"), (&caller, "orders")] {
+        authority.proof(&sidecar.folder, name);
+    }
+    let (code, out, err) = certs(&authority, &["recover", "--new-root", "--reason", "it has ended", "--timeout", "90s"]).await;
+    assert_eq!(code, 0, "{out} {err}");
+    until_answered(&caller, 200).await;
+    assert_eq!(callee.ask("/status/ready").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_set_by_a_day_fails_nothing() {
+    let Some(clock) = WallClock::new() else {
+        eprintln!("faketime is not installed: no clock to move");
+        return;
+    };
+    let (authority, origin) = (authority().await, echo::start().await);
+    let callee = authority.sidecar("payments").inbound(origin.addr, json!({})).start().await;
+    let service = json!({"identities": [id("payments")]});
+    let caller = authority
+        .sidecar("orders")
+        .service("payments", callee.inbound(0), service)
+        .env(clock.env())
+        .start()
+        .await;
+    until_answered(&caller, 200).await;
+    for offset in ["+1d", "-1d", "+0d"] {
+        clock.set(offset);
+        // A new connection each time: nothing is left to one that stands.
+        let renewals = caller.ask("/v1/identity").await.json()["renewals"].as_u64().unwrap_or_default();
+        let (code, out, err) =
+            certs(&authority, &["rotate", "leaf", "--soak", "0s", "--spread", "0s", "--timeout", "60s"])
+                .await;
+        assert!(code == 0 || out.contains("clocks"), "{offset}: {code} {out} {err}");
+        let _ = certs(&authority, &["rollback", "--reason", "clocks"]).await;
+        for _ in 0..20 {
+            let answer = Call::get("/http").send_to(caller.listener(0)).await;
+            assert_eq!(answer.status, 200, "{offset}: {}", answer.text());
+        }
+        let now = caller.ask("/v1/identity").await.json();
+        assert!(now["renewals"].as_u64() >= Some(renewals), "{offset}: {now}");
+        assert_eq!(caller.ask("/status/ready").await.status, 200, "{offset}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sidecars_with_identities_of_consul_live_through_a_change_of_its_authority() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::with(json!({"connect": {"enabled": true}})).await;
+    let roots = eventually_within(Duration::from_secs(30), "Consul has roots", || async {
+        let roots = consul.get("/v1/agent/connect/ca/roots").await.json();
+        roots["Roots"].is_array().then_some(roots)
+    })
+    .await;
+    let domain = roots["TrustDomain"].as_str().expect("a domain").to_owned();
+    let config = json!({"trust_domain": domain, "ca": {"consul": consul.url()}});
+    let origin = echo::start().await;
+    let named = |name: &str| format!("spiffe://{domain}/ns/default/dc/dc1/svc/{name}");
+    let mesh = Mesh::new();
+    let bare = json!({"ca": {"files": null}});
+    let start = |name: &str| mesh.sidecar(name).config(bare.clone()).config(config.clone());
+    let callee = start("payments").inbound(origin.addr, json!({})).start().await;
+    let service = json!({"identities": [named("payments")]});
+    let caller = start("orders").service("payments", callee.inbound(0), service).start().await;
+    let answer = Call::get("/http").send_to(caller.listener(0)).await.expect_status(200).json();
+    let told = answer["headers"]["x-forwarded-client-cert"].to_string();
+    assert!(told.contains(&named("orders")), "{told}");
+
+    let load = Load::start(caller.listener(0), REQUEST, 200, 10, 200);
+    let issuer = async |sidecar: &Sidecar| sidecar.ask("/v1/identity").await.json()["svid"]["issuer"].clone();
+    let before = [issuer(&callee).await, issuer(&caller).await];
+    let key = rcgen::KeyPair::generate().expect("a key").serialize_pem();
+    let changed = json!({"Provider": "consul", "Config": {"PrivateKey": key, "RootCert": ""}});
+    consul.put("/v1/connect/ca/configuration", &changed).await;
+    // Agents spread the renewal of leaves over half a minute.
+    eventually_within(Duration::from_secs(90), "both have certificates below the new root", || async {
+        let now = [issuer(&callee).await, issuer(&caller).await];
+        (now[0] != before[0] && now[1] != before[1]).then_some(())
+    })
+    .await;
+    let account = load.finish().await;
+    account.expect_no_failure();
+    assert!(account.good > 100, "{}", account.good);
 }

@@ -93,7 +93,10 @@ pub fn status(status: &StatusReply) {
         line(format_args!(
             "  age of certificates: {fresh} in the first quarter of their life, {first} in the second, {second} in the third, {last} in the last"
         ));
-        line(format_args!("  the first ends in {}", span(fleet.first_end.saturating_sub(now))));
+        match fleet.first_end.saturating_sub(now) {
+            0 => line(format_args!("  {}", painted("the first has ended", Colour::Red))),
+            left => line(format_args!("  the first ends in {}", span(left))),
+        }
     }
     line(format_args!(
         "  {} in 10 min, {} for want of trust",
@@ -128,6 +131,10 @@ pub fn status(status: &StatusReply) {
             line(format_args!(""));
             self::rotation(rotation, now);
         }
+        None if has_ended(status) => line(format_args!(
+            "\n{}: nobody believes anybody; `postern certs recover --new-root --reason TEXT` mends it",
+            painted("ended", Colour::Red)
+        )),
         None => {
             let next = if status.due == 0 {
                 "nothing is exchanged by itself".to_owned()
@@ -199,9 +206,17 @@ pub fn blockers(blockers: &[Blocker]) {
     }
 }
 
+/// Whether the root or the issuer that is in use has come to its end.
+fn has_ended(status: &StatusReply) -> bool {
+    let root = status.roots.iter().filter(|root| root.state == "active").map(|root| root.not_after);
+    let issuer =
+        status.issuers.iter().filter(|issuer| issuer.state == "signing").map(|issuer| issuer.not_after);
+    root.chain(issuer).any(|end| end <= status.now)
+}
+
 /// The exit code of a status.
 pub fn code(status: &StatusReply) -> u8 {
-    if !status.problem.is_empty() {
+    if !status.problem.is_empty() || has_ended(status) {
         return ATTENTION;
     }
     match &status.rotation {
