@@ -329,7 +329,8 @@ async fn a_root_that_has_expired_is_replaced_without_a_restart() {
     for (sidecar, name) in [(&callee, "payments"), (&caller, "orders")] {
         authority.proof(&sidecar.folder, name);
     }
-    let (code, out, err) = certs(&authority, &["recover", "--new-root", "--reason", "it has ended", "--timeout", "90s"]).await;
+    let (code, out, err) =
+        certs(&authority, &["recover", "--new-root", "--reason", "it has ended", "--timeout", "90s"]).await;
     assert_eq!(code, 0, "{out} {err}");
     until_answered(&caller, 200).await;
     assert_eq!(callee.ask("/status/ready").await.status, 200);
