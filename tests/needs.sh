@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 source tests/apt.sh
 
 need etcd etcd-server
+need pebble pebble
 need /usr/sbin/nginx nginx
 need setpriv util-linux
 need redis-server redis-server

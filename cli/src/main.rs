@@ -56,6 +56,8 @@ enum Command {
     Drain(cmd::drain::Drain),
     /// Show the endpoints of upstreams: from whom, since when, used or not and why; or ask for them anew.
     Endpoints(cmd::endpoints::Endpoints),
+    /// Show the certificates that an ACME authority gives, or order them anew.
+    Acme(cmd::acme::Acme),
     /// Keep an application in its registry while it runs, and take it out before it is stopped.
     Register(role::register::Register),
     /// Tell how much of an APISIX configuration runs here as it runs there.
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Explain(command) => command.run(),
         Command::Drain(command) => command.run(),
         Command::Endpoints(command) => command.run(),
+        Command::Acme(command) => command.run(),
         Command::Register(role) => role.run(),
         Command::Import(command) => command.run(),
         Command::Docs(command) => command.run(),

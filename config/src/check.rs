@@ -98,6 +98,7 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
     let pools = process
         .as_ref()
         .map(|process| process.signers.iter().map(|pool| pool.name.clone()).collect::<Vec<_>>());
+    let acme = process.as_ref().map(|process| process.acme.is_some());
     report.notices = process.map(|process| process.not_applicable).unwrap_or_default();
     let candidates = FILES.map(|name| dir.join(name)).into_iter();
     let files: Vec<PathBuf> = match named {
@@ -105,8 +106,12 @@ pub fn check_directory(path: &Path, catalog: &dyn PluginCatalog, env: &Arc<dyn E
         None => candidates.filter(|file| file.exists()).collect(),
     };
     for file in files {
-        let configured =
-            Configured { plugins: plugins.as_deref(), kinds: kinds.as_deref(), signers: pools.as_deref() };
+        let configured = Configured {
+            plugins: plugins.as_deref(),
+            kinds: kinds.as_deref(),
+            signers: pools.as_deref(),
+            acme,
+        };
         check_file(&file, catalog, configured, env, &mut report);
     }
     report.errors.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
@@ -121,12 +126,14 @@ struct Configured<'a> {
     kinds: Option<&'a [&'static str]>,
     /// Pools of signers.
     signers: Option<&'a [String]>,
+    /// Whether an ACME authority is.
+    acme: Option<bool>,
 }
 
 fn check_file(
     path: &Path,
     catalog: &dyn PluginCatalog,
-    Configured { plugins, kinds, signers }: Configured<'_>,
+    Configured { plugins, kinds, signers, acme }: Configured<'_>,
     env: &Arc<dyn Env + Send + Sync>,
     report: &mut Report,
 ) {
@@ -163,6 +170,7 @@ fn check_file(
         let errors = errors.filter(|error| !unasked(error));
         let errors = errors.chain(kinds.into_iter().flat_map(|kinds| unknown_kinds(&item.resource, kinds)));
         let errors = errors.chain(signers.and_then(|pools| unknown_signers(&item.resource, pools)));
+        let errors = errors.chain(acme.and_then(|acme| unknown_authority(&item.resource, acme)));
         let errors = errors.map(|error| file.locate(&item.key, error));
         found.entry(item.key.clone()).or_default().extend(errors);
     }
@@ -183,6 +191,14 @@ fn check_file(
 fn unknown_signers(resource: &Resource, pools: &[String]) -> Option<ConfigError> {
     match resource {
         Resource::Ssl(ssl) => ssl.check_signers(pools.iter().map(String::as_str)),
+        _ => None,
+    }
+}
+
+/// What is wrong with a certificate that nobody gives.
+fn unknown_authority(resource: &Resource, is_configured: bool) -> Option<ConfigError> {
+    match resource {
+        Resource::Ssl(ssl) => ssl.check_acme(is_configured),
         _ => None,
     }
 }
@@ -271,6 +287,20 @@ routes:
         assert_eq!(errors.len(), 1, "{errors:?}");
         assert!(errors[0].contains("/ssls/1/key") && errors[0].contains("`mian`"), "{errors:?}");
         assert!(errors[0].contains("has main"), "{errors:?}");
+    }
+
+    #[test]
+    fn certificates_that_nobody_gives_are_told() {
+        let acme = "postern: {acme: {directory: letsencrypt, accept_terms: true}}\n";
+        let resources =
+            "ssls: [{id: 1, sni: a.test, acme: {}}, {id: 2, snis: [b.test, '*.b.test'], acme: {}}]\n#END\n";
+        let with = format!("{acme}{FILE_PROVIDER}");
+        let (_, errors) = check(&[("config.yaml", &with), ("apisix.yaml", resources)]);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors[0].contains("/ssls/1/snis/1") && errors[0].contains("DNS-01"), "{errors:?}");
+        let (_, errors) = check(&[("config.yaml", FILE_PROVIDER), ("apisix.yaml", resources)]);
+        assert_eq!(errors.len(), 2, "{errors:?}");
+        assert!(errors[0].contains("/ssls/0/acme") && errors[0].contains("postern.acme"), "{errors:?}");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! and refused where leaving it out would change what is served (raw nginx snippets, xDS). All errors are told at once,
 //! with file, line and pointer. Keys of our own are under `postern`. Everything has a default: no file is a valid file.
 
+mod acme;
 mod apisix;
 mod deployment;
 mod discovery_server;
@@ -23,6 +24,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::{Map, Value};
 
+pub use self::acme::{Acme, ExternalAccount};
 pub use self::discovery_server::DiscoveryServer;
 use self::section::Reader;
 pub use self::signers::SignerPool;
@@ -113,6 +115,8 @@ pub struct Process {
     pub mesh: Option<Membership>,
     /// Pools of signers, which hold private keys of certificates.
     pub signers: Vec<SignerPool>,
+    /// Who gives certificates to `ssl` resources that ask for them.
+    pub acme: Option<Acme>,
     /// `discovery` as written, for those who ask.
     pub discovery_written: Map<String, Value>,
     /// `postern.locality`: where this process runs.
@@ -635,6 +639,7 @@ impl Process {
             discovery_server: own.discovery_server,
             mesh: own.mesh,
             signers: own.signers,
+            acme: own.acme,
             graphql_max_size,
             not_applicable: Vec::new(),
         };
@@ -729,6 +734,56 @@ mod tests {
         assert!(process.access_log.unwrap().path.is_none());
         assert_eq!(process.not_applicable, []);
         assert_eq!(Process::defaults(Path::new("x")).limits, process.limits);
+    }
+
+    #[test]
+    fn an_acme_authority_is_read_and_its_errors_are_told_in_place() {
+        let acme = read(
+            "postern:\n  acme:\n    directory: https://ca.test/dir\n    email: [a@b.test, c@d.test]\n    \
+             accept_terms: true\n    challenge: tls-alpn-01\n    ca_file: roots.pem\n    retry: 5s\n    \
+             external_account: {kid: 7, hmac_key: c2VjcmV0}\n    profile: shortlived\n    folder: /var/lib/certs\n",
+        );
+        let acme = acme.acme.unwrap();
+        assert_eq!(acme.directory, "https://ca.test/dir");
+        assert_eq!(acme.email, ["a@b.test", "c@d.test"]);
+        assert_eq!(acme.challenge, crate::ssl::AcmeChallenge::TlsAlpn01);
+        assert_eq!(acme.retry, Duration::from_secs(5));
+        let external = acme.external_account.unwrap();
+        assert_eq!((external.kid.as_str(), external.key().unwrap()), ("7", b"secret".to_vec()));
+        assert!(!format!("{external:?}").contains("c2Vj"));
+        let short = read("postern: {acme: {directory: letsencrypt, accept_terms: true}}").acme.unwrap();
+        assert!(short.directory.starts_with("https://acme-v02."));
+        assert_eq!(short.retry, Duration::from_secs(60));
+        assert_eq!(read("").acme, None);
+        for (text, at, what) in [
+            ("accept_terms: true", "/postern/acme/directory", "missing"),
+            ("directory: letsencrypt", "/postern/acme/accept_terms", "terms"),
+            ("directory: letsencrypt, accept_terms: false", "/postern/acme/accept_terms", "terms"),
+            ("directory: 'http://ca.test/', accept_terms: true", "/postern/acme/directory", "https://"),
+            ("directory: letsencrypt, accept_terms: true, email: ops", "/postern/acme/email", "`ops`"),
+            (
+                "directory: letsencrypt, accept_terms: true, challenge: dns-01",
+                "/postern/acme/challenge",
+                "`http-01`",
+            ),
+            ("directory: letsencrypt, accept_terms: true, retry: 10ms", "/postern/acme/retry", "a second"),
+            ("directory: letsencrypt, accept_terms: true, emial: a", "/postern/acme/emial", "`email`"),
+            (
+                "directory: letsencrypt, accept_terms: true, external_account: {kid: a}",
+                "/postern/acme/external_account",
+                "together",
+            ),
+            (
+                "directory: letsencrypt, accept_terms: true, external_account: {kid: a, hmac_key: '?'}",
+                "/postern/acme/external_account/hmac_key",
+                "base64url",
+            ),
+        ] {
+            let errors = try_read(&format!("postern: {{acme: {{{text}}}}}")).unwrap_err();
+            let told = errors.iter().map(ToString::to_string).collect::<Vec<_>>();
+            assert_eq!(told.len(), 1, "{text}: {told:?}");
+            assert!(told[0].contains(at) && told[0].contains(what), "{text}: {told:?}");
+        }
     }
 
     #[test]

@@ -924,6 +924,8 @@ mod tests {
                     json!({"key": "signer://main/shop", "certs": ["c".repeat(128)], "keys": ["signer://main/rsa"]}),
                 ),
             ),
+            (Kind::Ssl, "1", json!({"snis": ["a.test", "B.Test."], "acme": {}})),
+            (Kind::Ssl, "1", json!({"sni": "a.test", "acme": {"challenge": "tls-alpn-01"}})),
             (Kind::Proto, "1", json!({"content": "syntax = \"proto3\";"})),
             (
                 Kind::Secret,
@@ -1279,7 +1281,33 @@ mod tests {
             // Certificates.
             (Kind::Ssl, ssl(json!({"sni": null})), "", "none of `sni`, `snis`"),
             (Kind::Ssl, ssl(json!({"snis": ["a"]})), "", "exclude each other"),
-            (Kind::Ssl, ssl(json!({"key": null})), "", "`key` is missing"),
+            (Kind::Ssl, ssl(json!({"key": null})), "", "`cert` needs `key`"),
+            (Kind::Ssl, ssl(json!({"cert": null})), "", "none of `cert`, `acme`"),
+            (
+                Kind::Ssl,
+                json!({"sni": "a.test", "acme": {"chalenge": "http-01"}}),
+                "/acme/chalenge",
+                "`challenge`",
+            ),
+            (
+                Kind::Ssl,
+                json!({"sni": "a.test", "acme": {"challenge": "dns-01"}}),
+                "/acme/challenge",
+                "`http-01`",
+            ),
+            (Kind::Ssl, json!({"sni": "*.a.test", "acme": {}}), "/sni", "DNS-01"),
+            (Kind::Ssl, json!({"snis": ["a.test", "*"], "acme": {}}), "/snis/1", "DNS-01"),
+            (Kind::Ssl, json!({"snis": ["localhost"], "acme": {}}), "/snis/0", "no DNS name"),
+            (Kind::Ssl, json!({"snis": ["10.0.0.1"], "acme": {}}), "/snis/0", "no DNS name"),
+            (Kind::Ssl, json!({"snis": ["a_b.test"], "acme": {}}), "/snis/0", "no DNS name"),
+            (Kind::Ssl, json!({"snis": ["a.test:443"], "acme": {}}), "/snis/0", "no DNS name"),
+            (Kind::Ssl, json!({"type": "client", "acme": {}}), "/acme", "client certificates"),
+            (
+                Kind::Ssl,
+                json!({"sni": "a.test", "acme": {}, "key": "k".repeat(64)}),
+                "",
+                "exclude each other",
+            ),
             (Kind::Ssl, ssl(json!({"key": "short"})), "/key", "the length 5"),
             (Kind::Ssl, ssl(json!({"key": "signer://main"})), "/key", "signer://"),
             (

@@ -39,10 +39,15 @@ pub struct Ssl {
     /// Whom the certificate is shown to.
     #[serde(default, rename = "type")]
     pub kind: SslType,
+    /// A certificate from the authority of `postern.acme` in `config.yaml`, in place of `cert` and `key`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acme: Option<Acme>,
     /// The certificate with its chain, in PEM.
-    pub cert: Certificate,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cert: Option<Certificate>,
     /// The private key of `cert`, in PEM; or `signer://POOL/KEY`, the name of one that nodes of `postern signer` hold.
-    pub key: KeyMaterial,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyMaterial>,
     /// Further certificates for the same names, such as an ECDSA one beside an RSA one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub certs: Vec<Certificate>,
@@ -71,9 +76,37 @@ pub struct Ssl {
 }
 
 pub(crate) const RULES: &[Rule] = &[
+    Rule::ExactlyOne("cert", "acme"),
+    Rule::Needs { field: "cert", needs: "key" },
+    Rule::AtMostOne("key", "acme"),
+    Rule::Needs { field: "certs", needs: "cert" },
     Rule::AtMostOne("sni", "snis"),
     Rule::AnyOfUnless { field: "type", is: "client", of: &["sni", "snis"] },
 ];
+
+/// A certificate that an ACME authority gives and the gateway renews.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Acme {
+    /// How the names are shown to be ours; `postern.acme.challenge` if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub challenge: Option<AcmeChallenge>,
+}
+
+/// How a name is shown to be ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AcmeChallenge {
+    /// The authority asks `http://NAME/` on port 80.
+    #[default]
+    #[serde(rename = "http-01")]
+    Http01,
+    /// The authority shakes hands with port 443 of the name.
+    #[serde(rename = "tls-alpn-01")]
+    TlsAlpn01,
+}
+
+/// The most names that public authorities put into one certificate.
+const ACME_NAMES: usize = 100;
 
 /// Whom a certificate is shown to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -122,12 +155,48 @@ impl Ssl {
 
     /// Certificates with their keys, the main one first.
     pub fn pairs(&self) -> impl Iterator<Item = (&Certificate, &KeyMaterial)> {
-        std::iter::once((&self.cert, &self.key)).chain(self.certs.iter().zip(&self.keys))
+        self.cert.iter().zip(&self.key).chain(self.certs.iter().zip(&self.keys))
+    }
+
+    /// What is wrong with an object that asks for a certificate where no authority is configured.
+    pub fn check_acme(&self, is_configured: bool) -> Option<ConfigError> {
+        let told =
+            "no authority is configured: write `postern.acme` in config.yaml, or `cert` and `key` here";
+        (self.acme.is_some() && !is_configured).then(|| ConfigError::invalid("/acme", told))
+    }
+
+    /// Whether an authority can give a certificate for the names.
+    fn check_names(&self, errors: &mut Vec<ConfigError>) {
+        if self.acme.is_none() {
+            return;
+        }
+        if self.kind == SslType::Client {
+            let told =
+                "client certificates for upstreams are not given by ACME authorities: write `cert` and `key`";
+            errors.push(ConfigError::invalid("/acme", told));
+        }
+        if self.snis().count() > ACME_NAMES {
+            let told = format!("a certificate has {ACME_NAMES} names at most: write several objects");
+            errors.push(ConfigError::invalid("/snis", told));
+        }
+        for (index, name) in self.snis().enumerate() {
+            let pointer = if self.sni.is_some() { "/sni".to_owned() } else { format!("/snis/{index}") };
+            if name.is_wildcard() {
+                let told = format!(
+                    "`{}` needs the challenge DNS-01, which is not offered: write each name, or `cert` and `key`",
+                    name.as_str()
+                );
+                errors.push(ConfigError::invalid(pointer, told));
+            } else if !is_public(name) {
+                let told = format!("`{}` is no DNS name that an authority could look at", name.as_str());
+                errors.push(ConfigError::invalid(pointer, told));
+            }
+        }
     }
 
     /// The pool of signers that holds the keys, if they are not here.
     pub fn signers(&self) -> Option<&str> {
-        self.key.remote().map(|key| &*key.pool)
+        self.key.as_ref()?.remote().map(|key| &*key.pool)
     }
 
     /// What is wrong where these are the pools of signers that are configured.
@@ -147,7 +216,7 @@ impl Ssl {
     /// Where keys are.
     fn check_keys(&self, errors: &mut Vec<ConfigError>) {
         let pool = |key: &KeyMaterial| key.remote().map(|SignerKey { pool, .. }| pool.clone());
-        let first = pool(&self.key);
+        let first = self.key.as_ref().and_then(pool);
         if first.is_some() && self.kind == SslType::Client {
             let words =
                 "signers sign handshakes of servers alone: write the key of a client certificate in PEM";
@@ -167,6 +236,7 @@ impl Ssl {
     /// The rules between values of fields.
     pub(crate) fn check(&self, errors: &mut Vec<ConfigError>) {
         self.check_keys(errors);
+        self.check_names(errors);
         let mut error = |pointer: &str, kind| errors.push(ConfigError::new(pointer, kind));
         if self.certs.len() != self.keys.len() {
             let kind = ErrorKind::OutOfRange {
@@ -194,4 +264,16 @@ impl Ssl {
             }
         }
     }
+}
+
+/// A name of at least two labels, and no address.
+fn is_public(name: &str) -> bool {
+    let label = |label: &str| {
+        let fits = (1..=63).contains(&label.len()) && !label.starts_with('-') && !label.ends_with('-');
+        fits && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let last = name.rsplit('.').next().unwrap_or_default();
+    let is_number = last.bytes().all(|b| b.is_ascii_digit());
+    name.len() <= 253 && name.contains('.') && !is_number && name.split('.').all(label)
 }

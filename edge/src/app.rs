@@ -36,7 +36,7 @@ use crate::certificates::Certificates;
 use crate::compile::{Compiler, Env};
 use crate::drain::{Board, Parts};
 use crate::instance::Instance;
-use crate::interfaces::Interfaces;
+use crate::interfaces::{Interfaces, Leaders};
 use crate::running::{Configuration, Running};
 use crate::secrets::Secrets;
 use crate::snapshot::Snapshot;
@@ -45,7 +45,7 @@ use crate::store::etcd::{Etcd, EtcdSettings, EtcdTls};
 use crate::store::file::FileStore;
 use crate::store::standalone::Standalone;
 use crate::store::{Store, StoreError};
-use crate::{settings, signers, stack};
+use crate::{acme, settings, signers, stack};
 
 /// How long the start waits for the first resolution of upstream names. A name that does not resolve by then does not
 /// How long the first certificate of the mesh is waited for.
@@ -54,6 +54,9 @@ const FIRST_IDENTITY: Duration = Duration::from_secs(10);
 const FIRST_RESOLUTION: Duration = Duration::from_secs(3);
 /// How long the start waits for secret managers.
 const FIRST_SECRETS: Duration = Duration::from_secs(5);
+
+/// How long the start waits for the certificates that an ACME authority has given before.
+const FIRST_CERTIFICATES: Duration = Duration::from_secs(3);
 
 /// Threads of the control runtime: enough for the interfaces, probes and stores to get on beside each other.
 const CONTROL_THREADS: usize = 2;
@@ -198,8 +201,11 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         if process.serves_traffic() { listen(process, &running, &mut bound)? } else { Vec::new() };
     let drains =
         process.serves_traffic().then(|| drains(process, &running, &instance, &turns)).transpose()?;
+    let acme = process.acme.as_ref().filter(|_| process.serves_traffic());
+    let acme = acme.map(|acme| acme::start(process, acme, &running, &instance.id, &metrics)).transpose()?;
+    let leaders = Leaders { drains, acme: acme.clone() };
     let interfaces =
-        Interfaces::start(process, &running, &opened, &metrics, &export, instance, drains).await?;
+        Interfaces::start(process, &running, &opened, &metrics, &export, instance, leaders).await?;
 
     let events = opened.store.watch();
     let follower = running.clone();
@@ -220,7 +226,14 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
         return Ok(());
     }
     tokio::select! {
-        () = configured(&running) => running.secrets().settled(FIRST_SECRETS).await,
+        () = configured(&running) => {
+            running.secrets().settled(FIRST_SECRETS).await;
+            if let Some(acme) = &acme
+                && tokio::time::timeout(FIRST_CERTIFICATES, acme.looked()).await.is_err()
+            {
+                tracing::warn!("the store of ACME certificates does not answer yet; the others are served");
+            }
+        }
         () = stop.told() => return Ok(()),
     }
     let access_log = open_access_log(process)?;
@@ -333,7 +346,8 @@ fn running(
     let (published, retired) = Published::new(Arc::new(empty));
     tokio::spawn(retired.run());
     let signers = signers::pools(process, &tokio::runtime::Handle::current());
-    let certificates = Certificates::new(tls_settings(process)?.with_signers(signers.clone()));
+    let tls = tls_settings(process)?.with_signers(signers.clone());
+    let certificates = Certificates::new(tls, process.acme.is_some());
     let configuration = Configuration { graph, compiler, certificates };
     let running = Running::new(configuration, catalog, secrets, published, metrics.clone());
     tokio::spawn(running.secrets().clone().run(client, running.clone()));
@@ -461,6 +475,11 @@ fn start_workers(
     metrics: &Arc<Metrics>,
 ) -> Result<Workers, StartError> {
     let limits = &process.limits;
+    // Asked once: a second guard in the same statement would wait for the first for ever.
+    let (certificates, challenges) = {
+        let certificates = &running.configuration().certificates;
+        (certificates.table().clone(), certificates.managed().tokens().clone())
+    };
     let stack_settings = stack::Settings {
         server: Some(settings::server(process)),
         access_log: access_log
@@ -471,7 +490,8 @@ fn start_workers(
         in_flight_limit: settings::in_flight_limit(process),
         rules: settings::rules(process),
         readable_body: settings::readable_body(process),
-        certificates: running.configuration().certificates.table().clone(),
+        certificates,
+        challenges,
     };
     let published = running.published().clone();
     let show_status = process.show_upstream_status;

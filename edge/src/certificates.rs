@@ -7,11 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use certs::acme::Served;
 use certs::signer::{KeyAddress, Pools};
 use certs::sni::{CertPem, Change, Protocol, RemotePair, SniTable, SslObject, TableSettings};
 use certs::verify::ClientAuth;
 use config::ssl::{Ssl, SslType, TlsVersion};
 use config::{ConfigError, ResourceKey};
+
+use crate::acme::Managed;
 
 /// How long a changed resource waits for its signers to tell which keys they have.
 const SIGNERS: Duration = Duration::from_secs(1);
@@ -20,15 +23,30 @@ const SIGNERS: Duration = Duration::from_secs(1);
 pub struct Certificates {
     table: Arc<ArcSwap<SniTable>>,
     signers: Pools,
+    /// Those that an ACME authority gives, if one is configured.
+    has_authority: bool,
+    managed: Managed,
     refused: BTreeMap<ResourceKey, Vec<ConfigError>>,
 }
 
 impl Certificates {
-    /// No certificates yet.
-    pub fn new(settings: TableSettings) -> Self {
+    /// No certificates yet. `has_authority`: resources may leave theirs to an ACME authority.
+    pub fn new(settings: TableSettings, has_authority: bool) -> Self {
         let signers = settings.signers().clone();
         let table = Arc::new(ArcSwap::from_pointee(SniTable::new(settings)));
-        Self { table, signers, refused: BTreeMap::new() }
+        Self { table, signers, has_authority, managed: Managed::default(), refused: BTreeMap::new() }
+    }
+
+    /// Those that an ACME authority gives.
+    pub(crate) fn managed(&self) -> &Managed {
+        &self.managed
+    }
+
+    /// Takes in what an ACME authority has given and asks for.
+    pub(crate) fn serve(&mut self, served: Arc<Served>) {
+        let changes = self.managed.serve(served);
+        let table = self.apply(changes);
+        self.table.store(Arc::new(table.with_challenges(self.managed.handshakes())));
     }
 
     /// The table that handshakes ask.
@@ -55,28 +73,44 @@ impl Certificates {
         let mut changes = Vec::new();
         for (key, ssl) in changed {
             self.refused.remove(key);
-            changes.push(match ssl.filter(|(ssl, _)| ssl.status.is_on() && ssl.kind == SslType::Server) {
-                Some((ssl, order)) => {
-                    let object = object(key, ssl, order);
-                    // No version left of those that are named must not become every version.
-                    if object.protocols.is_empty()
-                        && ssl.ssl_protocols.as_ref().is_some_and(|named| !named.is_empty())
-                    {
-                        let why = "none of these versions is spoken: write TLSv1.2 or TLSv1.3";
-                        tracing::error!(object = %key, why, "the certificate cannot be used");
-                        self.refused.insert(key.clone(), vec![ConfigError::invalid("/ssl_protocols", why)]);
-                        Change::Remove(key.id.clone())
-                    } else {
-                        Change::Put(object)
+            let ssl = ssl.filter(|(ssl, _)| ssl.status.is_on() && ssl.kind == SslType::Server);
+            if ssl.is_none_or(|(ssl, _)| ssl.acme.is_none()) {
+                self.managed.forget(&key.id);
+            }
+            changes.extend(match ssl {
+                Some((ssl, order)) => match self.wrong(ssl) {
+                    Some(error) => {
+                        tracing::error!(object = %key, %error, "the certificate cannot be used");
+                        self.refused.insert(key.clone(), vec![error]);
+                        Some(Change::Remove(key.id.clone()))
                     }
-                }
-                None => Change::Remove(key.id.clone()),
+                    None if ssl.acme.is_some() => self.managed.put(ssl, object(key, ssl, order)),
+                    None => Some(Change::Put(object(key, ssl, order))),
+                },
+                None => Some(Change::Remove(key.id.clone())),
             });
         }
-        if changes.is_empty() {
-            return;
+        self.managed.tell();
+        if !changes.is_empty() {
+            self.ask_signers(&changes);
+            let table = self.apply(changes);
+            self.table.store(Arc::new(table));
         }
-        self.ask_signers(&changes);
+    }
+
+    /// Why a resource that is right in itself cannot be used.
+    fn wrong(&self, ssl: &Ssl) -> Option<ConfigError> {
+        // No version left of those that are named must not become every version.
+        let mut named = ssl.ssl_protocols.iter().flat_map(|versions| versions.iter()).peekable();
+        if named.peek().is_some() && named.all(|version| protocol(version).is_none()) {
+            let why = "none of these versions is spoken: write TLSv1.2 or TLSv1.3";
+            return Some(ConfigError::invalid("/ssl_protocols", why));
+        }
+        ssl.check_acme(self.has_authority)
+    }
+
+    /// The table after these changes; notes what of them cannot be used.
+    fn apply(&mut self, changes: Vec<Change>) -> SniTable {
         let (table, errors) = self.table.load().apply(changes);
         for error in errors {
             tracing::error!(object = %format_args!("ssls/{}", error.id), %error, "the certificate cannot be used");
@@ -84,7 +118,7 @@ impl Certificates {
             let refused = ConfigError::invalid(error.field, error.problem.to_string());
             self.refused.entry(key).or_default().push(refused);
         }
-        self.table.store(Arc::new(table));
+        table
     }
 }
 

@@ -198,10 +198,12 @@ fn client_certificate(
     let key = id.key(Kind::Ssl);
     match graph.get(&key).map(|item| &item.resource) {
         Some(Resource::Ssl(ssl)) => {
+            let missing = || ConfigError::invalid("/tls/client_cert_id", format!("{key} has no certificate"));
             let at_signers =
                 || ConfigError::invalid("/tls/client_cert_id", "its key is at signers, not in PEM");
-            let pem = ssl.key.pem().ok_or_else(at_signers)?;
-            Ok(Some(ClientPem { certificate: ssl.cert.as_str().into(), key: pem.reveal().into() }))
+            let (cert, key) = ssl.pairs().next().ok_or_else(missing)?;
+            let pem = key.pem().ok_or_else(at_signers)?;
+            Ok(Some(ClientPem { certificate: cert.as_str().into(), key: pem.reveal().into() }))
         }
         _ => Err(missing_reference("/tls/client_cert_id", &key)),
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use certs::acme::Keeper;
 use config::{Item, Kind, PluginCatalog, ResourceKey, schema};
 use http::header::ACCEPT;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -44,6 +45,7 @@ pub struct Control {
     store: Arc<dyn Store>,
     catalog: Arc<dyn PluginCatalog>,
     drains: Option<Board>,
+    acme: Option<Keeper>,
     prefix: String,
     instance: Instance,
 }
@@ -58,13 +60,19 @@ impl Control {
         prefix: &str,
         instance: Instance,
     ) -> Control {
-        Control { live, store, catalog, drains: None, prefix: prefix.to_owned(), instance }
+        Control { live, store, catalog, drains: None, acme: None, prefix: prefix.to_owned(), instance }
     }
 
     /// With drains, which a process that serves traffic has.
     #[must_use]
     pub fn with_drains(self, drains: Board) -> Control {
         Control { drains: Some(drains), ..self }
+    }
+
+    /// With the certificates that an ACME authority gives.
+    #[must_use]
+    pub fn with_acme(self, acme: Keeper) -> Control {
+        Control { acme: Some(acme), ..self }
     }
 
     /// Answer one request. Never fails.
@@ -157,6 +165,14 @@ impl Control {
             (method, ["drains", rest @ ..]) => match &self.drains {
                 Some(drains) => drains_of(drains, method, rest, read(body, &parts.headers, MAX_BODY)).await,
                 None => not_found("this process serves no traffic, so it drains nothing"),
+            },
+            (&Method::GET, ["acme"]) => match &self.acme {
+                Some(acme) => ok(&json!(acme.status())),
+                None => not_found("no ACME authority is configured: `postern.acme` in config.yaml"),
+            },
+            (&Method::POST, ["acme", "renew"]) => match &self.acme {
+                Some(acme) => renew(acme, read(body, &parts.headers, MAX_BODY).await).await,
+                None => not_found("no ACME authority is configured: `postern.acme` in config.yaml"),
             },
             (&Method::GET, ["rejected"]) => ok(&self.rejected()),
             (&Method::GET, ["config"]) => ok(&self.config()),
@@ -376,6 +392,24 @@ impl Handler for Control {
 }
 
 /// `/v1/drains`: begin a drain, look at it, undo it.
+/// Orders new certificates for what the body names.
+async fn renew(acme: &Keeper, body: Result<Bytes, Reply>) -> Reply {
+    let body = match body {
+        Ok(body) => body,
+        Err(refusal) => return refusal,
+    };
+    let asked: Option<Value> = serde_json::from_slice(&body).ok();
+    let name = asked.as_ref().and_then(|asked| asked.get("name")?.as_str());
+    let Some(name) = name else { return Reply::bad_request("write {\"name\": \"ID or server name\"}") };
+    match acme.renew(name).await {
+        Ok(ordered) if ordered.is_empty() => not_found(&format!(
+            "no ssl resource that leaves its certificate to ACME is called {name}, or is for it"
+        )),
+        Ok(ordered) => Reply::json(StatusCode::ACCEPTED, &json!({ "ordered": ordered })),
+        Err(problem) => Reply::error(StatusCode::SERVICE_UNAVAILABLE, problem),
+    }
+}
+
 async fn drains_of(
     drains: &Board,
     method: &Method,

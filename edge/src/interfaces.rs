@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use certs::acme::Keeper;
 use config::process::{Process, Provider};
 use config::{Item, Kind, Rejected, ResourceKey};
 use discovery::Discovery;
@@ -46,6 +47,13 @@ const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
 
+/// Who does what operators ask for, in a process that serves traffic.
+#[derive(Default)]
+pub(crate) struct Leaders {
+    pub(crate) drains: Option<Board>,
+    pub(crate) acme: Option<Keeper>,
+}
+
 /// The running interfaces.
 pub(crate) struct Interfaces {
     state: Arc<State>,
@@ -65,8 +73,9 @@ impl Interfaces {
         metrics: &Arc<Metrics>,
         export: &Export,
         instance: Instance,
-        drains: Option<Board>,
+        leaders: Leaders,
     ) -> Result<Self, StartError> {
+        let Leaders { drains, acme } = leaders;
         let prefix = match &process.provider {
             Provider::Etcd(etcd) => etcd.prefix.clone(),
             _ => "/apisix".to_owned(),
@@ -130,6 +139,10 @@ impl Interfaces {
             );
             let control = match drains {
                 Some(drains) => control.with_drains(drains),
+                None => control,
+            };
+            let control = match acme {
+                Some(acme) => control.with_acme(acme),
                 None => control,
             };
             let endpoint = bind("apisix.control", address, None).await?;

@@ -3,6 +3,7 @@
 //! A store tells what there is, `compile` turns it into a snapshot change by change, workers serve from the snapshot.
 //! The Admin, Control and status APIs run beside it on the control runtime and never touch a worker.
 
+mod acme;
 pub mod admin;
 pub mod app;
 mod certificates;

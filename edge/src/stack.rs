@@ -9,6 +9,7 @@ use http::HeaderValue;
 use layers::HttpService;
 use layers::chain::PluginChain;
 use layers::http::access_log::{AccessLog, AccessLogLayer};
+use layers::http::acme_challenge::{AcmeChallengeLayer, Pending};
 use layers::http::forwarded::ForwardedLayer;
 use layers::http::in_flight::{InFlightCount, InFlightLayer};
 use layers::http::metrics::MetricsLayer;
@@ -42,6 +43,8 @@ pub struct Settings {
     pub metrics: Arc<Metrics>,
     /// Server certificates, which say for which hosts a client certificate is asked.
     pub certificates: Arc<ArcSwap<SniTable>>,
+    /// What ACME authorities ask for by HTTP at this moment.
+    pub challenges: Pending,
 }
 
 /// The stack of one worker around `upstream`.
@@ -61,6 +64,8 @@ pub fn build<S: HttpService>(
         .push(InFlightLayer::new(settings.in_flight.clone(), settings.in_flight_limit))
         // One form of host and path, before anything reads them.
         .push(SanitizeLayer::new(settings.rules.limits, settings.rules.paths))
+        // Before any route or plugin, which may redirect or refuse; the authority that asks has no account here.
+        .push(AcmeChallengeLayer::new(settings.challenges.clone()))
         // Who the client is, before routes and plugins ask.
         .push(ForwardedLayer::new(settings.rules.forwarding.clone()))
         // The route decides which plugins run.

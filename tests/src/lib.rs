@@ -32,6 +32,7 @@ pub mod nginx;
 pub mod node;
 pub mod oidc;
 pub mod origin;
+pub mod pebble;
 pub mod ports;
 mod process;
 pub mod redis;

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use config::document::Document;
 use e2e::certs::Authority;
@@ -18,7 +19,8 @@ use e2e::edge::{binary, run};
 use e2e::etcd::Etcd;
 use e2e::origin::grpc::{WordsClient, word};
 use e2e::origin::{Origin, echo, grpc, websocket};
-use e2e::{Edge, Value, eventually};
+use e2e::pebble::{self, Pebble};
+use e2e::{Edge, Value, eventually, eventually_within};
 use futures_util::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
 
@@ -72,6 +74,7 @@ fn all() -> BTreeSet<String> {
 #[test]
 fn every_example_is_tested_and_passes_the_check() {
     let tested = [
+        "acme",
         "canary",
         "consul",
         "etcd",
@@ -181,6 +184,31 @@ async fn tls_sni_shows_each_name_its_certificate() {
     let mut connection =
         Connection::tls(edge.https, &known, "a.internal.example.com").await.expect("a handshake");
     connection.send(Call::get("/")).await.expect_status(200);
+}
+
+#[tokio::test]
+async fn acme_gives_a_certificate_by_either_challenge() {
+    if !Pebble::is_there() {
+        return;
+    }
+    let one = echo::named("one").await;
+    let pebble = Pebble::start(pebble::Settings::default()).await;
+    let text = read("acme", "apisix.yaml").replace("127.0.0.1:1980", &one.node());
+    let edge = Edge::file().example(settings("acme")).config(pebble.config()).text(&text).launch();
+    pebble.http.lead_to(&[edge.http]);
+    pebble.https.lead_to(&[edge.https]);
+    eventually("the gateway is ready", || async {
+        edge.readiness().await.filter(|answer| answer.status == 200)
+    })
+    .await;
+    let config = pebble.client_config(&["http/1.1"]).await;
+    for name in ["shop.example.test", "www.example.test", "api.example.test"] {
+        let mut connection = eventually_within(Duration::from_secs(60), name, || async {
+            Connection::tls(edge.https, &config, name).await.ok()
+        })
+        .await;
+        connection.send(Call::get("/")).await.expect_status(200);
+    }
 }
 
 #[tokio::test]

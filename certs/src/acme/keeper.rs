@@ -92,6 +92,7 @@ struct Inner {
     parts: Parts,
     wanted: watch::Sender<Arc<Vec<Want>>>,
     poked: Notify,
+    looked: watch::Sender<bool>,
     view: Mutex<View>,
     /// What was published last; held while the store is read, so that an older view never follows a newer one.
     published: tokio::sync::Mutex<Option<Arc<Served>>>,
@@ -123,6 +124,7 @@ impl Keeper {
             parts,
             wanted: watch::Sender::default(),
             poked: Notify::new(),
+            looked: watch::Sender::new(false),
             view: Mutex::default(),
             published: tokio::sync::Mutex::default(),
             issued: AtomicU64::new(0),
@@ -141,6 +143,12 @@ impl Keeper {
             }
             differs
         });
+    }
+
+    /// Waits until the store was looked at once, whether it could be read or not.
+    pub async fn looked(&self) {
+        // The sender lives as long as this does.
+        let _ = self.inner.looked.subscribe().wait_for(|looked| *looked).await;
     }
 
     /// How everything stands.
@@ -183,6 +191,7 @@ impl Inner {
         self.serve_last_good().await;
         loop {
             let read = self.refresh().await;
+            self.looked.send_replace(true);
             let wait = match &read {
                 Ok(()) => self.begin(&mut orders, &mut busy).await.min(TICK),
                 Err(_) => STORE_PAUSE,

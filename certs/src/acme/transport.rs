@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
-use http::{Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
@@ -61,12 +61,17 @@ impl Transport {
             *self.paused.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now() + pause);
         }
         // The library reads every refusal as JSON.
-        let json = head.headers.get(CONTENT_TYPE).is_some_and(|it| it.as_bytes().ends_with(b"json"));
-        if !head.status.is_success() && !json {
+        if !head.status.is_success() && !is_json(&head.headers) {
             return Err(wrong(format!("it answered {}", head.status)));
         }
         Ok(BytesResponse::from(Response::from_parts(head, Full::new(body.to_bytes()))))
     }
+}
+
+/// `application/problem+json`, with parameters or without.
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()?.split(';').next());
+    kind.is_some_and(|kind| kind.trim_end().to_ascii_lowercase().ends_with("json"))
 }
 
 impl HttpClient for Transport {
@@ -83,5 +88,30 @@ impl HttpClient for Transport {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn refusals_in_json_are_told_from_those_of_whoever_stands_between() {
+        for (kind, expected) in [
+            (Some("application/problem+json"), true),
+            (Some("application/problem+json; charset=utf-8"), true),
+            (Some("Application/JSON ;charset=utf-8"), true),
+            (Some("text/html; charset=json"), false),
+            (Some("text/html"), false),
+            (None, false),
+        ] {
+            let mut headers = HeaderMap::new();
+            if let Some(kind) = kind {
+                headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+            }
+            assert_eq!(is_json(&headers), expected, "{kind:?}");
+        }
     }
 }

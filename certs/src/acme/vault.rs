@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 
 use crate::ca::seal::{SealError, Sealer};
 
-/// The same in every replica, so that each makes the same key of a ring's.
+/// The same in every replica, so that each makes the same key of a ring's, and another one than for anything else.
 const SALT: &[u8; 16] = b"postern-acme-1.0";
 
 /// A key ring that cannot be used, or a secret that it does not open.
@@ -36,14 +36,14 @@ impl fmt::Debug for Vault {
 }
 
 impl Vault {
-    /// With the keys of a ring, of which the first seals, if `seals`, and all open. Takes a fifth of a second for each key,
-    /// on purpose.
+    /// With the keys of a ring, of which the first seals, if `seals`, and all open.
     ///
     /// # Errors
-    /// A key is too short.
+    /// The cryptographic library fails.
     pub fn new<'a>(seals: bool, ring: impl IntoIterator<Item = &'a str>) -> Result<Self, VaultError> {
-        let sealer =
-            |key| Sealer::passphrase(key).and_then(|key| key.derive("acme", SALT)).map_err(VaultError::Ring);
+        let sealer = |key: &str| {
+            Sealer::secret(key.as_bytes()).and_then(|key| key.derive("acme", SALT)).map_err(VaultError::Ring)
+        };
         let ring = ring.into_iter().map(sealer).collect::<Result<Vec<_>, _>>()?;
         Ok(Self { seals, ring })
     }

@@ -119,6 +119,18 @@ impl Sealer {
         Self::passphrase(&read_secret(path)?)
     }
 
+    /// A key made of a secret that nobody guesses, such as one of a key ring: it is not stretched.
+    ///
+    /// # Errors
+    /// The library fails.
+    pub fn secret(secret: &[u8]) -> Result<Self, SealError> {
+        let made = hkdf::Salt::new(hkdf::HKDF_SHA256, b"postern secret").extract(secret);
+        let mut key = Zeroizing::new([0; 32]);
+        let filled = made.expand(&[], Length).and_then(|made| made.fill(&mut *key));
+        filled.map_err(|_| SealError::Library)?;
+        Ok(Self(Secret::Key(key)))
+    }
+
     /// A key for this process alone.
     ///
     /// # Errors

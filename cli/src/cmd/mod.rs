@@ -1,5 +1,6 @@
 //! Commands that do one thing and end.
 
+pub mod acme;
 pub mod capture;
 pub mod certs;
 pub mod check;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::membership::Membership;
 
+use super::acme::{self, Acme};
 use super::discovery_server::{self, DiscoveryServer};
 use super::nginx::Nginx;
 use super::section::Section;
@@ -20,6 +21,7 @@ pub(super) struct Own {
     pub(super) discovery_server: Option<DiscoveryServer>,
     pub(super) mesh: Option<Membership>,
     pub(super) signers: Vec<SignerPool>,
+    pub(super) acme: Option<Acme>,
 }
 
 pub(super) fn read(own: Section<'_>, nginx: &Nginx, dir: &Path, env: &dyn Env) -> Own {
@@ -37,6 +39,7 @@ pub(super) fn read(own: Section<'_>, nginx: &Nginx, dir: &Path, env: &dyn Env) -
         place: place(&own),
         peers: peers(&own),
         discovery_server: discovery_server::read(own.section("discovery_server")),
+        acme: acme::read(own.section("acme")),
         mesh: own.get("mesh").and_then(|value| {
             let read = Membership::read(value, dir);
             read.map_err(|errors| errors.into_iter().for_each(|error| own.below("mesh", error))).ok()

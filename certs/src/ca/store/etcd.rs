@@ -30,6 +30,8 @@ pub struct Settings {
     pub ca: Option<PathBuf>,
     /// Certificate and key to show.
     pub identity: Option<(PathBuf, PathBuf)>,
+    /// The name its certificate must have, if that is not the host of the endpoint.
+    pub server_name: Option<String>,
 }
 
 impl std::fmt::Debug for Settings {
@@ -82,6 +84,9 @@ impl Etcd {
                 Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca)?)),
                 None => tls.with_native_roots(),
             };
+            if let Some(name) = &settings.server_name {
+                tls = tls.domain_name(name);
+            }
             if let Some((certificate, key)) = &settings.identity {
                 tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
             }

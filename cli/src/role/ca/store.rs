@@ -36,6 +36,7 @@ fn etcd(given: &EtcdStore) -> Result<Etcd> {
         timeout: Duration::from_secs(given.timeout.into()),
         ca: given.ca_file.clone(),
         identity: given.certificate_file.clone().zip(given.key_file.clone()),
+        server_name: None,
     })?)
 }
 
