@@ -20,7 +20,7 @@ use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
 use crate::env::{self, Env, Typing};
 use crate::error::{ConfigError, ErrorKind};
-use crate::fields::{Int, Seconds, Text};
+use crate::fields::{Cidr, Int, Seconds, Text};
 use crate::membership::{self, Ca};
 use crate::mesh::{Policies, Port, Protocol, Scope, ServiceName, ServicePolicy};
 use crate::plugin_catalog::PluginCatalog;
@@ -165,9 +165,22 @@ pub struct Inbound {
     /// Where tunnels of HBONE are taken, as Istio's ambient mesh opens them: `0.0.0.0:15008`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hbone: Option<Address>,
+    /// Probes of whoever runs the workload: plain requests that pass where only the mesh is let in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probes: Option<Probes>,
     /// The ports of the workload.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<InboundPort>,
+}
+
+/// Requests that pass without an identity.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Probes {
+    /// Where they come from: the addresses of the machine that probes.
+    pub from: Vec<Cidr>,
+    /// What they ask for, exactly: `/healthz`, or `/grpc.health.v1.Health/Check`.
+    pub paths: Vec<Text<1, 1024>>,
 }
 
 /// A port of the workload.
@@ -521,6 +534,20 @@ impl Sidecar {
         errors.extend(identity.and_then(|identity| {
             membership::check_identity(identity, &self.trust_domain, "/workload/identity")
         }));
+        if let Some(Probes { from, paths }) = &self.inbound.probes {
+            let wrong =
+                |member: &str, why: &str| ConfigError::invalid(format!("/inbound/probes{member}"), why);
+            if from.is_empty() {
+                errors.push(wrong("/from", "nobody probes: write the addresses of the machine that does"));
+            }
+            if paths.is_empty() {
+                errors.push(wrong("/paths", "nothing is probed: write the paths, as in [/healthz]"));
+            }
+            for (index, path) in paths.iter().enumerate().filter(|(_, path)| !path.starts_with('/')) {
+                let why = format!("`{}` is no path: write /{}", &**path, &**path);
+                errors.push(wrong(&format!("/paths/{index}"), &why));
+            }
+        }
         self.check_services(catalog, &mut errors);
         self.check_ports(&mut errors);
         self.check_listeners(&mut errors);
@@ -712,6 +739,8 @@ services:
                 "/capture/skip_inbound_ports/0",
             ),
             ("services:", "capture: {uid: 0}\nservices:", "/capture/uid"),
+            ("  ports:\n", "  probes: {from: [], paths: [healthz]}\n  ports:\n", "/inbound/probes/from"),
+            ("  ports:\n", "  probes: {from: [10.0.0.1], paths: [healthz]}\n  ports:\n", "write /healthz"),
             ("listen: \"0.0.0.0:18080\", ", "", "nothing comes to this port"),
             (
                 "  ports:\n",

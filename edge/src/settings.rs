@@ -206,6 +206,7 @@ pub fn clusters(
         drains: Drains::default(),
         place: Arc::new(process.place.clone()),
         mesh: mesh.map(|membership| membership.mesh().clone()),
+        as_client: None,
         control: control.clone(),
     })
 }

@@ -195,6 +195,7 @@ fn env(control: tokio::runtime::Handle) -> ClusterEnv {
         drains: Drains::default(),
         place: Arc::new(place),
         mesh: None,
+        as_client: None,
         control,
     }
 }

@@ -36,6 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         drains: layers::upstream::drains::Drains::default(),
         place: Arc::default(),
         mesh: None,
+        as_client: None,
         control,
     };
     let upstream = |n: usize| -> Result<Upstream, serde_json::Error> {

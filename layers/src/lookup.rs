@@ -508,6 +508,7 @@ mod tests {
             drains: crate::upstream::drains::Drains::default(),
             place: Arc::default(),
             mesh: None,
+            as_client: None,
             control,
         }
     }

@@ -500,6 +500,7 @@ fn clusters(config: &Sidecar, mesh: &Mesh) -> Result<ClusterEnv, StartError> {
             machine: text(&place.machine),
         }),
         mesh: Some(mesh.clone()),
+        as_client: None,
         control,
     })
 }

@@ -1,11 +1,13 @@
 //! The addresses of the workload as what requests and bytes go to. Those that the file names are made with it, others when
 //! the first captured connection asks for them.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use config::error::ConfigError;
+use config::sidecar::Sidecar;
 use layers::target::Target;
+use layers::transport::original_dst::AsClient;
 use layers::upstream::cluster::{Cluster, ClusterEnv};
 
 use crate::recent::Recent;
@@ -28,30 +30,35 @@ pub struct Application {
 /// The addresses of the workload.
 pub struct Applications {
     env: ClusterEnv,
-    workload: Arc<str>,
-    known: Recent<SocketAddr, Arc<Application>>,
+    workload: Box<str>,
+    /// Of connections that look as if their client had made them.
+    mark: u32,
+    known: Recent<(SocketAddr, Option<IpAddr>), Arc<Application>>,
 }
 
 impl Applications {
-    /// Of the service `workload`, with connections as `env` has them, and never the mesh.
-    pub fn new(env: &ClusterEnv, workload: &str) -> Self {
+    /// Of the workload that the file names, with connections as `env` has them, and never the mesh.
+    pub fn new(env: &ClusterEnv, config: &Sidecar) -> Self {
         Self {
             env: ClusterEnv { mesh: None, ..env.clone() },
-            workload: workload.into(),
+            workload: (*config.workload.service).into(),
+            mark: config.capture.tproxy_mark.get(),
             known: Recent::new(MOST),
         }
     }
 
-    /// The one at this address.
+    /// The one at this address, connected as `client` if there is one.
     ///
     /// # Errors
     /// Nothing can be connected there.
-    pub fn at(&self, address: SocketAddr) -> Result<Arc<Application>, ConfigError> {
-        self.known.find(address, || {
+    pub fn at(&self, address: SocketAddr, client: Option<IpAddr>) -> Result<Arc<Application>, ConfigError> {
+        self.known.find((address, client), || {
+            let as_client = client.map(|address| AsClient { address, mark: self.mark });
+            let env = ClusterEnv { as_client, ..self.env.clone() };
             let cluster = |http2| {
                 let upstream = services::plain(&address.ip().to_string(), address.port(), http2)
                     .ok_or_else(|| ConfigError::invalid("", format!("{address} is no address")))?;
-                Cluster::build(&format!("inbound/{address}"), &upstream, None, &self.env)
+                Cluster::build(&format!("inbound/{address}"), &upstream, None, &env)
             };
             let (one, two) = (cluster(false)?, cluster(true)?);
             let id = format!("inbound/{}", address.port());

@@ -41,6 +41,11 @@ impl Captures {
         }
     }
 
+    /// Whether the workload sees who its clients are.
+    pub fn keeps_client(&self) -> bool {
+        self.inbound == Captured::Tproxy
+    }
+
     /// Where a connection to the workload was going.
     ///
     /// # Errors

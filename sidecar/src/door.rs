@@ -50,8 +50,13 @@ impl To {
 pub enum Entrance {
     /// By the listener with this number in the snapshot.
     Listener(usize),
-    /// It was going to this address of the workload.
-    Captured(SocketAddr),
+    /// It was going to an address of the workload.
+    Captured {
+        /// The address.
+        to: SocketAddr,
+        /// As whom the workload is connected, where it shall see who its client is.
+        client: Option<IpAddr>,
+    },
 }
 
 /// The way of a connection.

@@ -169,7 +169,11 @@ impl Inbound {
         let receiver = &self.receiver;
         let entrance = match self.by {
             By::Port(number) => Entrance::Listener(number),
-            By::Capture => Entrance::Captured(receiver.captures.inbound(&socket)?),
+            By::Capture => {
+                let client = arrival.ends.source.ip().to_canonical();
+                let client = Some(client).filter(|_| receiver.captures.keeps_client());
+                Entrance::Captured { to: receiver.captures.inbound(&socket)?, client }
+            }
         };
         let snapshot = receiver.snapshot.load();
         let port = snapshot.port(entrance)?;
@@ -265,7 +269,7 @@ impl Visit<'_> {
                 return Err(Error::new(Reason::TlsFailed)
                     .detail("TLS of somebody who is not of the mesh, at a port that is strict"));
             }
-        } else if self.port.mode == Mode::Strict {
+        } else if self.port.mode == Mode::Strict && !self.may_be_probe(first) {
             handshakes.plain.fetch_add(1, Ordering::Relaxed);
             return Err(Error::new(Reason::TlsFailed)
                 .detail("a plain connection, at a port that is strict: only the mesh is let in"));
@@ -276,6 +280,12 @@ impl Visit<'_> {
             (_, first) => first,
         };
         Ok(Told::Plain(first, dialled))
+    }
+
+    /// Whether probes may come by this connection; each request is looked at then.
+    fn may_be_probe(&self, first: First) -> bool {
+        matches!(first, First::Http1 | First::Http2)
+            && self.snapshot.probes().come_from(self.arrival.ends.source.ip())
     }
 
     /// Shakes hands with another sidecar.

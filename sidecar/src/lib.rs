@@ -27,6 +27,7 @@ mod lookup;
 pub mod matcher;
 pub mod outbound;
 pub mod policy;
+pub mod probes;
 mod recent;
 pub mod running;
 pub mod services;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use config::mesh::Protocol;
+use config::sidecar::Mode;
 use futures_util::future::{Either, Ready, ready};
 use http::{Version, header};
 use layers::HttpService;
@@ -23,6 +24,7 @@ use crate::applications::Application;
 use crate::connections::Direction;
 use crate::door::{SideDoor, To, Way};
 use crate::outbound::Carrier;
+use crate::probes::Probe;
 use crate::snapshot::Snapshot;
 
 /// Makes [`Lookup`].
@@ -84,6 +86,9 @@ impl LookupLayer {
         let (direction, target) = match &door.way {
             Way::In(entrance, carries) => {
                 let port = snapshot.port(*entrance)?;
+                if carries.is_none() {
+                    plain(x, &snapshot, port.mode)?;
+                }
                 let http1 = match (port.protocol, carries) {
                     (Protocol::Http1, _) | (_, Some(Carries::Upgrades)) => true,
                     (Protocol::Http2 | Protocol::Grpc, _) => false,
@@ -144,6 +149,17 @@ impl LookupLayer {
             None => Err(Error::new(Reason::ServiceNotFound)),
         }
     }
+}
+
+/// Lets a request of nobody in particular pass, if that may be.
+fn plain(x: &mut Exchange, snapshot: &Snapshot, mode: Mode) -> Result<(), Error> {
+    if snapshot.probes().is_one(x) {
+        x.put_slot(Probe);
+    } else if mode == Mode::Strict {
+        let why = "a plain request at a port that is strict: only the mesh is let in, and probes";
+        return Err(Error::new(Reason::PolicyDenied).detail(why));
+    }
+    Ok(())
 }
 
 /// The port behind the last colon of a `Host`.

@@ -31,6 +31,7 @@ use tokio::task::JoinHandle;
 
 use crate::applications::Applications;
 use crate::policy::PolicyTable;
+use crate::probes::Probes;
 use crate::services::Services;
 use crate::snapshot::{Port, Ports, Rest, Snapshot};
 use crate::tokens::Issuers;
@@ -100,7 +101,7 @@ impl Running {
             consumers: Consumers::default(),
             endpoints: Endpoints::default(),
             metrics,
-            applications: Arc::new(Applications::new(&clusters, &config.workload.service)),
+            applications: Arc::new(Applications::new(&clusters, &config)),
             clusters,
             published,
             policies,
@@ -224,6 +225,7 @@ impl Running {
             named,
             mode: config.inbound.mode,
             others: Some(inner.applications.clone()),
+            probes: Probes::new(config.inbound.probes.as_ref()),
         };
         inner.published.publish(Arc::new(Snapshot::new(services, all, rest)));
         inner.policies.publish(&config.policies, &[&config.workload.service], issuers.clone());
@@ -264,7 +266,7 @@ impl Running {
         for (index, port) in config.inbound.ports.iter().enumerate() {
             let forward = port.forward.0;
             let wrong = |error: ConfigError| vec![error.under(&format!("/inbound/ports/{index}/forward"))];
-            let application = self.0.applications.at(forward).map_err(wrong)?;
+            let application = self.0.applications.at(forward, None).map_err(wrong)?;
             let mode = port.mode.unwrap_or(config.inbound.mode);
             let made = Arc::new(Port { forward, mode, protocol: port.protocol, application });
             match port.listen {

@@ -13,6 +13,7 @@ use layers::upstream::cluster::{Cluster, ClusterEnv};
 
 use crate::applications::{Application, Applications};
 use crate::door::{Entrance, To};
+use crate::probes::Probes;
 use crate::recent::Recent;
 use crate::services;
 
@@ -73,6 +74,8 @@ pub struct Ports {
     pub mode: Mode,
     /// How the others are reached.
     pub others: Option<Arc<Applications>>,
+    /// What passes without an identity.
+    pub probes: Probes,
 }
 
 /// What a snapshot is made of besides services and ports.
@@ -150,23 +153,35 @@ impl Snapshot {
     /// # Errors
     /// There is none any more, or nothing can be connected there.
     pub fn port(&self, entrance: Entrance) -> Result<Arc<Port>, Error> {
-        let Ports { listening, named, mode, others } = &self.ports;
-        let found = match entrance {
-            Entrance::Listener(number) => listening.get(number),
-            Entrance::Captured(address) => named.iter().find(|port| port.forward.port() == address.port()),
+        let Ports { listening, named, mode, others, .. } = &self.ports;
+        let none = || Error::new(Reason::NoUpstream).detail("the workload has no such port");
+        let (address, client) = match entrance {
+            Entrance::Listener(number) => return listening.get(number).cloned().ok_or_else(none),
+            Entrance::Captured { to, client } => (to, client),
         };
-        match (found, entrance, others) {
-            (Some(port), ..) => Ok(port.clone()),
-            (None, Entrance::Captured(forward), Some(others)) => {
-                let application = others
-                    .at(forward)
-                    .map_err(|error| Error::new(Reason::NoUpstream).detail(error.to_string()))?;
-                let protocol =
-                    if self.is_opaque(forward.port()) { Protocol::Tcp } else { Protocol::default() };
-                Ok(Arc::new(Port { forward, mode: *mode, protocol, application }))
-            }
-            _ => Err(Error::new(Reason::NoUpstream).detail("the workload has no such port")),
+        let found = named.iter().find(|port| port.forward.port() == address.port());
+        let forward = found.map_or(address, |port| port.forward);
+        // What is on loopback cannot answer anybody else.
+        let client = client.filter(|_| !forward.ip().is_loopback());
+        if let Some(port) = found.filter(|_| client.is_none()) {
+            return Ok(port.clone());
         }
+        let application = others
+            .as_ref()
+            .ok_or_else(none)?
+            .at(forward, client)
+            .map_err(|error| Error::new(Reason::NoUpstream).detail(error.to_string()))?;
+        let (mode, protocol) = match found {
+            Some(port) => (port.mode, port.protocol),
+            None if self.is_opaque(forward.port()) => (*mode, Protocol::Tcp),
+            None => (*mode, Protocol::default()),
+        };
+        Ok(Arc::new(Port { forward, mode, protocol, application }))
+    }
+
+    /// What passes without an identity.
+    pub fn probes(&self) -> &Probes {
+        &self.ports.probes
     }
 
     /// Whether nothing is detected on this port.

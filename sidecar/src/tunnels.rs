@@ -56,7 +56,7 @@ impl Gate for Door {
     fn admit(&self, guest: &Guest, target: SocketAddr) -> Option<Rc<dyn Leave>> {
         let receiver = &self.receiver;
         let snapshot = receiver.snapshot.load();
-        let port = snapshot.port(Entrance::Captured(target)).ok()?;
+        let port = snapshot.port(Entrance::Captured { to: target, client: None }).ok()?;
         let tracked = receiver.connections.begin(Begun {
             direction: Direction::Inbound,
             peer: self.arrival.ends.source,

@@ -208,6 +208,27 @@ async fn the_application_goes_where_egress_lets_it() {
 }
 
 #[tokio::test]
+async fn probes_pass_without_an_identity_and_nothing_else_passes_with_them() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let probes = json!({"inbound": {"probes": {"from": ["127.0.0.0/8"], "paths": ["/healthz"]}}});
+    let builder = mesh.sidecar("orders").inbound(origin.addr, json!({})).config(probes);
+    let mut sidecar = builder.config(json!({"policies": {"default": "deny"}})).start().await;
+    let to = sidecar.inbound(0);
+    for (method, path, status) in
+        [("GET", "/healthz", 200), ("HEAD", "/healthz", 200), ("POST", "/healthz", 403), ("GET", "/", 403)]
+    {
+        let answer = Call::new(method, path).send_to(to).await;
+        assert_eq!(answer.status, status, "{method} {path}");
+    }
+    assert_eq!(origin.requests(), 2);
+    let heard = |bytes: &'static str| e2e::client::exchange(to, bytes, DEADLINE);
+    assert_eq!(heard("no HTTP at all\r\n\r\n").await.text(), "", "bytes are no probe");
+    sidecar.reload(json!({"inbound": {"probes": {"from": ["192.0.2.0/24"]}}})).await;
+    let outcome = heard("GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert_eq!(outcome.text(), "", "it is not who probes any more");
+}
+
+#[tokio::test]
 async fn it_is_told_what_would_be_decided_and_why() {
     let (mesh, origin) = (Mesh::new(), echo::start().await);
     let port = origin.addr.port();

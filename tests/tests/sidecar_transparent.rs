@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use e2e::client::{Call, Connection, DEADLINE, Raw};
 use e2e::edge::binary;
 use e2e::machine::Machine;
-use e2e::origin::{Origin, echo, grpc};
+use e2e::origin::{Origin, echo, grpc, read_head, write_answer};
 use e2e::sidecar::{Mesh, Sidecar, SidecarBuilder, id};
 use e2e::{Answer, Value, eventually, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -327,4 +327,61 @@ async fn tunnels_of_hbone_are_opened_and_taken() {
     })
     .await;
     drop(caller);
+}
+
+/// Tells its clients, over HTTP or without, which address they have.
+async fn mirror(machine: &Machine, at: &'static str, over_http: bool) -> Origin {
+    machine
+        .run(Origin::tcp_at(addr(at), move |mut stream, _| async move {
+            let told = stream.peer_addr().map(|peer| peer.ip().to_string()).unwrap_or_default();
+            if !over_http {
+                let _ = stream.write_all(told.as_bytes()).await;
+                return;
+            }
+            while read_head(&mut stream).await.is_some() {
+                if write_answer(&mut stream, 200, &told).await.is_err() {
+                    return;
+                }
+            }
+        }))
+        .await
+}
+
+#[tokio::test]
+async fn with_tproxy_the_application_sees_who_its_client_is() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let _web = [mirror(&far, "10.9.0.2:8080", true).await, mirror(&far, "[fd09::2]:8080", true).await];
+    let _bytes = mirror(&far, "10.9.0.2:9001", false).await;
+    let patch = json!({"inbound": {"mode": "permissive"}, "capture": {"mode": "tproxy"}});
+    let _callee = transparent(&far, mesh.sidecar("payments"), patch).await;
+    for (to, client) in [("10.9.0.2:8080", "10.9.0.1"), ("[fd09::2]:8080", "fd09::1")] {
+        let answer = near.run(async move { Call::get("/").send_to(addr(to)).await }).await;
+        assert_eq!(answer.expect_status(200).text(), client);
+    }
+    let heard = near
+        .run(async {
+            let mut heard = String::new();
+            let mut stream = TcpStream::connect(addr("10.9.0.2:9001")).await.expect("a connection");
+            timeout(DEADLINE, stream.read_to_string(&mut heard)).await.expect("in time").expect("an address");
+            heard
+        })
+        .await;
+    assert_eq!(heard, "10.9.0.1", "the server speaks first");
+    let caller = mesh.caller(&id("orders"));
+    let answer = near
+        .run(async move {
+            let stream = caller.shake(addr("10.9.0.2:8080"), "postern-h1").await.expect("a handshake");
+            Connection::http1_over(stream, "a".to_owned(), "http").await.send(Call::get("/")).await
+        })
+        .await;
+    assert_eq!(answer.expect_status(200).text(), "10.9.0.1", "from the mesh as well");
+}
+
+#[tokio::test]
+async fn a_sidecar_whose_connections_would_come_back_to_it_does_not_start() {
+    let patch = json!({"outbound": {"transparent": true}, "capture": {"uid": 4_000_000}});
+    let mut sidecar = Mesh::new().sidecar("orders").config(patch).launch();
+    assert!(!sidecar.wait().await.success());
+    assert!(sidecar.output().contains("capture.uid"), "{}", sidecar.output());
 }

@@ -61,6 +61,15 @@ pub fn accept_any_destination(listener: &TcpListener) -> io::Result<()> {
     SockRef::from(listener).set_ip_transparent_v4(true)
 }
 
+/// As whom connections are opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AsClient {
+    /// The address of the client.
+    pub address: IpAddr,
+    /// The mark by which replies find back.
+    pub mark: u32,
+}
+
 /// Opens a connection to `to` that bears the address of `client` and `mark`, by which replies find back.
 ///
 /// # Errors

@@ -38,6 +38,7 @@ use super::round_robin::CursorCell;
 use super::settings::Settings;
 use super::sticky::OwnKey;
 use super::tls_client::{ClientPem, TlsClients};
+use crate::transport::original_dst::AsClient;
 use origin::Origin;
 pub(crate) use origin::Places;
 pub(crate) use state::Choice;
@@ -80,6 +81,8 @@ pub struct ClusterEnv {
     pub place: Arc<Place>,
     /// How nodes of the mesh are reached, where this process has an identity in it.
     pub mesh: Option<Mesh>,
+    /// As whom nodes are connected, where they shall not see this process.
+    pub as_client: Option<AsClient>,
     /// Where probes and followers run.
     pub control: Handle,
 }

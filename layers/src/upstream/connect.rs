@@ -23,6 +23,7 @@ use super::mesh::{self, Carries, MeshLink, MeshPeer};
 use crate::error::{Error, Reason};
 use crate::transport::hbone::Tunnel;
 use crate::transport::join;
+use crate::transport::original_dst::{AsClient, connect_as};
 
 /// What went over a connection so far. A retry needs to know whether the request reached the socket.
 #[derive(Debug, Default)]
@@ -68,17 +69,18 @@ impl Io {
     }
 }
 
-/// Connect to `addr`, and shake hands under `name` if there is a TLS configuration.
+/// Connect to `addr`, as another if there is one, and shake hands under `name` if there is a TLS configuration.
 ///
 /// # Errors
 /// Always retryable: nothing of the request was sent.
 pub(crate) async fn connect(
     addr: SocketAddr,
+    as_client: Option<AsClient>,
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     limit: Duration,
 ) -> Result<Io, Error> {
     let connecting = async {
-        let stream = tcp(addr).await?;
+        let stream = tcp(addr, as_client).await?;
         let stream = match tls {
             None => Transport::Plain(stream),
             Some((config, name)) => {
@@ -106,7 +108,7 @@ pub(crate) async fn connect_mesh(
 ) -> Result<Io, Error> {
     let config = peer.config(carries)?;
     let connecting = async {
-        let stream = tcp(addr).await?;
+        let stream = tcp(addr, None).await?;
         let connecting = TlsConnector::from(config).connect(addr.ip().into(), stream);
         let stream = connecting.await.map_err(|error| match tls_error(&error) {
             Some(cause) => failed(peer.failed(cause), error),
@@ -141,9 +143,12 @@ pub(crate) async fn connect_tunnel(
     Ok(Io { stream, traffic: Rc::default(), mesh })
 }
 
-async fn tcp(addr: SocketAddr) -> Result<TcpStream, Error> {
-    let stream =
-        certs::outgoing::connect(addr).await.map_err(|error| failed(Reason::ConnectFailed, error))?;
+async fn tcp(addr: SocketAddr, as_client: Option<AsClient>) -> Result<TcpStream, Error> {
+    let stream = match as_client {
+        Some(AsClient { address, mark }) => connect_as(address, addr, mark).await,
+        None => certs::outgoing::connect(addr).await,
+    };
+    let stream = stream.map_err(|error| failed(Reason::ConnectFailed, error))?;
     // Requests are written whole; waiting for more would only delay the last piece.
     stream.set_nodelay(true).map_err(|error| failed(Reason::ConnectFailed, error))?;
     Ok(stream)

@@ -594,7 +594,7 @@ async fn open(state: &State, peer: &Peer, protocol: Protocol, limit: Duration) -
         }
         _ => None,
     };
-    connect::connect(address, tls, limit).await
+    connect::connect(address, state.settings.as_client, tls, limit).await
 }
 
 /// The `Host` that the endpoint is sent. APISIX `pass_host`.

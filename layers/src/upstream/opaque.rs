@@ -181,5 +181,5 @@ async fn open(state: &State, picked: &Picked, limit: Duration) -> Result<Io, Err
             Some((config.clone(), name))
         }
     };
-    connect::connect(endpoint.addr(), tls, limit).await
+    connect::connect(endpoint.addr(), state.settings.as_client, tls, limit).await
 }

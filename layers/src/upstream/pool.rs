@@ -344,7 +344,7 @@ mod tests {
 
     async fn connection(listener: &TcpListener) -> Http1 {
         let addr = listener.local_addr().unwrap();
-        let io = connect::connect(addr, None, Duration::from_secs(5)).await.unwrap();
+        let io = connect::connect(addr, None, None, Duration::from_secs(5)).await.unwrap();
         let mut connection = Http1::new(io);
         assert!(connection.is_still_ready(&mut quiet()));
         connection

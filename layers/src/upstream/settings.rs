@@ -35,6 +35,7 @@ use super::tls_client::{ClientPem, Offer, TlsClients, TlsSettings};
 use crate::error::Reason;
 use crate::exchange::State as ExchangeState;
 use crate::target::Timeouts;
+use crate::transport::original_dst::AsClient;
 
 /// Numbers transports for connection pools; never reused in a process.
 static NEXT_TRANSPORT: AtomicU64 = AtomicU64::new(1);
@@ -257,6 +258,8 @@ pub struct Settings {
     pub slow_start: Option<Duration>,
     /// Which nodes are of the mesh.
     pub mesh: Option<Box<MeshRule>>,
+    /// As whom nodes are connected.
+    pub as_client: Option<AsClient>,
     transport: Arc<Transport>,
 }
 
@@ -319,6 +322,7 @@ impl Settings {
                 .map(|wire| Arc::new(sticky::Rule::new(wire, &env.session_key))),
             slow_start: upstream.slow_start.as_deref().map(|time| time.duration()),
             mesh: mesh_rule(upstream, env)?.map(Box::new),
+            as_client: env.as_client,
             checks: if env.checks {
                 Checks::compile(upstream, &transport, &env.tls)?
             } else {

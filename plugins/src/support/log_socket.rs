@@ -43,7 +43,7 @@ impl Remote {
     /// # Errors
     /// No address takes it.
     pub async fn tcp(&self) -> io::Result<TcpStream> {
-        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        let stream = certs::outgoing::connect_to((self.host.as_str(), self.port)).await?;
         stream.set_nodelay(true)?;
         Ok(stream)
     }

@@ -30,6 +30,7 @@ fn env(servers: Vec<SocketAddr>) -> ClusterEnv {
         drains: crate::upstream::drains::Drains::default(),
         place: Arc::default(),
         mesh: None,
+        as_client: None,
         control,
     }
 }

@@ -146,6 +146,7 @@ fn env() -> ClusterEnv {
         drains: crate::upstream::drains::Drains::default(),
         place: Arc::default(),
         mesh: None,
+        as_client: None,
         control,
     }
 }

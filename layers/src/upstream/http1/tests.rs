@@ -402,7 +402,8 @@ async fn connected<F: Future<Output = ()> + 'static>(
     peer: impl FnOnce(Peer) -> F + 'static,
 ) -> (Http1, Rc<RefCell<Vec<u8>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let io = connect::connect(listener.local_addr().unwrap(), None, Duration::from_secs(5)).await.unwrap();
+    let io =
+        connect::connect(listener.local_addr().unwrap(), None, None, Duration::from_secs(5)).await.unwrap();
     let seen = Rc::<RefCell<Vec<u8>>>::default();
     let stream = listener.accept().await.unwrap().0;
     spawn_local(peer(Peer { stream, seen: Rc::clone(&seen) }));
