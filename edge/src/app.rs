@@ -60,6 +60,8 @@ const FIRST_CERTIFICATES: Duration = Duration::from_secs(3);
 
 /// Threads of the control runtime: enough for the interfaces, probes and stores to get on beside each other.
 const CONTROL_THREADS: usize = 2;
+/// For what control does besides that blocks: files, name services, passwords.
+const BLOCKING_THREADS: usize = 512;
 
 /// What cut connections get after the drain's deadline, before the process ends all the same.
 const AFTER_DRAIN: Duration = Duration::from_secs(2);
@@ -152,8 +154,11 @@ impl Addresses {
 /// It could not be started, or a worker failed.
 pub fn run(process: Process, ready: impl FnOnce(&Addresses)) -> Result<(), StartError> {
     harden();
+    // Handshakes that wait for signers have threads of their own, so that nothing else of control waits with them.
+    let waiting = process.signers.iter().map(|pool| usize::try_from(pool.in_flight).unwrap_or(usize::MAX));
     let control = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
+        .max_blocking_threads(waiting.fold(BLOCKING_THREADS, usize::saturating_add))
         .thread_name("control")
         .enable_all()
         .build()
