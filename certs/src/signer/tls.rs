@@ -164,3 +164,60 @@ impl ClientCertVerifier for NodeTls {
         self.loaded.load().clients.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rcgen::{CertificateParams, KeyPair};
+
+    use super::*;
+
+    fn made() -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let certificate =
+            CertificateParams::new(["signer.test".to_owned()]).unwrap().self_signed(&key).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    }
+
+    #[test]
+    fn a_change_counts_and_files_that_do_not_fit_leave_the_former_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let files = Files { certificate: path("cert"), key: path("key"), client_ca: path("ca") };
+        let error = NodeTls::open(files.clone()).unwrap_err();
+        assert!(error.contains("cert"), "{error}");
+        let [first, second, third] = [made(), made(), made()];
+        let write = |(certificate, key): (&str, &str), ca: &str| {
+            fs::write(path("cert"), certificate).unwrap();
+            fs::write(path("key"), key).unwrap();
+            fs::write(path("ca"), ca).unwrap();
+        };
+        write((&first.0, &first.1), &first.0);
+        let tls = NodeTls::open(files).unwrap();
+        let shown = || tls.loaded.load().identity.cert.clone();
+        let of_first = shown();
+
+        for (pair, ca) in [
+            ((&*second.0, &*first.1), &*first.0),
+            ((&*second.0, "no key"), &*first.0),
+            ((&*second.0, &*second.1), "no authority"),
+        ] {
+            write(pair, ca);
+            tls.reload();
+            assert_eq!(shown(), of_first);
+        }
+        fs::remove_file(path("cert")).unwrap();
+        tls.reload();
+        assert_eq!(shown(), of_first);
+
+        write((&second.0, &second.1), &first.0);
+        tls.reload();
+        let (of_second, clients) = (shown(), Arc::clone(&tls.loaded.load().clients));
+        assert_ne!(of_second, of_first);
+        write((&second.0, &second.1), &third.0);
+        tls.reload();
+        assert!(!Arc::ptr_eq(&clients, &tls.loaded.load().clients), "other authorities count too");
+        assert_eq!(shown(), of_second);
+    }
+}
