@@ -4,8 +4,8 @@ import statistics
 import threading
 import time
 
-from measure import cost, memory_mb, own_load, wait_until, wrk
-from subjects import Envoy, Haproxy, Nginx, Postern, get, upstream_object, write
+from measure import cost, cpu_micros, memory_mb, own_load, wait_until, wrk
+from subjects import Envoy, Haproxy, Nginx, Postern, Signer, get, upstream_object, write
 
 KEY = "bench-consumer-key"
 FIVE_PLUGINS = {
@@ -15,6 +15,7 @@ FIVE_PLUGINS = {
     "request-id": {},
     "prometheus": {},
 }
+SIGNERS = ["signer-1", "signer-2"]
 # A random one of $ROUTES routes for each request.
 ROUTE_SCRIPT = """
 local routes = tonumber(os.getenv("ROUTES"))
@@ -72,6 +73,14 @@ class Bench:
                 route = {**self.route("all", "/*"), "plugins": FIVE_PLUGINS}
                 resources = {"routes": [route], "consumers": [consumer]}
                 return self.postern(name, resources, headers={"apikey": KEY})
+            case "signer-1" | "signer-2":
+                return Signer(name, self.folder, self.cores.upstream, self.options.postern, self.certificates)
+            case "remote key":
+                nodes = [f"localhost:{self.subject(node).https}" for node in SIGNERS]
+                files = {"cert_file": self.certificates.cert, "key_file": self.certificates.key,
+                         "ca_file": self.certificates.ca}
+                resources = {"routes": [self.route("all", "/*")], "ssls": [{**self.ssl(), "key": "signer://main/bench"}]}
+                return self.postern(name, resources, own={"signers": [{"name": "main", "nodes": nodes, **files}]})
 
     def postern(self, name, resources=None, cores=None, **ready):
         return Postern(name, self.folder, cores or self.cores.proxy, self.options.postern, resources, **ready)
@@ -145,6 +154,28 @@ def handshake(bench):
 
     return bench.compare("full TLS handshake", ["nginx", "haproxy", "envoy", "postern"], load,
                          {("postern", "nginx"): 0.65})
+
+
+def signer(bench):
+    """Full TLS 1.3 handshakes with the key in the gateway, and with the key at two signers that share a core."""
+    rates, signing = {"postern": [], "remote key": []}, []
+
+    def load(subject):
+        before = sum(cpu_micros(bench.subject(node).pid) for node in SIGNERS)
+        result = own_load(bench.options.load, bench.cores.load[:1], "handshakes", f"127.0.0.1:{subject.https}",
+                          bench.certificates.ca, "localhost", 16, bench.options.seconds)
+        if result["bad"]:
+            raise SystemExit(f"{subject.name}: {result['bad']} handshakes failed")
+        rates[subject.name].append(result["count"] / bench.options.seconds)
+        if subject.name == "remote key":
+            spent = sum(cpu_micros(bench.subject(node).pid) for node in SIGNERS) - before
+            signing.append(spent / result["count"])
+        return result["count"]
+
+    title = "handshakes, key at signers"
+    rows = bench.compare(title, ["postern", "remote key"], load, {}, reference="postern")
+    rows += [Row(title, f"{name}, handshakes/s", values[1:]) for name, values in rates.items()]
+    return [*rows, Row(title, "signers, both together", signing[1:], unit=" µs")]
 
 
 def plugins(bench):
@@ -260,5 +291,6 @@ def start(bench):
     return [Row("start", "10,000 routes to first answer", values, 1.0, " s")]
 
 
-SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "plugins": plugins, "routes": routes, "start": start}
-NEED_POSTERN = {"plugins", "routes", "start"}
+SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "signer": signer, "plugins": plugins,
+             "routes": routes, "start": start}
+NEED_POSTERN = {"signer", "plugins", "routes", "start"}

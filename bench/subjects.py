@@ -216,7 +216,7 @@ def upstream_object(port):
 class Postern(Subject):
     """`postern edge`; resources from a file, or by the Admin API into the embedded store."""
 
-    def __init__(self, name, folder, cores, program, resources=None, path="/", headers=None):
+    def __init__(self, name, folder, cores, program, resources=None, path="/", headers=None, own=None):
         super().__init__(name, folder, cores)
         self.program = program
         self.admin, self.control, self.status = free_port(), free_port(), free_port()
@@ -237,7 +237,7 @@ class Postern(Subject):
             "plugin_attr": {"prometheus": {"export_addr": {"ip": "127.0.0.1", "port": free_port()}}},
             "nginx_config": {"worker_processes": 1, "http": {"enable_access_log": False}},
             "deployment": deployment,
-            "postern": {"data_dir": os.path.join(self.folder, "data")},
+            "postern": {"data_dir": os.path.join(self.folder, "data"), **(own or {})},
         }
         self.config = write(self.folder, "config.yaml", json.dumps(config))
         self.started = time.monotonic()
@@ -255,6 +255,26 @@ class Postern(Subject):
 
     def admin_connection(self):
         return AdminConnection(self.admin)
+
+
+class Signer(Subject):
+    """`postern signer` with the key of the certificate, for gateways that show this certificate."""
+
+    def __init__(self, name, folder, cores, program, certificates):
+        super().__init__(name, folder, cores)
+        keys = os.path.join(self.folder, "keys")
+        os.makedirs(keys, exist_ok=True)
+        with open(certificates.key) as key:
+            os.chmod(write(keys, "bench.pem", key.read()), 0o600)
+        config = {
+            "listen": f"127.0.0.1:{self.https}",
+            "status": f"127.0.0.1:{self.http}",
+            "tls": {"cert_file": certificates.cert, "key_file": certificates.key, "client_ca_file": certificates.ca},
+            "clients": [{"name": "localhost", "keys": ["bench"]}],
+            "limits": {"signatures_per_second": 1_000_000},
+        }
+        self.launch([program, "signer", "run", "-c", write(self.folder, "signer.yaml", json.dumps(config))])
+        self.wait("/readyz")
 
 
 class AdminConnection:
