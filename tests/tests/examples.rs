@@ -83,6 +83,7 @@ fn every_example_is_tested_and_passes_the_check() {
         "lookup",
         "mesh",
         "quickstart",
+        "signer",
         "tls-sni",
         "wasm",
         "websocket",
@@ -107,6 +108,7 @@ fn every_example_is_tested_and_passes_the_check() {
         assert_eq!(code, 0, "{name}: {out} {err}");
     }
     config::ca::Ca::load(&folder("mesh").join("ca.yaml"), &config::env::ProcessEnv).expect("a good file");
+    config::signer::Signer::load(&folder("signer"), &config::env::ProcessEnv).expect("a good file");
     assert_eq!(run(&["--version"]).0, 0);
 }
 
