@@ -5,7 +5,8 @@ import threading
 import time
 
 from measure import cost, cpu_micros, memory_mb, own_load, wait_until, wrk
-from subjects import Envoy, Haproxy, Nginx, Postern, Signer, get, upstream_object, write
+from subjects import (Authority, Envoy, Haproxy, Nginx, Postern, Sidecar, Signer, get, upstream_object,
+                      write)
 
 KEY = "bench-consumer-key"
 FIVE_PLUGINS = {
@@ -291,6 +292,58 @@ def start(bench):
     return [Row("start", "10,000 routes to first answer", values, 1.0, " s")]
 
 
+def mesh(bench):
+    """A pair of sidecars with mTLS: what it adds at 1,000 requests a second, and what each of them takes."""
+    program = bench.options.postern
+    authority = bench.running["ca"] = Authority(bench.folder, bench.cores.load, program)
+    callee = bench.running["callee"] = Sidecar("callee", bench.folder, bench.cores.upstream, program, authority,
+                                               forward=bench.upstream.http)
+    caller = bench.running["caller"] = Sidecar("caller", bench.folder, bench.cores.proxy, program, authority,
+                                               node=callee.inbound)
+    pair = {"caller": caller, "callee": callee}
+    seconds = max(5, bench.options.seconds)
+    wait_until(lambda: get(caller.http) == 200, what="a call through both sidecars")
+    rows = [Row("sidecar", f"memory of the {name}, idle", [memory_mb(subject.pid)], 10, " MB")
+            for name, subject in pair.items()]
+
+    def rate(port):
+        result = own_load(bench.options.load, bench.cores.load, "rate", f"127.0.0.1:{port}", "/", 32, 1000, seconds)
+        if result["bad"] or result["died"]:
+            raise SystemExit(f"requests failed: {result}")
+        return result
+
+    added = {"p50": [], "p99": []}
+    cores = {name: [] for name in pair}
+    for number in range(bench.options.rounds + 1):
+        direct = rate(bench.upstream.http)
+        before = {name: cpu_micros(subject.pid) for name, subject in pair.items()}
+        through = rate(caller.http)
+        # Round 0 makes connections.
+        if number == 0:
+            continue
+        for name, subject in pair.items():
+            cores[name].append((cpu_micros(subject.pid) - before[name]) / (seconds * 1_000_000))
+        for part, values in added.items():
+            values.append((through[part] - direct[part]) / 1000)
+        bench.say(f"sidecar: round {number}: p50 {direct['p50']} to {through['p50']} µs, "
+                  f"p99 {direct['p99']} to {through['p99']} µs")
+    rows += [Row("sidecar", "p50 that a pair adds at 1,000/s", added["p50"], 0.3, " ms"),
+             Row("sidecar", "p99 that a pair adds at 1,000/s", added["p99"], 0.8, " ms")]
+    rows += [Row("sidecar", f"cores of the {name} at 1,000/s", values, 0.1) for name, values in cores.items()]
+    rows += [Row("sidecar", f"memory of the {name}, under load", [memory_mb(subject.pid)], 20, " MB")
+             for name, subject in pair.items()]
+    costs = {name: [] for name in pair}
+    for number in range(bench.options.rounds + 1):
+        before = {name: cpu_micros(subject.pid) for name, subject in pair.items()}
+        count = bench.wrk(caller, "http://localhost:{http}/")
+        for name, subject in pair.items():
+            if number > 0:
+                costs[name].append((cpu_micros(subject.pid) - before[name]) / count)
+    rows += [Row("sidecar", f"{name}: a request", values, unit=" µs") for name, values in costs.items()]
+    return rows + [Row("sidecar", f"{name}: requests a second and core", [1_000_000 / one for one in values])
+                   for name, values in costs.items()]
+
+
 SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "signer": signer, "plugins": plugins,
-             "routes": routes, "start": start}
-NEED_POSTERN = {"signer", "plugins", "routes", "start"}
+             "routes": routes, "start": start, "mesh": mesh}
+NEED_POSTERN = {"signer", "plugins", "routes", "start", "mesh"}

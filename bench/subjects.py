@@ -290,3 +290,48 @@ class AdminConnection:
         body = answer.read()
         if answer.status not in (200, 201):
             raise SystemExit(f"PUT {path}: {answer.status} {body[:500]!r}")
+
+
+def identity(service):
+    return f"spiffe://mesh.local/ns/default/sa/{service}"
+
+
+class Authority(Subject):
+    """`postern ca run`, from which sidecars get their certificates."""
+
+    def __init__(self, folder, cores, program):
+        super().__init__("ca", folder, cores)
+        self.program, self.address = program, f"127.0.0.1:{free_port()}"
+        settings = {"listen": self.address, "status": f"127.0.0.1:{self.http}", "data_dir": "data"}
+        self.config = write(self.folder, "ca.yaml", json.dumps(settings))
+        self.launch([program, "ca", "run", "-c", self.config])
+        self.wait("/readyz")
+
+    def source(self, service):
+        """`ca` of a sidecar of this service."""
+        token = subprocess.run(
+            [self.program, "ca", "token", "create", "-c", self.config, "--identity", identity(service), "--uses", "99"],
+            check=True, capture_output=True, text=True,
+        ).stdout
+        return {"address": self.address, "pin_file": os.path.join(self.folder, "data", "pin"),
+                "token_file": write(self.folder, f"{service}.token", token)}
+
+
+class Sidecar(Subject):
+    """`postern sidecar` of a service that is called (`forward`), or that calls another one (`node`, by `http`)."""
+
+    def __init__(self, name, folder, cores, program, authority, forward=None, node=None):
+        super().__init__(name, folder, cores)
+        self.inbound, self.admin = free_port(), free_port()
+        config = {"trust_domain": "mesh.local", "ca": authority.source(name), "workload": {"service": name},
+                  "admin": {"listen": f"127.0.0.1:{self.admin}"}, "drain": {"propagation": 0, "grace": 1}}
+        if forward:
+            config["inbound"] = {"ports": [
+                {"listen": f"127.0.0.1:{self.inbound}", "forward": f"127.0.0.1:{forward}"}]}
+        if node:
+            config["services"] = [{"name": "callee", "identities": [identity("callee")],
+                                   "upstream": {"type": "roundrobin", "nodes": {f"127.0.0.1:{node}": 1}}}]
+            config["outbound"] = {"listeners": [{"listen": f"127.0.0.1:{self.http}", "service": "callee"}]}
+        path = write(self.folder, "sidecar.yaml", json.dumps(config))
+        self.launch([program, "sidecar", "-c", path])
+        wait_until(lambda: get(self.admin, "/status/ready") == 200, what=f"the sidecar {name} is ready")
