@@ -56,7 +56,7 @@ impl Membership {
     }
 }
 
-/// Where certificate and trust bundle come from: one of `address`, `files`, `workload_api`, `consul`.
+/// Where certificate and trust bundle come from: one of `address`, `files`, `workload_api`, `consul`, `istio`, `vault`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ca {
@@ -95,6 +95,78 @@ pub struct Ca {
     /// PEM of the authorities of an agent with `https`; those of the system if it is absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub consul_ca_file: Option<PathBuf>,
+    /// istiod, or what speaks its `CreateCertificate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub istio: Option<Istio>,
+    /// The PKI engine of Vault or OpenBao.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vault: Option<Vault>,
+}
+
+/// An authority with Istio's API.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Istio {
+    /// `host:port`: `istiod.istio-system.svc:15012`.
+    pub address: Text<1, 1024>,
+    /// The name in the authority's certificate, where it is not the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_name: Option<Text<1, 253>>,
+    /// PEM of the roots that the authority's own certificate is from: this, or `pin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// The hash of the authority's key: `sha256/` and base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<Text<1, 256>>,
+    /// The token of the service account, with the audience of the authority.
+    pub token_file: PathBuf,
+    /// How long certificates are asked for, in seconds; what the authority gives if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Seconds>,
+}
+
+/// A PKI engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Vault {
+    /// The server: `https://vault.example.com:8200`.
+    pub address: Text<1, 1024>,
+    /// Where the engine is mounted; `pki` if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount: Option<Text<1, 256>>,
+    /// The role that signs.
+    pub role: Text<1, 256>,
+    /// A token that somebody else keeps alive: this, or `approle`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// An AppRole, by which a new token is got for each certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approle: Option<AppRole>,
+    /// The namespace, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<Text<1, 256>>,
+    /// PEM of the authorities of an `https` server; those of the system if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// PEM of the roots to believe, where the engine does not hold its root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub roots_file: Option<PathBuf>,
+    /// How long certificates are asked for, in seconds; what the role gives if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Seconds>,
+}
+
+/// An AppRole of Vault.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AppRole {
+    /// Its id.
+    pub role_id: Text<1, 256>,
+    /// A file with the secret id.
+    pub secret_id_file: PathBuf,
+    /// Where the method is mounted; `approle` if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount: Option<Text<1, 256>>,
 }
 
 /// PEM files of an identity.
@@ -121,16 +193,18 @@ impl Ca {
             self.files.is_some(),
             self.workload_api.is_some(),
             self.consul.is_some(),
+            self.istio.is_some(),
+            self.vault.is_some(),
         ];
         match sources.iter().filter(|is_there| **is_there).count() {
             1 => {}
             0 => {
-                let fields = vec!["address", "files", "workload_api", "consul"];
+                let fields = vec!["address", "files", "workload_api", "consul", "istio", "vault"];
                 return vec![ConfigError::new("", ErrorKind::NoneOf { fields })];
             }
             _ => {
-                let problem =
-                    "certificates come from one place: keep one of address, files, workload_api, consul";
+                let problem = "certificates come from one place: keep one of address, files, workload_api, consul, \
+                               istio, vault";
                 return vec![ConfigError::invalid("", problem)];
             }
         }
@@ -169,6 +243,15 @@ impl Ca {
         if self.consul_token_file.is_some() && self.token_file.is_some() {
             errors.push(ConfigError::invalid("/token_file", "one proof is enough: keep one of both files"));
         }
+        if self.istio.as_ref().is_some_and(|istio| istio.ca_file.is_some() == istio.pin.is_some()) {
+            errors.push(ConfigError::invalid(
+                "/istio",
+                "the authority is known by `ca_file` or by `pin`: write one",
+            ));
+        }
+        if self.vault.as_ref().is_some_and(|vault| vault.token_file.is_some() == vault.approle.is_some()) {
+            errors.push(ConfigError::invalid("/vault", "the proof is `token_file` or `approle`: write one"));
+        }
         if self.consul_ca_file.is_some() && self.consul.is_none() {
             errors.push(ConfigError::invalid("/consul_ca_file", "this needs `consul`"));
         }
@@ -188,8 +271,15 @@ impl Ca {
                 *path = dir.join(&*path);
             }
         };
-        let Ca { pin_file, token_file, consul_token_file, consul_ca_file, files, .. } = self;
+        let Ca { pin_file, token_file, consul_token_file, consul_ca_file, files, istio, vault, .. } = self;
         [pin_file, token_file, consul_token_file, consul_ca_file].into_iter().flatten().for_each(own);
+        if let Some(Istio { ca_file, token_file, .. }) = istio {
+            ca_file.iter_mut().chain([token_file]).for_each(own);
+        }
+        if let Some(Vault { token_file, approle, ca_file, roots_file, .. }) = vault {
+            [token_file, ca_file, roots_file].into_iter().flatten().for_each(own);
+            approle.iter_mut().map(|approle| &mut approle.secret_id_file).for_each(own);
+        }
         if let Some(CaFiles { cert, key, trust, crl }) = files {
             [cert, key, trust].into_iter().chain(crl).for_each(own);
         }
@@ -232,6 +322,12 @@ mod tests {
             (json!({"consul": "http://a", "pin": "x"}), "/ca/pin", "needs `address`"),
             (json!({"workload_api": "unix:/a", "consul_token_file": "x"}), "/ca/consul_token_file", "needs"),
             (json!({"addres": "ca:15012"}), "/ca/addres", "address"),
+            (json!({"istio": {"address": "a:1", "token_file": "t"}}), "/ca/istio", "`ca_file` or by `pin`"),
+            (
+                json!({"vault": {"address": "http://a", "role": "r"}}),
+                "/ca/vault",
+                "`token_file` or `approle`",
+            ),
         ] {
             let errors = Membership::read(&json!({"trust_domain": "mesh.local", "ca": ca}), Path::new(""))
                 .unwrap_err();

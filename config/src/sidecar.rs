@@ -71,6 +71,9 @@ pub struct Sidecar {
     /// The admin interface: status, metrics, what is known.
     #[serde(default)]
     pub admin: Admin,
+    /// The identity for applications on the machine, by the SPIFFE Workload API; for none if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload_api: Option<WorkloadApi>,
     /// How the sidecar ends.
     #[serde(default)]
     pub drain: Drain,
@@ -243,6 +246,17 @@ impl Default for Admin {
     fn default() -> Admin {
         Admin { listen: Address(SocketAddr::from(([127, 0, 0, 1], 15021))) }
     }
+}
+
+/// The SPIFFE Workload API. Who may ask gets the key of the workload.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkloadApi {
+    /// The path of the socket, in a directory that is there.
+    pub socket: PathBuf,
+    /// Users, by number, whose processes may ask. The user of the sidecar alone if it is absent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub users: Vec<u32>,
 }
 
 /// How a sidecar ends.
@@ -518,6 +532,7 @@ impl Sidecar {
             ("outbound.transparent", self.outbound.transparent != other.outbound.transparent),
             ("capture", self.is_transparent() && self.capture != other.capture),
             ("admin", self.admin != other.admin),
+            ("workload_api", self.workload_api != other.workload_api),
             ("access_log", self.access_log != other.access_log),
             ("workers", self.workers != other.workers),
             ("data_dir", self.data_dir != other.data_dir),
@@ -651,6 +666,7 @@ impl Sidecar {
             }
         };
         self.data_dir.iter_mut().for_each(own);
+        self.workload_api.iter_mut().map(|api| &mut api.socket).for_each(own);
         self.drain.consul.iter_mut().flat_map(|consul| consul.token_file.iter_mut()).for_each(own);
         if let Some(path) = self.access_log.iter_mut().find_map(|log| log.path.as_mut()) {
             own(path);

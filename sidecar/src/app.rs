@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use certs::mesh::{Clients, MeshIdentity};
+use certs::workload_api::server::{self as workload_api, Serving};
 use config::error::ConfigError;
 use config::fields::Text;
 use config::process::{Escape, Place};
@@ -168,6 +169,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     let membership = membership(&config)?;
     let identity = membership.identity().clone();
     let clusters = clusters(&config, membership.mesh())?;
+    let _workload_api = serve_identity(&config, &identity).await?;
     let (policies, retired) = PolicyTable::new();
     tokio::spawn(retired.run());
     let sights = policies.published().clone();
@@ -462,6 +464,15 @@ fn membership(config: &Sidecar) -> Result<Membership, StartError> {
         connection_age: config.limits.connection_age.duration(),
     };
     Membership::start(settings).map_err(|error| StartError::Setting(error.to_string()))
+}
+
+/// Gives the identity to applications by the Workload API, until what is returned is dropped.
+async fn serve_identity(config: &Sidecar, identity: &MeshIdentity) -> Result<Option<Serving>, StartError> {
+    let Some(api) = &config.workload_api else { return Ok(None) };
+    let settings =
+        workload_api::Settings { socket: api.socket.clone(), users: api.users.iter().copied().collect() };
+    let serving = Serving::start(identity.clone(), settings).await;
+    serving.map(Some).map_err(StartError::system("workload_api.socket cannot be listened on"))
 }
 
 fn clusters(config: &Sidecar, mesh: &Mesh) -> Result<ClusterEnv, StartError> {

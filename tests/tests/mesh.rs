@@ -412,3 +412,22 @@ async fn sidecars_with_identities_of_consul_live_through_a_change_of_its_authori
     account.expect_no_failure();
     assert!(account.good > 100, "{}", account.good);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sidecar_gives_its_identity_by_the_workload_api_and_another_one_takes_it() {
+    let (authority, origin) = (authority().await, echo::start().await);
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("agent.sock");
+    let giver = authority.sidecar("orders").config(json!({"workload_api": {"socket": socket}})).start().await;
+    let callee = authority.sidecar("payments").inbound(origin.addr, json!({})).start().await;
+    let taken = json!({"ca": {"files": null, "workload_api": format!("unix:{}", socket.display())}});
+    let service = json!({"identities": [id("payments")]});
+    let mesh = Mesh::new();
+    let taker =
+        mesh.sidecar("orders").config(taken).service("payments", callee.inbound(0), service).start().await;
+    let answer = Call::get("/").send_to(taker.listener(0)).await.expect_status(200).json();
+    let told = answer["headers"]["x-forwarded-client-cert"].to_string();
+    assert!(told.contains(&id("orders")), "{told}");
+    let serial = async |sidecar: &Sidecar| sidecar.ask("/v1/identity").await.json()["svid"]["serial"].clone();
+    assert_eq!(serial(&giver).await, serial(&taker).await);
+}

@@ -1,7 +1,7 @@
 //! How this process is of the mesh: its identity, and whoever keeps it. The edge and the sidecar begin here.
 //!
-//! Certificate and bundle come from the authority of the mesh, from PEM files, from a SPIFFE Workload API or from Consul.
-//! All of them write into one [`MeshIdentity`], which handshakes read; what goes wrong takes nothing away and is told.
+//! Certificate and bundle come from the authority of the mesh, from PEM files, from a SPIFFE Workload API, or from the
+//! authorities of Consul, Istio or Vault. All of them write into one [`MeshIdentity`], which handshakes read; what goes wrong takes nothing away and is told.
 
 use std::io::Read as _;
 use std::path::Path;
@@ -13,10 +13,13 @@ use certs::clock::SystemClock;
 use certs::consul_connect::{self, ConsulConnect};
 use certs::identity::{SpiffeId, TrustDomain};
 use certs::identity_files::IdentityFiles;
+use certs::istio::{self, Istio};
 use certs::mesh::{MeshIdentity, Own};
+use certs::renewing::Renewing;
 use certs::source::{Following, Source};
 use certs::token::Token;
 use certs::trust::Usage;
+use certs::vault_pki::{self, AppRole, Auth, VaultPki};
 use certs::workload::time::MeshTime;
 use certs::workload::{self, Proof, Workload};
 use certs::workload_api::client::WorkloadApi;
@@ -79,7 +82,7 @@ impl Membership {
         let time = MeshTime::new(SystemClock::new());
         let own = Own { domain: domain.clone(), id: id.clone() };
         let identity = MeshIdentity::only(Some(own), time.clone());
-        let keeper = match source(&settings, &domain, id.as_ref())? {
+        let keeper = match source(&settings, &domain, id.as_ref(), &time)? {
             Some(source) => Keeper::Source(Arc::new(Following::start(source, identity.clone()))),
             None => {
                 let asked = authority(&settings, id)?;
@@ -226,6 +229,7 @@ fn source(
     settings: &Settings<'_>,
     domain: &TrustDomain,
     id: Option<&SpiffeId>,
+    time: &Arc<MeshTime>,
 ) -> Result<Option<Box<dyn Source>>, SettingError> {
     let ca = settings.ca;
     if let Some(files) = &ca.files {
@@ -251,7 +255,48 @@ fn source(
         });
         return Ok(Some(Box::new(consul.map_err(wrong("ca.consul"))?)));
     }
+    if let Some(istio) = &ca.istio {
+        let istio = Istio::new(istio::Settings {
+            address: istio.address.to_string(),
+            server_name: owned(istio.server_name.as_deref()),
+            ca_file: istio.ca_file.clone(),
+            pin: owned(istio.pin.as_deref()),
+            token: Token::File(istio.token_file.clone()),
+            ttl_seconds: istio.ttl.as_ref().map(|ttl| ttl.duration().as_secs()),
+        });
+        let istio = istio.map_err(wrong("ca.istio"))?;
+        return Ok(Some(Box::new(Renewing::new(istio, id.cloned(), time.clone()))));
+    }
+    if let Some(settings) = &ca.vault {
+        let vault = VaultPki::new(vault(settings)).map_err(wrong("ca.vault"))?;
+        return Ok(Some(Box::new(Renewing::new(vault, id.cloned(), time.clone()))));
+    }
     Ok(None)
+}
+
+fn owned(text: Option<&str>) -> Option<String> {
+    text.map(str::to_owned)
+}
+
+fn vault(given: &config::membership::Vault) -> vault_pki::Settings {
+    let auth = match (&given.token_file, &given.approle) {
+        (None, Some(role)) => Auth::AppRole(AppRole {
+            role_id: role.role_id.to_string(),
+            secret_id: Token::File(role.secret_id_file.clone()),
+            mount: owned(role.mount.as_deref()).unwrap_or_else(|| "approle".to_owned()),
+        }),
+        (file, _) => Auth::Token(Token::File(file.clone().unwrap_or_default())),
+    };
+    vault_pki::Settings {
+        address: given.address.to_string(),
+        mount: owned(given.mount.as_deref()).unwrap_or_else(|| "pki".to_owned()),
+        role: given.role.to_string(),
+        auth,
+        namespace: owned(given.namespace.as_deref()),
+        ca_file: given.ca_file.clone(),
+        roots_file: given.roots_file.clone(),
+        ttl_seconds: given.ttl.as_ref().map(|ttl| ttl.duration().as_secs()),
+    }
 }
 
 /// How the authority of the mesh is asked.
