@@ -45,6 +45,11 @@ impl Certificates {
     /// Takes in what an ACME authority has given and asks for.
     pub(crate) fn serve(&mut self, served: Arc<Served>) {
         let changes = self.managed.serve(served);
+        for change in &changes {
+            if let Change::Put(object) = change {
+                self.refused.remove(&ResourceKey::new(config::Kind::Ssl, object.id.clone()));
+            }
+        }
         let table = self.apply(changes);
         self.table.store(Arc::new(table.with_challenges(self.managed.handshakes())));
     }
@@ -80,6 +85,7 @@ impl Certificates {
             changes.extend(match ssl {
                 Some((ssl, order)) => match self.wrong(ssl) {
                     Some(error) => {
+                        self.managed.forget(&key.id);
                         tracing::error!(object = %key, %error, "the certificate cannot be used");
                         self.refused.insert(key.clone(), vec![error]);
                         Some(Change::Remove(key.id.clone()))
@@ -176,5 +182,73 @@ fn protocol(version: &TlsVersion) -> Option<Protocol> {
         TlsVersion::V1_1 => None,
         TlsVersion::V1_2 => Some(Protocol::Tls12),
         TlsVersion::V1_3 => Some(Protocol::Tls13),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use certs::acme::Issued;
+    use config::Resource;
+    use rcgen::{CertifiedKey, generate_simple_self_signed};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn ssl(value: &Value) -> (ResourceKey, Ssl) {
+        let key = ResourceKey::new(config::Kind::Ssl, "1");
+        match Resource::parse(&key, value, &plugins::Catalog::default()).unwrap() {
+            Resource::Ssl(ssl) => (key, *ssl),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn served(names: &[&str]) -> Arc<Served> {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let CertifiedKey { cert, signing_key } = generate_simple_self_signed(names.clone()).unwrap();
+        let issued = Issued {
+            names,
+            chain: cert.pem(),
+            key: signing_key.serialize_pem().into(),
+            not_after: u64::MAX,
+            current: true,
+        };
+        Arc::new(Served { certificates: vec![issued], challenges: Vec::new() })
+    }
+
+    #[test]
+    fn what_an_authority_gives_is_shown_for_the_names_that_it_is_for() {
+        let mut certificates = Certificates::new(TableSettings::default(), true);
+        let (key, ssl) = ssl(&json!({"snis": ["a.test", "B.Test."], "acme": {}}));
+        certificates.update([(&key, Some((&ssl, 1)))]);
+        assert_eq!(certificates.managed().wanted().borrow()[0].names, ["a.test", "b.test"]);
+        let shows =
+            |certificates: &Certificates, name| certificates.table().load().find(Some(name)).is_some();
+        assert!(!shows(&certificates, "a.test"), "there is none yet");
+        certificates.serve(served(&["a.test"]));
+        assert!(shows(&certificates, "a.test") && !shows(&certificates, "b.test"));
+        certificates.serve(served(&["a.test", "b.test"]));
+        assert!(shows(&certificates, "a.test") && shows(&certificates, "b.test"));
+        certificates.update([(&key, None)]);
+        assert!(!shows(&certificates, "a.test"));
+        assert!(certificates.managed().wanted().borrow().is_empty());
+        certificates.serve(served(&["a.test"]));
+        assert!(!shows(&certificates, "a.test"), "nobody wants it");
+    }
+
+    #[test]
+    fn what_is_wrong_beside_the_certificate_is_told_once() {
+        let mut certificates = Certificates::new(TableSettings::default(), true);
+        let (key, wrong) = ssl(&json!({"sni": "a.test", "acme": {}, "client": {"ca": "c".repeat(128)}}));
+        certificates.update([(&key, Some((&wrong, 1)))]);
+        for _ in 0..3 {
+            certificates.serve(served(&["a.test"]));
+            assert_eq!(certificates.refused()[&key].len(), 1);
+        }
+        let (_, right) = ssl(&json!({"sni": "a.test", "acme": {}}));
+        certificates.update([(&key, Some((&right, 1)))]);
+        assert!(certificates.refused().is_empty());
+        let mut none = Certificates::new(TableSettings::default(), false);
+        none.update([(&key, Some((&right, 1)))]);
+        assert_eq!(none.refused()[&key][0].pointer, "/acme");
     }
 }

@@ -87,7 +87,7 @@ async fn write(
 /// store is away they look by themselves before long.
 pub(super) async fn tell(store: &dyn Store) {
     let Ok(seen) = store.load(NEWS).await else { return };
-    if let Err(error) = store.swap(NEWS, seen.map(|seen| seen.version), b"").await {
+    if let Err(SwapError::Store(error)) = store.swap(NEWS, seen.map(|seen| seen.version), b"").await {
         tracing::debug!(%error, "others learn of a change later");
     }
 }
