@@ -352,6 +352,9 @@ impl Visit<'_> {
             First::Tls | First::Opaque => None,
         };
         let admission = self.admit(Shown::default(), speaks.is_none())?;
+        if self.may_be_probe(first) {
+            admission.carries_probes();
+        }
         let stream = Stream::Plain(socket);
         match speaks {
             Some(speaks) => Ok(self.http(stream, None, speaks, None, admission)),

@@ -65,6 +65,8 @@ struct Entry {
     arrival: Arrival,
     live: Weak<Live>,
     bytes: Cell<bool>,
+    /// Probes may come by it, of which no policy knows.
+    probes: Cell<bool>,
     /// Why it was forbidden.
     ended: Cell<Option<&'static str>>,
     told: Notify,
@@ -116,6 +118,7 @@ impl Live {
             arrival,
             live: Rc::downgrade(self),
             bytes: Cell::new(false),
+            probes: Cell::new(false),
             ended: Cell::new(None),
             told: Notify::new(),
             watch: RefCell::default(),
@@ -170,7 +173,8 @@ impl Live {
         let caller = entry.arrival.caller();
         let what = if entry.bytes.get() { What::Bytes } else { What::Requests };
         let at_work = || entry.at_work.borrow().iter().all(|request| request.is_allowed(sight, &caller));
-        (!sight.allows(&caller, &what) || !at_work()).then_some("policy")
+        let is_needed = !entry.bytes.get() && entry.probes.get();
+        (!(is_needed || sight.allows(&caller, &what)) || !at_work()).then_some("policy")
     }
 }
 
@@ -249,6 +253,11 @@ impl Admission {
     /// From now on it is bytes that nobody understands.
     pub fn carries_bytes(&self) {
         self.0.bytes.set(true);
+    }
+
+    /// It stays while it carries requests, whatever policies say of them: some may be probes.
+    pub fn carries_probes(&self) {
+        self.0.probes.set(true);
     }
 
     /// From now on it is served as HTTP, and can be ended by `watch`.

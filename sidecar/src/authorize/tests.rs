@@ -381,6 +381,19 @@ async fn many_connections_are_judged_over_several_ticks() {
     assert_eq!(ended(), 10_000, "within a second");
 }
 
+#[tokio::test]
+async fn a_connection_by_which_probes_come_stays_while_it_carries_requests() {
+    let bench = Bench::new(Some(json!({})));
+    let (other, probing, bytes) = (bench.connect(""), bench.connect(""), bench.connect(""));
+    probing.0.carries_probes();
+    bytes.0.carries_probes();
+    bytes.0.carries_bytes();
+    bench.publish(json!({"default": "deny"}));
+    bench.live.check();
+    let ended = [other, probing, bytes].map(|(admission, _)| admission.is_revoked());
+    assert_eq!(ended, [true, false, true], "nobody, one that probes, one that sends bytes");
+}
+
 #[test]
 fn a_question_is_answered_as_a_request_would_be() {
     let bench = Bench::new(Some(allow_web()));
