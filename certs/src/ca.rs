@@ -19,6 +19,7 @@ mod keeper_tests;
 pub mod limits;
 pub mod mark;
 pub mod operators;
+pub mod probe;
 pub mod record;
 pub mod rotation;
 pub mod seal;
@@ -42,6 +43,7 @@ pub mod proto {
 }
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -80,6 +82,8 @@ pub struct Bundle {
     pub least_connection_generation: u64,
     pub roots: Vec<BundleRoot>,
     pub revoked: Revoked,
+    /// Of a rehearsal: looked at like roots, and not trusted.
+    pub shadow_roots: Vec<CertificateDer<'static>>,
     pub made: SystemTime,
 }
 
@@ -93,6 +97,17 @@ impl Bundle {
         let trust = Trust::new(self.trust_domain.clone(), self.generation);
         let trust = trust.with_roots(&self.trust_domain, roots)?.with_revoked(self.revoked.clone());
         Ok(trust.with_least_connection(self.least_connection_generation))
+    }
+}
+
+impl Bundle {
+    /// Why the roots of a rehearsal could not be trusted, if they were real.
+    ///
+    /// # Errors
+    /// One of them cannot be one.
+    pub fn rehearse(&self) -> Result<(), TrustError> {
+        let shadow = Trust::new(self.trust_domain.clone(), self.generation);
+        shadow.with_roots(&self.trust_domain, self.shadow_roots.iter().cloned()).map(drop)
     }
 }
 
@@ -226,6 +241,8 @@ pub struct Ack {
     /// Handshakes since its start, and those that failed, by reason.
     pub handshakes: u64,
     pub handshake_failures: std::collections::BTreeMap<String, u64>,
+    /// Where it takes connections of the mesh.
+    pub mesh_address: Option<SocketAddr>,
 }
 
 /// Hears what workloads use. Called on the service's tasks: it must not wait.

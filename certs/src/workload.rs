@@ -9,9 +9,10 @@ mod client;
 pub mod plan;
 pub mod time;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, watch};
@@ -160,6 +161,8 @@ struct Shared {
     hint: Notify,
     /// Until when by the clock that only grows, and the generation of the request, one was asked for by the authority.
     asked: Mutex<Option<(Duration, u64)>>,
+    /// Where connections of the mesh are taken.
+    mesh_address: OnceLock<SocketAddr>,
     /// The last such request that was done.
     done: AtomicU64,
 }
@@ -176,6 +179,7 @@ impl Workload {
             renew: Notify::new(),
             hint: Notify::new(),
             asked: Mutex::default(),
+            mesh_address: OnceLock::new(),
             done: AtomicU64::new(0),
         });
         let renewing = tokio::spawn(Renewal::new(shared.clone()).run()).abort_handle();
@@ -185,6 +189,12 @@ impl Workload {
 
     pub fn status(&self) -> watch::Receiver<Status> {
         self.shared.status.subscribe()
+    }
+
+    /// Says where this process takes connections of the mesh, so that the authority may see whether it is accepted there after
+    /// a rotation has begun. The first word counts.
+    pub fn set_mesh_address(&self, address: SocketAddr) {
+        let _ = self.shared.mesh_address.set(address);
     }
 
     /// Gets a new certificate now, once for all who ask at the same time.
@@ -215,6 +225,7 @@ impl Shared {
         });
         match taken {
             Ok(bundle) => {
+                let rehearsed = bundle.rehearse().err().map(|error| format!("rehearsal: {error}"));
                 info!(
                     generation = bundle.generation,
                     roots = bundle.roots.len(),
@@ -223,7 +234,7 @@ impl Shared {
                 self.update(|status| {
                     status.bundle_generation = bundle.generation;
                     status.least_connection_generation = bundle.least_connection_generation;
-                    status.refused = None;
+                    status.refused = rehearsed;
                 });
                 Ok(())
             }
@@ -252,6 +263,7 @@ impl Shared {
             version: settings.version.clone(),
             refused: self.status.borrow().refused.clone().unwrap_or_default(),
             handshakes: self.identity.verified(),
+            mesh_address: self.mesh_address.get().map(ToString::to_string).unwrap_or_default(),
             ..proto::ProxyAck::default()
         };
         for (_, reason, count) in self.identity.refused() {

@@ -40,6 +40,8 @@ pub struct Ca {
     #[schemars(regex(pattern = "^[A-Za-z0-9._-]{1,64}$"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replica: Option<String>,
+    /// Whether those who renew first in a rotation are visited by handshakes at their mesh ports, if they have one.
+    pub visits: bool,
     /// Files that are given the roots in PEM, for those who do not ask the authority.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub bundle_files: Vec<PathBuf>,
@@ -275,6 +277,7 @@ impl Default for Ca {
             seal: Seal::default(),
             store: Store::default(),
             replica: None,
+            visits: true,
             bundle_files: Vec::new(),
             longest_ttl: 24 * 3600,
             kubernetes: None,

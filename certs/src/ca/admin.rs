@@ -379,7 +379,15 @@ pub fn status(record: &Record, view: &View, waiting: &Waiting, now: Moment, all:
             .collect(),
         rehearsal: record.rehearsal.as_ref().map(|rehearsal| {
             let live: Vec<&Member> = view.live(now, super::rotation::ABSENT_AFTER).collect();
-            let missing: Vec<_> = live.iter().filter(|one| one.generation < rehearsal.generation).collect();
+            let lacks = |one: &Member| match &one.refused {
+                _ if one.generation < rehearsal.generation => {
+                    Some(format!("has generation {} of {}", one.generation, rehearsal.generation))
+                }
+                Some(why) => Some(format!("says: {why}")),
+                None => None,
+            };
+            let missing: Vec<_> =
+                live.iter().filter_map(|one| lacks(one).map(|why| (one.id.clone(), why))).collect();
             proto::RehearsalStatus {
                 id: rehearsal.id.clone(),
                 generation: rehearsal.generation,
@@ -389,10 +397,7 @@ pub fn status(record: &Record, view: &View, waiting: &Waiting, now: Moment, all:
                 missing: missing
                     .iter()
                     .take(MAX_LISTED)
-                    .map(|one| proto::Culprit {
-                        who: one.id.clone(),
-                        why: format!("has generation {} of {}", one.generation, rehearsal.generation),
-                    })
+                    .map(|(who, why)| proto::Culprit { who: who.clone(), why: why.clone() })
                     .collect(),
             }
         }),

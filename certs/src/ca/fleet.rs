@@ -5,6 +5,7 @@
 //! sixteen parts, a replica each). It is bounded; when it is full, that is said, and stops rotations. Nothing here waits.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -58,6 +59,9 @@ pub struct Member {
     /// Why it did not take the last bundle or certificate.
     #[serde(default)]
     pub refused: Option<String>,
+    /// Where it takes connections of the mesh.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mesh_address: Option<SocketAddr>,
     /// Certificates that were signed and are not confirmed: it may use any of them. By whom, when, until when.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given: Vec<(IssuerId, Moment, Moment)>,
@@ -126,6 +130,7 @@ pub struct Said {
     pub refused: Option<String>,
     pub handshakes: u64,
     pub failures: BTreeMap<String, u64>,
+    pub mesh_address: Option<SocketAddr>,
 }
 
 /// Another process of the authority.
@@ -164,6 +169,8 @@ pub struct View {
     pub members: Vec<Member>,
     pub replicas: Vec<Replica>,
     pub sources: Vec<Source>,
+    /// How visits at those who renew first ended, by process and serial; none where nobody visits.
+    pub visits: Option<BTreeMap<(String, String), Result<(), String>>>,
     /// The sequence of the record that decisions are made from.
     pub sequence: u64,
     /// Whether everybody who was there before this process began had time to say so.
@@ -301,13 +308,15 @@ impl Fleet {
         member.oldest_connection = said.oldest_connection;
         member.clock_offset_ms = said.clock_offset_ms;
         member.refused = said.refused;
+        member.mesh_address = said.mesh_address;
         member.connected = true;
         let changed = member.generation != before.generation
             || member.issuer != before.issuer
             || member.serial != before.serial
             || member.given != before.given
             || member.not_after != before.not_after
-            || member.oldest_connection != before.oldest_connection;
+            || member.oldest_connection != before.oldest_connection
+            || member.mesh_address != before.mesh_address;
         // What was written is compared with what is written next, so the sign of life moves only then.
         if changed || now.since(before.seen_at) > LAZY {
             inner.touch(&key);

@@ -191,6 +191,7 @@ fn assemble(
     for root in record.roots.iter().filter(|root| root.state == RootState::Distrusted) {
         revoked.authorities.insert(root.id.0.parse::<Fingerprint>().map_err(|error| broken(&error))?);
     }
+    let shadow = record.rehearsal.iter().map(|one| CertificateDer::from(one.certificate.0.clone()));
     let bundle = Bundle {
         trust_domain: record.trust_domain.parse().map_err(|error| broken(&error))?,
         generation: record.bundle.generation,
@@ -198,6 +199,7 @@ fn assemble(
         least_connection_generation: record.bundle.reconnect_below,
         roots: roots.collect(),
         revoked,
+        shadow_roots: shadow.collect(),
         made: record.bundle.changed_at.into(),
     };
     let mut current = Current::new(bundle).map_err(|error| broken(&error))?;
@@ -252,6 +254,7 @@ impl Acks for Keeper {
             refused: ack.refused,
             handshakes: ack.handshakes,
             failures: ack.handshake_failures,
+            mesh_address: ack.mesh_address,
         };
         self.fleet.heard(said, self.clock.wall());
     }

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 
 use super::attest::Attestors;
 use super::attest::token::{JoinTokens, NewToken};
@@ -16,16 +17,18 @@ use super::channel::{self, Pin};
 use super::foundry::Foundry;
 use super::keeper::Keeper;
 use super::limits::{Limits, Rate};
+use super::probe::Visitor;
 use super::record::Lifetimes;
-use super::rotation::command::Command;
-use super::rotation::driver;
+use super::rotation::command::{Command, Rotate};
+use super::rotation::driver::{self, Driver};
+use super::rotation::{Kind, Policy, State, plan};
 use super::seal::Sealer;
 use super::server;
 use super::service::{Parts, Service};
 use super::store::Store;
 use super::store::memory::Memory;
 use crate::clock::{Clock, ManualClock};
-use crate::mesh::MeshIdentity;
+use crate::mesh::{Clients, MeshIdentity};
 use crate::trust::{Usage, VerifyError};
 use crate::workload::time::MeshTime;
 use crate::workload::{Proof, Settings, Workload};
@@ -58,8 +61,10 @@ impl Authority {
         let foundry = Arc::new(Foundry::new(Arc::clone(&sealer), KeyKind::P256));
         let record = foundry.found("mesh.local", lifetimes, now.into()).unwrap();
         driver::found(&*store, &record).await.unwrap();
-        let opened =
-            Keeper::open(Arc::clone(&store), foundry, Arc::new(clock.clone()), "ca-1", |driver| driver);
+        let audit = Arc::new(Audit::open(&dir.path().join("audit.log"), now).unwrap());
+        let prober = Visitor::new(Arc::clone(&foundry), Arc::clone(&audit), Arc::new(clock.clone()));
+        let set_up = |driver: Driver| driver.with_prober(Arc::new(prober));
+        let opened = Keeper::open(Arc::clone(&store), foundry, Arc::new(clock.clone()), "ca-1", set_up);
         let keeper = opened.await.unwrap().unwrap();
         let key = channel::key(&*store, &sealer).await.unwrap();
         let tokens = Arc::new(JoinTokens::new(store));
@@ -68,7 +73,7 @@ impl Authority {
             current: keeper.current(),
             acks: keeper.clone(),
             attestors: Attestors { tokens: Some(Arc::clone(&tokens)), ..Attestors::default() },
-            audit: Arc::new(Audit::open(&dir.path().join("audit.log"), now).unwrap()),
+            audit,
             limits: Limits { identity: often, ..Limits::default() },
             sealer,
             clock: Arc::new(clock.clone()),
@@ -156,4 +161,76 @@ async fn a_root_that_has_ended_is_replaced_and_no_workload_is_started_anew() {
         let roots: Vec<_> = member.identity.trust().unwrap().roots("mesh.local").cloned().collect();
         assert_eq!(roots.len(), 1, "the old one is gone from everybody");
     }
+}
+
+/// Takes connections of the mesh as a sidecar does, and tells who came.
+async fn door(member: &Member) -> (std::net::SocketAddr, Arc<Mutex<Vec<String>>>, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = member.identity.server_config(Clients::Required, &[b"postern-h2"]).unwrap();
+    let (guests, identity) = (Arc::new(Mutex::new(Vec::new())), member.identity.clone());
+    let seen = Arc::clone(&guests);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let Ok(stream) = TlsAcceptor::from(config.clone()).accept(stream).await else { continue };
+            let peer = identity.peer(stream.get_ref().1.peer_certificates().unwrap(), Usage::Client).unwrap();
+            seen.lock().unwrap().push(format!("{} by {}", peer.id, peer.issuer));
+        }
+    });
+    (address, guests, tasks)
+}
+
+#[tokio::test]
+async fn who_renews_first_is_visited_before_everybody_follows() {
+    let ca = Authority::start(Lifetimes::default()).await;
+    let (one, two) = (ca.member("orders").await, ca.member("billing").await);
+    let doors = [door(&one).await, door(&two).await];
+    let driver = Arc::clone(ca.keeper.driver());
+    let rotate = |reason: &str| {
+        let policy = Policy { soak_ms: 1, spread_ms: 1, ..plan::policy(&driver.now().record) };
+        Command::Rotate(Rotate { kind: Kind::Issuer, policy, import: None, reason: reason.to_owned() })
+    };
+    let old = driver.now().record.signing().unwrap().id.clone();
+
+    // One stands at the other's door: whoever is visited there is not who is expected.
+    one.workload.set_mesh_address(doors[1].0);
+    two.workload.set_mesh_address(doors[0].0);
+    let told = || driver.view().members.iter().all(|member| member.mesh_address.is_some());
+    ca.until("they have said where they are", told).await;
+    driver.command(&rotate("crossed"), "sre").await.unwrap();
+    let crossed = || {
+        let blockers = driver.waiting().blockers;
+        let mut why = blockers.iter().flat_map(|blocker| &blocker.culprits).map(|culprit| &culprit.why);
+        why.any(|why| why.contains("is not accepted") && why.contains("spiffe://mesh.local/ns/shop/sa/"))
+    };
+    ca.until("the visit fails, and it is told where", crossed).await;
+    assert_eq!(driver.now().record.rotation.as_ref().map(|one| one.state), Some(State::Cutover));
+    driver.command(&Command::Rollback { reason: "wrong doors".to_owned() }, "sre").await.unwrap();
+    let over = || driver.now().record.rotation.is_none();
+    ca.until("it is over", over).await;
+    assert_eq!(driver.now().record.signing().unwrap().id, old);
+
+    // Two more, at their own doors.
+    let (three, four) = (ca.member("carts").await, ca.member("mails").await);
+    let doors = [door(&three).await, door(&four).await];
+    three.workload.set_mesh_address(doors[0].0);
+    four.workload.set_mesh_address(doors[1].0);
+    for gone in ["orders-1", "billing-1"] {
+        driver.command(&Command::Forget { id: gone.to_owned() }, "sre").await.unwrap();
+    }
+    drop((one, two));
+    ca.until("the others have gone", || driver.view().members.len() == 2 && told()).await;
+    driver.command(&rotate("straight"), "sre").await.unwrap();
+    ca.until("it is done", over).await;
+    let new = driver.now().record.signing().unwrap().id.clone();
+    assert_ne!(new, old);
+    let mut guests: Vec<String> =
+        doors.iter().flat_map(|(_, guests, _)| guests.lock().unwrap().clone()).collect();
+    guests.sort();
+    guests.dedup();
+    let mut expected = [old, new].map(|issuer| format!("spiffe://mesh.local/postern/canary by {issuer}"));
+    expected.sort();
+    assert_eq!(guests, expected, "in the name of those who have renewed, and of those who have not");
 }

@@ -4,6 +4,7 @@
 //! it is refused. The service signs nothing while its own clock is in doubt.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -522,6 +523,7 @@ impl From<&Bundle> for proto::TrustBundle {
             made_ms: millis(bundle.made),
             least_connection_generation: bundle.least_connection_generation,
             distrusted_authorities: authorities.collect(),
+            shadow_roots: bundle.shadow_roots.iter().map(|root| root.to_vec()).collect(),
         }
     }
 }
@@ -570,6 +572,7 @@ impl TryFrom<proto::TrustBundle> for Bundle {
             least_connection_generation: told.least_connection_generation,
             roots: roots.collect(),
             revoked,
+            shadow_roots: told.shadow_roots.into_iter().map(Into::into).collect(),
             made: from_millis(told.made_ms),
         })
     }
@@ -589,6 +592,20 @@ fn read_ack(told: proto::ProxyAck, watcher: &Watcher) -> Result<Ack, Status> {
         text => text.parse().map_err(|_| Status::invalid_argument("leaf_issuer_id is not hexadecimal"))?,
     };
     let failures = told.handshake_failures.into_iter().take(MOST_REASONS);
+    let mesh_address = match told.mesh_address.as_str() {
+        "" => None,
+        text => Some(
+            text.parse::<SocketAddr>()
+                .map_err(|_| Status::invalid_argument("mesh_address is not an address with a port"))?,
+        ),
+    };
+    let here = |address: SocketAddr| match watcher.address.map(|from| from.ip()) {
+        // Whoever takes connections on all his addresses is reached at the one he calls from.
+        Some(from) if address.ip().is_unspecified() => Some(SocketAddr::new(from, address.port())),
+        // His loopback is not that of this machine.
+        Some(from) if address.ip().is_loopback() && !from.is_loopback() => None,
+        _ => Some(address),
+    };
     Ok(Ack {
         proxy_id: told.proxy_id,
         identity: watcher.identity.clone(),
@@ -602,6 +619,7 @@ fn read_ack(told: proto::ProxyAck, watcher: &Watcher) -> Result<Ack, Status> {
         refused: Some(short(told.refused)).filter(|refused| !refused.is_empty()),
         handshakes: told.handshakes,
         handshake_failures: failures.map(|(reason, count)| (short(reason), count)).collect(),
+        mesh_address: mesh_address.and_then(here),
     })
 }
 
@@ -609,6 +627,8 @@ fn read_ack(told: proto::ProxyAck, watcher: &Watcher) -> Result<Ack, Status> {
 struct Watcher {
     service: Service,
     identity: SpiffeId,
+    /// Where it calls from.
+    address: Option<SocketAddr>,
     proxy_id: String,
     /// What signed the certificate that it uses, as it says itself.
     issuer: KeyId,
@@ -773,6 +793,7 @@ impl proto::certificate_authority_server::CertificateAuthority for Service {
         let watcher = Watcher {
             service: self.clone(),
             identity,
+            address: caller.address,
             proxy_id: hello.proxy_id,
             issuer: KeyId::default(),
             generation: hello.bundle_generation,

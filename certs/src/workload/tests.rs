@@ -132,6 +132,7 @@ impl Ca {
             least_connection_generation: 0,
             roots: vec![BundleRoot { certificate: root.certificate().clone(), state: RootState::Active }],
             revoked: Revoked::default(),
+            shadow_roots: Vec::new(),
             made: now,
         };
         let current = Current::new(bundle).unwrap().with_issuer(Arc::new(issuer));

@@ -130,6 +130,7 @@ mod tests {
             least_connection_generation: 2,
             roots: vec![BundleRoot { certificate: new.certificate().clone(), state: RootState::Active }],
             revoked: Revoked::default(),
+            shadow_roots: Vec::new(),
             made: now,
         };
         bundle.revoked.authorities.insert(Fingerprint::of(old.certificate()));

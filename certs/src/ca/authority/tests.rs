@@ -288,6 +288,7 @@ fn a_bundle_is_what_verifies_with_it() {
     let state = crate::ca::RootState::Active;
     let roots = vec![crate::ca::BundleRoot { certificate: root.certificate().clone(), state }];
     let bundle = Bundle {
+        shadow_roots: Vec::new(),
         trust_domain: domain(),
         generation: 3,
         least_generation: 0,

@@ -10,16 +10,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, watch};
 
-use super::super::fleet::{Fleet, Sign, Source, View};
+use super::super::fleet::{Fleet, Member, Sign, Source, View};
+use super::super::probe::{Host, Prober};
 use super::super::record::{Der, LEASE, Lease, Moment, Record, RecordError, Root};
 use super::super::store::{FLEET, RECORD, Store, StoreError, SwapError, Version};
 use super::command::{Command, Refusal, Rotate};
 use super::forge::{self, Forge, ForgeError, Material, Wanted};
 use super::machine::{self, Decision, Waiting};
-use super::{Kind, interlocks, plan};
+use super::{Kind, Rotation, State, interlocks, plan};
 
 /// How long those who were connected before a start have to come back.
 const SETTLE: Duration = Duration::from_secs(15);
@@ -33,6 +35,8 @@ const STEPS: usize = 12;
 const TRIES: usize = 16;
 /// Who has not read the record for so long does not sign any more: the others go on without him.
 const SIGNS_UNREAD: Duration = Duration::from_secs(300);
+/// Visits at a time.
+const VISITS: usize = 16;
 /// How long a store is asked to wait for a change.
 const WATCH: Duration = Duration::from_secs(60);
 
@@ -184,6 +188,9 @@ pub struct Driver {
     clock: Arc<dyn Clock>,
     replica: String,
     copies: Vec<Arc<dyn BundleCopy>>,
+    prober: Option<Arc<dyn Prober>>,
+    /// How visits ended, of the present rotation.
+    visits: Mutex<BTreeMap<(String, String), Result<(), String>>>,
     scheduled: bool,
     settle: Duration,
     signs_unread: Duration,
@@ -250,6 +257,8 @@ impl Driver {
             clock,
             replica: replica.to_owned(),
             copies: Vec::new(),
+            prober: None,
+            visits: Mutex::default(),
             scheduled: false,
             settle: SETTLE,
             signs_unread: SIGNS_UNREAD,
@@ -272,6 +281,13 @@ impl Driver {
     #[must_use]
     pub fn with_copies(mut self, copies: Vec<Arc<dyn BundleCopy>>) -> Self {
         self.copies = copies;
+        self
+    }
+
+    /// Visits those who renew first.
+    #[must_use]
+    pub fn with_prober(mut self, prober: Arc<dyn Prober>) -> Self {
+        self.prober = Some(prober);
         self
     }
 
@@ -354,6 +370,7 @@ impl Driver {
         view.sequence = record.record.sequence;
         view.replicas.retain(|replica| replica.name != self.replica);
         view.sources.clone_from(&local.sources);
+        view.visits = self.prober.as_ref().map(|_| self.visits().clone());
         view
     }
 
@@ -363,7 +380,57 @@ impl Driver {
 
     /// Ticks until it is dropped.
     pub async fn run(self: Arc<Self>) {
-        tokio::join!(self.keep_ticking(), self.watch());
+        tokio::join!(self.keep_ticking(), self.watch(), self.keep_visiting());
+    }
+
+    /// Visits those who renew first, as long as a rotation waits for them.
+    async fn keep_visiting(&self) {
+        let Some(prober) = &self.prober else { return };
+        loop {
+            let record = self.now().record.clone();
+            match record.rotation.as_ref().filter(|one| one.doing() == State::Cutover && self.leads()) {
+                Some(rotation) => self.visit(&**prober, &record, rotation).await,
+                None => self.visits().clear(),
+            }
+            tokio::time::sleep(PACE.1).await;
+        }
+    }
+
+    fn visits(&self) -> MutexGuard<'_, BTreeMap<(String, String), Result<(), String>>> {
+        self.visits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn visit(&self, prober: &dyn Prober, record: &Record, rotation: &Rotation) {
+        let (old, new) = (&rotation.from.issuer, &rotation.to.issuer);
+        let view = self.view();
+        let host =
+            |member: &Member| Some(Host { identity: member.identity.clone(), address: member.mesh_address? });
+        let live: Vec<&Member> = view.live(self.clock.wall(), rotation.policy.absent_after()).collect();
+        // Somebody who has not renewed, to be called at in the name of those who have.
+        let late = live.iter().filter(|member| member.issuer == *old).find_map(|member| host(member));
+        let first = live.iter().filter(|one| rotation.canaries.contains(&one.id) && one.issuer == *new);
+        let due = first.filter_map(|member| {
+            let key = (member.id.clone(), member.serial.clone());
+            let done = self.visits().get(&key).is_some_and(Result::is_ok);
+            host(member).filter(|_| !done).map(|host| (key, host))
+        });
+        let due: Vec<_> = due.collect();
+        let visiting = futures_util::stream::iter(due).map(|(key, host)| {
+            let late = late.as_ref();
+            async move {
+                let mut ended = prober.visit(record, old, &host).await;
+                if let (Ok(()), Some(late)) = (&ended, late) {
+                    ended = prober.visit(record, new, late).await;
+                }
+                (key, ended)
+            }
+        });
+        let ended: Vec<_> = visiting.buffer_unordered(VISITS).collect().await;
+        if ended.is_empty() {
+            return;
+        }
+        self.visits().extend(ended);
+        self.wake.notify_one();
     }
 
     /// What another replica writes is read at once, and not at the next tick.

@@ -170,6 +170,14 @@ fn unconfirmed(situation: &Situation<'_>) -> Vec<Blocker> {
         (member.issuer != *issuer)
             .then(|| format!("has a certificate of issuer {}, {}", member.issuer.short(), seen(member, now)))
     };
+    let wants_visit = |member: &Member| {
+        let visits = view.visits.as_ref().filter(|_| member.mesh_address.is_some())?;
+        match visits.get(&(member.id.clone(), member.serial.clone())) {
+            None => Some("has not been visited yet".to_owned()),
+            Some(Err(problem)) => Some(format!("is not accepted, or does not accept: {problem}")),
+            Some(Ok(())) => None,
+        }
+    };
     // From here on nothing leads to the old root: who lacks the other would refuse everybody.
     let lacks_root = |member: &Member| {
         (member.generation < rotation.trusted_from).then(|| {
@@ -189,7 +197,7 @@ fn unconfirmed(situation: &Situation<'_>) -> Vec<Blocker> {
             (State::Cutover, ..) => rotation
                 .canaries
                 .contains(&member.id)
-                .then(|| wants_issuer(member, &rotation.to.issuer))
+                .then(|| wants_issuer(member, &rotation.to.issuer).or_else(|| wants_visit(member)))
                 .flatten()
                 .map(|why| format!("renews first and {why}")),
             (State::Migrating, ..) => wants_issuer(member, &rotation.to.issuer),

@@ -19,6 +19,7 @@ use certs::ca::foundry::Foundry;
 use certs::ca::keeper::Keeper;
 use certs::ca::limits::{Limits, Rate};
 use certs::ca::operators::Operators;
+use certs::ca::probe::Visitor;
 use certs::ca::proto::join_tokens_server::JoinTokensServer;
 use certs::ca::record::Lifetimes;
 use certs::ca::rotation::driver::{self, BundleCopy, DriverError, PemFile};
@@ -154,7 +155,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let sealer = Arc::new(sealer(&settings).context("keys cannot be sealed")?);
     let domain: TrustDomain = settings.trust_domain.parse()?;
     let shared = store::open(&settings)?;
-    let keeper = open(&settings, &shared, &sealer, &domain, now).await?;
+    let keeper = open(&settings, &shared, &sealer, &audit, &domain, now).await?;
     let key = channel::key(&*shared, &sealer).await?;
     let pin = Pin::of(&key);
     let tls = channel::server(&key, now)?;
@@ -251,6 +252,7 @@ async fn open(
     settings: &Settings,
     store: &Arc<dyn Store>,
     sealer: &Arc<Sealer>,
+    audit: &Arc<Audit>,
     domain: &TrustDomain,
     now: SystemTime,
 ) -> Result<Arc<Keeper>> {
@@ -262,8 +264,10 @@ async fn open(
         let copies = settings.bundle_files.iter().cloned();
         let copies = copies.map(|path| Arc::new(PemFile::new(path)) as Arc<dyn BundleCopy>).collect();
         let unread = Duration::from_secs(settings.store.signs_unread.into());
+        let prober = Arc::new(Visitor::new(Arc::clone(&foundry), Arc::clone(audit), clock.clone()));
         Keeper::open(store, foundry, clock, &replica, |driver| {
-            driver.scheduled(true).with_copies(copies).signing_unread(unread)
+            let driver = driver.scheduled(true).with_copies(copies).signing_unread(unread);
+            if settings.visits { driver.with_prober(prober) } else { driver }
         })
         .await
     };
