@@ -14,7 +14,7 @@ use certs::workload_api::server::{self as workload_api, Serving};
 use config::error::ConfigError;
 use config::fields::Text;
 use config::process::{Escape, Place};
-use config::sidecar::Sidecar;
+use config::sidecar::{Mode, Sidecar};
 use config::template::Template;
 use discovery::Discovery;
 use discovery::rpc::proto;
@@ -463,7 +463,15 @@ fn membership(config: &Sidecar) -> Result<Membership, StartError> {
         ca: &config.ca,
         connection_age: config.limits.connection_age.duration(),
     };
-    Membership::start(settings).map_err(|error| StartError::Setting(error.to_string()))
+    let membership = Membership::start(settings).map_err(|error| StartError::Setting(error.to_string()))?;
+    let inbound = &config.inbound;
+    let taken = inbound.ports.iter().filter(|port| port.mode.unwrap_or(inbound.mode) != Mode::Disabled);
+    // A port that the kernel chooses is nobody's to know.
+    let mut taken = taken.filter_map(|port| port.listen.as_ref()).map(|listen| listen.0);
+    if let Some(address) = taken.find(|address| address.port() != 0) {
+        membership.announce(address);
+    }
+    Ok(membership)
 }
 
 /// Gives the identity to applications by the Workload API, until what is returned is dropped.

@@ -4,6 +4,7 @@
 //! authorities of Consul, Istio or Vault. All of them write into one [`MeshIdentity`], which handshakes read; what goes wrong takes nothing away and is told.
 
 use std::io::Read as _;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -101,6 +102,13 @@ impl Membership {
     /// How other nodes of the mesh are reached.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// Says where connections of the mesh are taken, where the authority visits who renews first in a rotation.
+    pub fn announce(&self, address: SocketAddr) {
+        if let Keeper::Authority(workload) = &self.keeper {
+            workload.set_mesh_address(address);
+        }
     }
 
     /// The identity of this process.

@@ -173,6 +173,8 @@ fn unconfirmed(situation: &Situation<'_>) -> Vec<Blocker> {
     let wants_visit = |member: &Member| {
         let visits = view.visits.as_ref().filter(|_| member.mesh_address.is_some())?;
         match visits.get(&(member.id.clone(), member.serial.clone())) {
+            // It was, before it became quiet: whoever leads now was not there.
+            None if rotation.quiet_since.is_some() => None,
             None => Some("has not been visited yet".to_owned()),
             Some(Err(problem)) => Some(format!("is not accepted, or does not accept: {problem}")),
             Some(Ok(())) => None,

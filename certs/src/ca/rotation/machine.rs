@@ -67,7 +67,8 @@ pub fn decide(record: &Record, view: &View, now: Moment) -> Decision {
     let blockers = interlocks::blockers(&situation);
     let soaks = matches!(rotation.state, State::Cutover | State::Retiring);
     if !blockers.is_empty() {
-        if rotation.quiet_since.is_some() {
+        // Whoever has just started knows too little to say that it was not quiet.
+        if rotation.quiet_since.is_some() && view.settled {
             return Decision::Next(Box::new(with(record, |rotation| rotation.quiet_since = None)));
         }
         return Decision::Waiting(Waiting { blockers, ..Waiting::default() });

@@ -290,6 +290,24 @@ fn interlock_5_the_old_root_has_to_live_long_enough() {
 }
 
 #[test]
+fn an_authority_that_starts_anew_goes_on_waiting_where_it_was() {
+    let mut bench = Bench::new();
+    bench.begin(Kind::Issuer).unwrap();
+    bench.go(State::Cutover);
+    bench.settle();
+    let since = bench.record.rotation.as_ref().unwrap().quiet_since;
+    assert!(since.is_some());
+    // Whoever starts does not know yet who is there, and nothing speaks against what was.
+    bench.view.settled = false;
+    let before = bench.record.clone();
+    held(&bench.settle(), 1, "");
+    assert_eq!(bench.record, before, "nothing is written");
+    bench.view.settled = true;
+    bench.settle();
+    assert_eq!(bench.record.rotation.as_ref().unwrap().quiet_since, since);
+}
+
+#[test]
 fn interlock_6_is_passed_by_nobody() {
     let mut bench = Bench::new();
     bench.begin(Kind::Root).unwrap();

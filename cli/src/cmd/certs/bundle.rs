@@ -54,7 +54,7 @@ impl ExportBundle {
 /// Arguments of `postern certs rehearse`.
 #[derive(Args)]
 #[command(
-    after_help = "A new generation of the bundle goes out and changes nothing. Who confirms it would confirm a real one.\n\n\
+    after_help = "A new generation of the bundle goes out with a throw-away root, which workloads look at and do not trust. Who confirms it\nwould confirm a real one.\n\n\
                         Exit codes: 0 everybody has confirmed, 3 not everybody in time (who has not is told)."
 )]
 pub struct Rehearse {
