@@ -393,7 +393,7 @@ pub fn plan(
     view: &View,
     now: Moment,
 ) -> Result<(Vec<plan::Stage>, Vec<Blocker>), Refusal> {
-    let stages = plan::stages(record, rotate.kind, &rotate.policy, view, now);
+    let stages = plan::stages(rotate.kind, &rotate.policy, view, now);
     match begin(record, rotate, material, view, now, "plan") {
         Ok(next) => {
             let blockers = next

@@ -384,7 +384,7 @@ fn too_late(situation: &Situation<'_>) -> Vec<Blocker> {
     let Some(old) = record.root(&rotation.from.root).filter(|_| rotation.kind == Kind::Root) else {
         return Vec::new();
     };
-    let end = plan::end(record, rotation.kind, &rotation.policy, view, now);
+    let end = plan::end(rotation.kind, &rotation.policy, view, now);
     if old.not_after >= end {
         return Vec::new();
     }

@@ -83,7 +83,7 @@ pub fn decide(record: &Record, view: &View, now: Moment) -> Decision {
         }
     }
     if rotation.state == State::Verifying
-        && let Some(until) = hold(record, rotation, view, now)
+        && let Some(until) = hold(rotation, view, now)
     {
         return Decision::Waiting(Waiting { until: Some(until), ..Waiting::default() });
     }
@@ -159,8 +159,7 @@ fn guard(record: &Record, rotation: &Rotation, why: &str, now: Moment) -> Record
 ///
 /// Everybody who was given a certificate is in the list. When the list was not complete at some time (it was full), the
 /// clock decides instead.
-fn hold(record: &Record, rotation: &Rotation, view: &View, now: Moment) -> Option<Moment> {
-    let _ = record;
+fn hold(rotation: &Rotation, view: &View, now: Moment) -> Option<Moment> {
     let until = rotation.old_leaves_end?;
     (rotation.kind == Kind::Root && view.dropped > 0 && until > now).then_some(until)
 }

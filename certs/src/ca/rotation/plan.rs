@@ -52,7 +52,7 @@ pub fn compressed(policy: &Policy) -> Policy {
 
 /// The states of a rotation that begins now, when nobody is late.
 #[must_use]
-pub fn stages(record: &Record, kind: Kind, policy: &Policy, view: &View, now: Moment) -> Vec<Stage> {
+pub fn stages(kind: Kind, policy: &Policy, view: &View, now: Moment) -> Vec<Stage> {
     let live = view.live(now, policy.absent_after()).count();
     let absent = view.absent(now, policy.absent_after()).filter(|one| !policy.waives(&one.id));
     let last = absent.map(super::super::fleet::Member::last_not_after).max();
@@ -96,7 +96,6 @@ pub fn stages(record: &Record, kind: Kind, policy: &Policy, view: &View, now: Mo
             what: format!("{live} workloads confirm the bundle without the old root, then quiet"),
         });
     }
-    let _ = record;
     stages
 }
 
@@ -109,6 +108,6 @@ fn at_length(stages: &[Stage]) -> Duration {
 
 /// When it would be over.
 #[must_use]
-pub fn end(record: &Record, kind: Kind, policy: &Policy, view: &View, now: Moment) -> Moment {
-    stages(record, kind, policy, view, now).last().map_or(now, |stage| stage.ends)
+pub fn end(kind: Kind, policy: &Policy, view: &View, now: Moment) -> Moment {
+    stages(kind, policy, view, now).last().map_or(now, |stage| stage.ends)
 }
