@@ -270,15 +270,22 @@ impl Inner {
             let old = view.records.iter().filter(|(name, (_, record))| is_old(name, record));
             old.map(|(name, (version, _))| (name.clone(), *version)).collect()
         };
+        if old.is_empty() {
+            return;
+        }
         for (name, version) in old {
             match self.parts.store.remove(&name, version).await {
-                Ok(()) => tracing::info!(
-                    record = name,
-                    "nobody wants this certificate, and it has ended: forgotten"
-                ),
+                Ok(()) => {
+                    tracing::info!(
+                        record = name,
+                        "nobody wants this certificate, and it has ended: forgotten"
+                    );
+                }
                 Err(error) => tracing::debug!(record = name, %error, "a record is not removed"),
             }
         }
+        // Nobody would look before the next tick.
+        lease::tell(&*self.parts.store).await;
     }
 
     /// Reads the store and serves what it says.
