@@ -283,6 +283,13 @@ async fn of_two_gateways_over_one_etcd_one_orders_and_both_answer_and_serve() {
 
     // A gateway that starts while etcd is away serves what it had.
     let before = shown(&two, &config, "tls.acme.test").await;
+    // A change is on disk a second later.
+    let kept = two.folder.join("data/last-good.etcd");
+    eventually_within(PATIENCE, "the configuration is kept", || async {
+        let kept = std::fs::read(&kept).unwrap_or_default();
+        kept.windows(13).any(|name| name == b"tls.acme.test").then_some(())
+    })
+    .await;
     etcd.kill();
     two.kill();
     two.start_again().await;

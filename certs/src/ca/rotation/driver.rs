@@ -703,26 +703,12 @@ impl Driver {
         };
         let sequence = self.now().record.sequence;
         let sign = Sign { replica: &self.replica, sequence, signs_unread: self.signs_unread, stopped };
-        for (part, bytes) in self.fleet.changes(&sign, show && self.store.is_shared(), now) {
-            let name = format!("{FLEET}{}/{part}", self.replica);
-            let seen = self.local().parts.get(&part).copied();
-            match self.store.swap(&name, seen, &bytes).await {
-                Ok(version) => {
-                    self.local().parts.insert(part, version);
-                }
-                Err(error) => {
-                    self.fleet.unwritten(part);
-                    // Whatever is there was written by this replica before.
-                    let stored = self.store.load(&name).await?;
-                    let mut local = self.local();
-                    match stored {
-                        Some(stored) => local.parts.insert(part, stored.version),
-                        None => local.parts.remove(&part),
-                    };
-                    if let SwapError::Store(error) = error {
-                        return Err(error.into());
-                    }
-                }
+        let mut changes = self.fleet.changes(&sign, show && self.store.is_shared(), now).into_iter();
+        while let Some((part, bytes)) = changes.next() {
+            if let Err(error) = self.write_part(part, &bytes).await {
+                // What comes after it is not written either.
+                changes.for_each(|(part, _)| self.fleet.unwritten(part));
+                return Err(error);
             }
         }
         if show {
@@ -732,6 +718,28 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    async fn write_part(&self, part: u8, bytes: &[u8]) -> Result<(), DriverError> {
+        let name = format!("{FLEET}{}/{part}", self.replica);
+        let seen = self.local().parts.get(&part).copied();
+        match self.store.swap(&name, seen, bytes).await {
+            Ok(version) => {
+                self.local().parts.insert(part, version);
+                Ok(())
+            }
+            Err(error) => {
+                self.fleet.unwritten(part);
+                // Whatever is there was written by this replica before.
+                let stored = self.store.load(&name).await?;
+                let mut local = self.local();
+                match stored {
+                    Some(stored) => local.parts.insert(part, stored.version),
+                    None => local.parts.remove(&part),
+                };
+                if let SwapError::Store(error) = error { Err(error.into()) } else { Ok(()) }
+            }
+        }
     }
 
     async fn follow(&self, now: Moment) -> Result<(), DriverError> {

@@ -457,10 +457,11 @@ impl<W: World> Mesh<W> {
         let mut leaves = BTreeMap::new();
         let mut bundles = BTreeMap::new();
         for proxy in &self.proxies {
-            // A certificate that has ended is not a matter of rotation.
-            if proxy.leaf.not_after > now {
-                leaves.entry(W::leaf_class(&proxy.leaf.what)).or_insert((&proxy.id, &proxy.leaf.what));
+            // Whose certificate has ended speaks with nobody, whatever it believes.
+            if proxy.leaf.not_after <= now {
+                continue;
             }
+            leaves.entry(W::leaf_class(&proxy.leaf.what)).or_insert((&proxy.id, &proxy.leaf.what));
             bundles.entry(W::bundle_class(&proxy.bundle)).or_insert((&proxy.id, &proxy.bundle));
         }
         for (shows, leaf) in leaves.values() {
