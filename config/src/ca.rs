@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::document::{Document, LocatedError};
-use crate::env::{self, Env, Typing};
+use crate::env::Env;
 use crate::error::ConfigError;
 use crate::typed;
 
@@ -316,29 +316,9 @@ impl Ca {
     /// # Errors
     /// All that is wrong in it.
     pub fn read(document: &mut Document, dir: &Path, env: &dyn Env) -> Result<Ca, Vec<LocatedError>> {
-        env::substitute(document, env, Typing::Quotes)?;
-        let mut value = document.value().clone();
-        match &mut value {
-            Value::Null => value = Value::Object(serde_json::Map::new()),
-            // A key without a value is as good as absent.
-            Value::Object(members) => members.retain(|_, member| !member.is_null()),
-            _ => {}
-        }
-        let checked = typed::parse::<Ca>(&value).and_then(|ca| {
-            let errors = ca.check();
-            if errors.is_empty() { Ok(ca) } else { Err(errors) }
-        });
-        match checked {
-            Ok(mut ca) => {
-                ca.resolve(dir);
-                Ok(ca)
-            }
-            Err(errors) => {
-                let mut errors: Vec<_> = errors.into_iter().map(|error| document.error(error)).collect();
-                errors.sort_by_key(|error| (error.line, error.column));
-                Err(errors)
-            }
-        }
+        let mut ca = typed::settings(document, env, Value::Object(Map::new()), |ca: &mut Ca| ca.check())?;
+        ca.resolve(dir);
+        Ok(ca)
     }
 
     /// The JSON Schema of the file.

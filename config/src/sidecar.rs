@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::capture::Capture;
 use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
-use crate::env::{self, Env, Typing};
+use crate::env::Env;
 use crate::error::{ConfigError, ErrorKind};
 use crate::fields::{Cidr, Int, Seconds, Text};
 use crate::membership::{self, Ca};
@@ -422,28 +422,10 @@ impl Sidecar {
         catalog: &dyn PluginCatalog,
         env: &dyn Env,
     ) -> Result<Sidecar, Vec<LocatedError>> {
-        env::substitute(document, env, Typing::Quotes)?;
-        let mut value = document.value().clone();
-        if let Value::Object(members) = &mut value {
-            // A key without a value is as good as absent.
-            members.retain(|_, member| !member.is_null());
-        }
-        let checked = typed::parse::<Sidecar>(&value).and_then(|mut sidecar| {
-            let errors = sidecar.check(catalog);
-            if errors.is_empty() { Ok(sidecar) } else { Err(errors) }
-        });
-        match checked {
-            Ok(mut sidecar) => {
-                sidecar.resolve(dir);
-                Ok(sidecar)
-            }
-            Err(errors) => {
-                let mut errors: Vec<LocatedError> =
-                    errors.into_iter().map(|error| document.error(error)).collect();
-                errors.sort_by_key(|error| (error.line, error.column));
-                Err(errors)
-            }
-        }
+        let check = |sidecar: &mut Sidecar| sidecar.check(catalog);
+        let mut sidecar = typed::settings(document, env, Value::Null, check)?;
+        sidecar.resolve(dir);
+        Ok(sidecar)
     }
 
     /// The JSON Schema of the file.

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::ca::{Seal, address_or_off};
 use crate::document::{Document, LocatedError};
-use crate::env::{self, Env, Typing};
+use crate::env::Env;
 use crate::error::ConfigError;
 use crate::typed;
 
@@ -133,29 +133,10 @@ impl Signer {
     /// # Errors
     /// All that is wrong in it.
     pub fn read(document: &mut Document, dir: &Path, env: &dyn Env) -> Result<Signer, Vec<LocatedError>> {
-        env::substitute(document, env, Typing::Quotes)?;
-        let mut value = document.value().clone();
-        match &mut value {
-            Value::Null => value = Value::Object(serde_json::Map::new()),
-            // A key without a value is as good as absent.
-            Value::Object(members) => members.retain(|_, member| !member.is_null()),
-            _ => {}
-        }
-        let checked = typed::parse::<Signer>(&value).and_then(|signer| {
-            let errors = signer.check();
-            if errors.is_empty() { Ok(signer) } else { Err(errors) }
-        });
-        match checked {
-            Ok(mut signer) => {
-                signer.resolve(dir);
-                Ok(signer)
-            }
-            Err(errors) => {
-                let mut errors: Vec<_> = errors.into_iter().map(|error| document.error(error)).collect();
-                errors.sort_by_key(|error| (error.line, error.column));
-                Err(errors)
-            }
-        }
+        let mut signer =
+            typed::settings(document, env, Value::Object(Map::new()), |signer: &mut Signer| signer.check())?;
+        signer.resolve(dir);
+        Ok(signer)
     }
 
     /// Where gateways call. What is wrong with it was told when the file was read.

@@ -8,6 +8,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::document::{Document, LocatedError};
+use crate::env::{self, Env, Typing};
 use crate::error::{ConfigError, escape};
 use crate::schema;
 use crate::strict::Strict;
@@ -26,6 +28,35 @@ pub fn parse<T: DeserializeOwned + JsonSchema + 'static>(value: &Value) -> Resul
         errors.push(ConfigError::invalid(pointer(error.path()), error.inner().to_string()));
     }
     Err(errors)
+}
+
+/// Reads a settings file: variables of the environment are put in, keys without a value are as good as absent, a file
+/// with nothing in it is `empty`, and `check` says what the type does not.
+///
+/// # Errors
+/// All that is wrong, in the order of the file.
+pub(crate) fn settings<T: DeserializeOwned + JsonSchema + 'static>(
+    document: &mut Document,
+    env: &dyn Env,
+    empty: Value,
+    check: impl FnOnce(&mut T) -> Vec<ConfigError>,
+) -> Result<T, Vec<LocatedError>> {
+    env::substitute(document, env, Typing::Quotes)?;
+    let mut value = document.value().clone();
+    match &mut value {
+        Value::Null => value = empty,
+        Value::Object(members) => members.retain(|_, member| !member.is_null()),
+        _ => {}
+    }
+    let checked = parse::<T>(&value).and_then(|mut read| {
+        let errors = check(&mut read);
+        if errors.is_empty() { Ok(read) } else { Err(errors) }
+    });
+    checked.map_err(|errors| {
+        let mut errors: Vec<_> = errors.into_iter().map(|error| document.error(error)).collect();
+        errors.sort_by_key(|error| (error.line, error.column));
+        errors
+    })
 }
 
 /// Writes `typed` as JSON, defaults filled in.
