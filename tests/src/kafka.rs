@@ -50,8 +50,11 @@ impl Kafka {
         }
         args.extend(user.iter().flat_map(|option| ["-X", option.as_str()]));
         let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+        // Messages have a file of their own: what the library tells of itself would fall between their parts.
+        let read = ["-c", "exec kcat \"$@\" > messages", "kcat"].map(str::to_owned);
+        let args = [&read[..], &args].concat();
         let reader =
-            Process::start(Path::new("kcat"), &args, &[], folder.path(), &folder.path().join("output"));
+            Process::start(Path::new("sh"), &args, &[], folder.path(), &folder.path().join("output"));
         let output = folder.path().join("output");
         let address = match given {
             Some(address) => address,
@@ -77,10 +80,9 @@ impl Kafka {
         json!({"brokers": [broker], "kafka_topic": self.topic})
     }
 
-    /// What was read so far: a line for each message, key and value.
+    /// What was read so far: a line for each message, key and value. One that is still being written is not told.
     pub fn messages(&self) -> Vec<String> {
-        let text = std::fs::read_to_string(self.folder.path().join("output")).unwrap_or_default();
-        // What the library tells of itself begins with `%`.
-        text.lines().filter(|line| !line.starts_with('%')).map(str::to_owned).collect()
+        let text = std::fs::read_to_string(self.folder.path().join("messages")).unwrap_or_default();
+        text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).map(str::to_owned).collect()
     }
 }
