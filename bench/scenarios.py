@@ -1,12 +1,13 @@
 """The scenarios of `make bench`: each gives rows for the one table at the end."""
 
+import os
 import statistics
 import threading
 import time
 
 from measure import cost, cpu_micros, memory_mb, own_load, wait_until, wrk
-from subjects import (Authority, Envoy, Haproxy, Nginx, Postern, Sidecar, Signer, get, upstream_object,
-                      write)
+from subjects import (Authority, Certificates, Envoy, Haproxy, Nginx, Postern, Sidecar, Signer, get, identity,
+                      upstream_object, write)
 
 KEY = "bench-consumer-key"
 FIVE_PLUGINS = {
@@ -157,6 +158,30 @@ def handshake(bench):
                          {("postern", "nginx"): 0.65})
 
 
+def mutual(bench):
+    """Full TLS 1.3 handshakes with certificates of both sides: nginx, and a sidecar that also checks the identity."""
+    folder = os.path.join(bench.folder, "mutual")
+    os.makedirs(folder)
+    os.chmod(folder, 0o755)
+    pair = Certificates(folder, identity("mutual"))
+    bench.running["nginx, mutual"] = Nginx(bench.folder, bench.cores.proxy, bench.upstream.http, pair, "mutual-nginx", True)
+    files = {"cert": pair.cert, "key": pair.key, "trust": pair.ca}
+    sidecar = bench.running["sidecar"] = Sidecar("mutual", bench.folder, bench.cores.proxy, bench.options.postern,
+                                                 {"files": files}, forward=bench.upstream.http)
+    sidecar.https = sidecar.inbound
+    wait_until(lambda: get(sidecar.admin, "/status/ready") == 200, what="the sidecar is ready")
+
+    def load(subject):
+        result = own_load(bench.options.load, bench.cores.load[:1], "mutual", f"127.0.0.1:{subject.https}", pair.ca,
+                          "localhost", 16, bench.options.seconds, pair.cert, pair.key)
+        if result["bad"]:
+            raise SystemExit(f"{subject.name}: {result['bad']} handshakes failed")
+        return result["count"]
+
+    return bench.compare("mutual handshake", ["nginx, mutual", "sidecar"], load, {("sidecar", "nginx, mutual"): 1},
+                         reference="nginx, mutual")
+
+
 def signer(bench):
     """Full TLS 1.3 handshakes with the key in the gateway, and with the key at two signers that share a core."""
     rates, signing = {"postern": [], "remote key": []}, []
@@ -296,10 +321,10 @@ def mesh(bench):
     """A pair of sidecars with mTLS: what it adds at 1,000 requests a second, and what each of them takes."""
     program = bench.options.postern
     authority = bench.running["ca"] = Authority(bench.folder, bench.cores.load, program)
-    callee = bench.running["callee"] = Sidecar("callee", bench.folder, bench.cores.upstream, program, authority,
-                                               forward=bench.upstream.http)
-    caller = bench.running["caller"] = Sidecar("caller", bench.folder, bench.cores.proxy, program, authority,
-                                               node=callee.inbound)
+    callee = bench.running["callee"] = Sidecar("callee", bench.folder, bench.cores.upstream, program,
+                                               authority.source("callee"), forward=bench.upstream.http)
+    caller = bench.running["caller"] = Sidecar("caller", bench.folder, bench.cores.proxy, program,
+                                               authority.source("caller"), node=callee.inbound)
     pair = {"caller": caller, "callee": callee}
     seconds = max(5, bench.options.seconds)
     wait_until(lambda: get(caller.http) == 200, what="a call through both sidecars")
@@ -344,6 +369,6 @@ def mesh(bench):
                    for name, values in costs.items()]
 
 
-SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "signer": signer, "plugins": plugins,
+SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "mutual": mutual, "signer": signer, "plugins": plugins,
              "routes": routes, "start": start, "mesh": mesh}
-NEED_POSTERN = {"signer", "plugins", "routes", "start", "mesh"}
+NEED_POSTERN = {"mutual", "signer", "plugins", "routes", "start", "mesh"}

@@ -23,9 +23,9 @@ def free_port():
 
 
 class Certificates:
-    """An authority and a server certificate for `localhost` (ECDSA P-256), made by openssl."""
+    """An authority and a certificate for `localhost` (ECDSA P-256), made by openssl; with an identity if it is given."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, identity=None):
         self.ca, self.cert, self.key = (os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem"))
         key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
 
@@ -33,11 +33,12 @@ class Certificates:
             subprocess.run(["openssl", *args], check=True, capture_output=True)
 
         ca_key, request = os.path.join(folder, "ca.key"), os.path.join(folder, "request.pem")
-        openssl("req", "-x509", *key, "-keyout", ca_key, "-out", self.ca, "-subj", "/CN=bench", "-days", "2")
+        openssl("req", "-x509", *key, "-keyout", ca_key, "-out", self.ca, "-subj", "/CN=bench", "-days", "2",
+                "-addext", "keyUsage=critical,keyCertSign,cRLSign")
         openssl("req", *key, "-keyout", self.key, "-out", request, "-subj", "/CN=localhost")
-        extensions = os.path.join(folder, "extensions")
-        with open(extensions, "w") as file:
-            file.write("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+        names = "DNS:localhost" + (f",URI:{identity}" if identity else "")
+        extensions = write(folder, "extensions", f"subjectAltName={names}\nbasicConstraints=CA:FALSE\n"
+                           "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n")
         openssl("x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", ca_key, "-out", self.cert,
                 "-days", "2", "-extfile", extensions)
 
@@ -124,13 +125,14 @@ class Upstream(Subject):
 
 
 class Nginx(Subject):
-    def __init__(self, folder, cores, upstream, certificates):
-        super().__init__("nginx", folder, cores)
+    def __init__(self, folder, cores, upstream, certificates, name="nginx", mutual=False):
+        super().__init__(name, folder, cores)
+        clients = f"ssl_client_certificate {certificates.ca}; ssl_verify_client on;" if mutual else ""
         location = 'location / { proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection ""; }'
         write(self.folder, "nginx.conf", nginx_config(f"""
             upstream up {{ server 127.0.0.1:{upstream}; keepalive 320; keepalive_requests 1000000000; }}
             ssl_certificate {certificates.cert}; ssl_certificate_key {certificates.key};
-            ssl_session_tickets off; ssl_session_cache off; ssl_protocols TLSv1.2 TLSv1.3;
+            ssl_session_tickets off; ssl_session_cache off; ssl_protocols TLSv1.2 TLSv1.3; {clients}
             server {{ listen 127.0.0.1:{self.http}; {location} }}
             server {{ listen 127.0.0.1:{self.https} ssl; {location} }}
         """))
@@ -320,10 +322,10 @@ class Authority(Subject):
 class Sidecar(Subject):
     """`postern sidecar` of a service that is called (`forward`), or that calls another one (`node`, by `http`)."""
 
-    def __init__(self, name, folder, cores, program, authority, forward=None, node=None):
+    def __init__(self, name, folder, cores, program, source, forward=None, node=None):
         super().__init__(name, folder, cores)
         self.inbound, self.admin = free_port(), free_port()
-        config = {"trust_domain": "mesh.local", "ca": authority.source(name), "workload": {"service": name},
+        config = {"trust_domain": "mesh.local", "ca": source, "workload": {"service": name},
                   "admin": {"listen": f"127.0.0.1:{self.admin}"}, "drain": {"propagation": 0, "grace": 1}}
         if forward:
             config["inbound"] = {"ports": [

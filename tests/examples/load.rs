@@ -1,8 +1,9 @@
 //! Load for `make bench` that wrk cannot make: full TLS handshakes only, and a fixed rate with its latencies.
 //!
 //! ```text
-//! load handshakes ADDR CA.pem NAME CONNECTIONS SECONDS    connections made and closed without a request
-//! load rate       ADDR PATH CONNECTIONS RATE SECONDS      requests at a fixed rate on keep-alive connections
+//! load handshakes ADDR CA.pem NAME CONNECTIONS SECONDS               connections made and closed without a request
+//! load mutual     ADDR CA.pem NAME CONNECTIONS SECONDS CERT.pem KEY.pem  the same as a member of a mesh
+//! load rate       ADDR PATH CONNECTIONS RATE SECONDS                 requests at a fixed rate on keep-alive connections
 //! ```
 //!
 //! Prints one line of JSON.
@@ -13,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use e2e::json;
 use e2e::load::Load;
-use rustls::client::Resumption;
+use rustls::client::{Resumption, WantsClientCert};
 use rustls::crypto::aws_lc_rs;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -28,14 +29,25 @@ async fn main() {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
         ["handshakes", addr, ca, name, connections, seconds] => {
-            handshakes(number(addr), ca, name, number(connections), number(seconds)).await;
+            let config = client(ca).with_no_client_auth();
+            handshakes(number(addr), config, name, number(connections), number(seconds)).await;
+        }
+        ["mutual", addr, ca, name, connections, seconds, cert, key] => {
+            let chain = CertificateDer::pem_file_iter(cert).expect("a file").collect::<Result<_, _>>();
+            let key = PrivateKeyDer::from_pem_file(key).expect("a key");
+            let mut config = client(ca)
+                .with_client_auth_cert(chain.expect("certificates"), key)
+                .expect("key and certificate fit");
+            config.alpn_protocols = vec![b"postern-h2".to_vec()];
+            handshakes(number(addr), config, name, number(connections), number(seconds)).await;
         }
         ["rate", addr, path, connections, rate, seconds] => {
             rate_of(number(addr), path, number(connections), number(rate), number(seconds)).await;
         }
         _ => {
             eprintln!(
-                "load handshakes ADDR CA NAME CONNECTIONS SECONDS | load rate ADDR PATH CONNECTIONS RATE SECONDS"
+                "load handshakes ADDR CA NAME CONNECTIONS SECONDS | load mutual ADDR CA NAME CONNECTIONS SECONDS CERT KEY \
+                 | load rate ADDR PATH CONNECTIONS RATE SECONDS"
             );
             std::process::exit(2);
         }
@@ -46,14 +58,17 @@ fn number<T: std::str::FromStr>(text: &str) -> T {
     text.parse().unwrap_or_else(|_| panic!("cannot read {text}"))
 }
 
-async fn handshakes(addr: SocketAddr, ca: &str, name: &str, connections: u32, seconds: u64) {
+/// A client that trusts `ca`.
+fn client(ca: &str) -> ConfigBuilder<ClientConfig, WantsClientCert> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(ca).expect("a certificate")).expect("a root");
-    let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .expect("the default versions")
         .with_root_certificates(roots)
-        .with_no_client_auth();
+}
+
+async fn handshakes(addr: SocketAddr, mut config: ClientConfig, name: &str, connections: u32, seconds: u64) {
     config.resumption = Resumption::disabled();
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let name = ServerName::try_from(name.to_owned()).expect("a server name");
