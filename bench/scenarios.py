@@ -173,7 +173,8 @@ def mutual(bench):
 
     def load(subject):
         result = own_load(bench.options.load, bench.cores.load[:1], "mutual", f"127.0.0.1:{subject.https}", pair.ca,
-                          "localhost", 16, bench.options.seconds, pair.cert, pair.key)
+                          "localhost", 16, bench.options.seconds, pair.cert, pair.key,
+                          "postern-h2" if subject is sidecar else "http/1.1")
         if result["bad"]:
             raise SystemExit(f"{subject.name}: {result['bad']} handshakes failed")
         return result["count"]

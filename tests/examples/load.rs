@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! load handshakes ADDR CA.pem NAME CONNECTIONS SECONDS               connections made and closed without a request
-//! load mutual     ADDR CA.pem NAME CONNECTIONS SECONDS CERT.pem KEY.pem  the same as a member of a mesh
+//! load mutual     ADDR CA.pem NAME CONNECTIONS SECONDS CERT.pem KEY.pem ALPN  the same with a certificate
 //! load rate       ADDR PATH CONNECTIONS RATE SECONDS                 requests at a fixed rate on keep-alive connections
 //! ```
 //!
@@ -32,13 +32,13 @@ async fn main() {
             let config = client(ca).with_no_client_auth();
             handshakes(number(addr), config, name, number(connections), number(seconds)).await;
         }
-        ["mutual", addr, ca, name, connections, seconds, cert, key] => {
+        ["mutual", addr, ca, name, connections, seconds, cert, key, alpn] => {
             let chain = CertificateDer::pem_file_iter(cert).expect("a file").collect::<Result<_, _>>();
             let key = PrivateKeyDer::from_pem_file(key).expect("a key");
             let mut config = client(ca)
                 .with_client_auth_cert(chain.expect("certificates"), key)
                 .expect("key and certificate fit");
-            config.alpn_protocols = vec![b"postern-h2".to_vec()];
+            config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
             handshakes(number(addr), config, name, number(connections), number(seconds)).await;
         }
         ["rate", addr, path, connections, rate, seconds] => {
@@ -46,7 +46,7 @@ async fn main() {
         }
         _ => {
             eprintln!(
-                "load handshakes ADDR CA NAME CONNECTIONS SECONDS | load mutual ADDR CA NAME CONNECTIONS SECONDS CERT KEY \
+                "load handshakes ADDR CA NAME CONNECTIONS SECONDS | load mutual ADDR CA NAME CONNECTIONS SECONDS CERT KEY ALPN \
                  | load rate ADDR PATH CONNECTIONS RATE SECONDS"
             );
             std::process::exit(2);
