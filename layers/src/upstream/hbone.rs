@@ -355,11 +355,15 @@ impl Keeper {
                     if changed.is_err() {
                         break;
                     }
-                    if let Err(error) = self.identity.peer(&self.chain, Usage::Server) {
-                        tracing::warn!(peer = %self.key.peer, %error, "a peer is no longer believed: its tunnels are cut");
-                        break;
+                    match self.identity.peer(&self.chain, Usage::Server) {
+                        Ok(_) => self.follow(),
+                        Err(error @ (VerifyError::Revoked | VerifyError::Distrusted)) => {
+                            tracing::warn!(peer = %self.key.peer, %error, "a peer's tunnels are cut");
+                            break;
+                        }
+                        // What it has shown has ended, or its root has gone in order: what stands is not cut for that.
+                        Err(_) => self.let_go(),
                     }
-                    self.follow();
                 }
                 () = &mut silence => {
                     tracing::info!(peer = %self.key.peer, "a peer does not answer: its tunnels are cut");

@@ -1,6 +1,6 @@
 //! Tunnels that lead to the application beside us: who the peer is, whether an address is ours, whether the peer may, and then
-//! bytes. An address that is not ours is refused whoever asks, or the mesh could be walked through from here. A peer that is
-//! no longer believed is cut.
+//! bytes. An address that is not ours is refused whoever asks, or the mesh could be walked through from here. A peer whose
+//! certificate was taken back is cut; one that has to show a newer one is told so, and keeps the tunnels that it has.
 
 use std::future::Future;
 use std::io;
@@ -18,6 +18,7 @@ use http::StatusCode;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
@@ -156,6 +157,13 @@ impl Receiver {
             let (receiver, visit) = (self.clone(), visit.clone());
             async move { receiver.tunnel(connect, &visit.0, &visit.1).await }
         };
+        let outdated = Notify::new();
+        let drain = async {
+            tokio::select! {
+                () = drain => {}
+                () = outdated.notified() => {}
+            }
+        };
         let mut serving = pin!(server.run(tunnel, drain));
         loop {
             tokio::select! {
@@ -164,7 +172,12 @@ impl Receiver {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    self.identity.peer(&chain, Usage::Client)?;
+                    match self.identity.peer(&chain, Usage::Client) {
+                        Ok(_) => {}
+                        Err(why @ (VerifyError::Revoked | VerifyError::Distrusted)) => return Err(why.into()),
+                        // It has ended, or its root has gone in order: that is no reason to cut what stands.
+                        Err(_) => outdated.notify_one(),
+                    }
                 }
             }
         }

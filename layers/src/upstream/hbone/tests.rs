@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use certs::identity::TrustDomain;
 use certs::mesh::Clients;
-use certs::trust::Trust;
+use certs::trust::{Revoked, Trust};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, SanType,
@@ -316,17 +316,22 @@ async fn a_renewal_moves_new_tunnels_and_leaves_the_old() {
 }
 
 #[tokio::test]
-async fn a_peer_that_is_no_longer_believed_is_cut() {
+async fn a_peer_whose_root_has_gone_keeps_its_tunnels_and_one_that_is_revoked_does_not() {
     let work = async {
-        let (peer, hbone, web) = pair(&Ca::new("root")).await;
+        let ca = Ca::new("root");
+        let (peer, hbone, web) = pair(&ca).await;
         let mut tunnel = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap().tunnel;
         says(&mut tunnel, b"before").await.unwrap();
         web.set_trust(Ca::new("another root").trust(2)).unwrap();
-        let heard = timeout(LIMIT, tunnel.read_u8()).await.unwrap();
-        assert!(heard.is_err(), "the tunnel is cut");
-        until("the connection is let go", || hbone.connections() == 0).await;
+        until("nothing new goes by the connection", || hbone.connections() == 0).await;
+        says(&mut tunnel, b"still").await.unwrap();
         let error = hbone.connect(peer.address, target(), &api(), LIMIT).await.unwrap_err();
         assert_eq!(error.verify_error(), Some(VerifyError::UnknownIssuer), "{error}");
+        let mut revoked = Revoked::default();
+        revoked.identities.insert(API.parse().unwrap(), SystemTime::now());
+        web.set_trust(ca.trust(3).with_revoked(revoked)).unwrap();
+        let heard = timeout(LIMIT, tunnel.read_u8()).await.unwrap();
+        assert!(heard.is_err(), "the tunnel is cut");
     };
     LocalSet::new().run_until(work).await;
 }
@@ -527,11 +532,18 @@ async fn tunnels_lead_to_our_application_and_nowhere_else() {
         let mut tunnel = web.connect(peer, ours, &api(), LIMIT).await.unwrap().tunnel;
         says(&mut tunnel, b"to the application").await.unwrap();
         assert_eq!(web.connections(), 1, "refusals have not ended the connection");
-        // The peer's root is believed no more, on the side that serves.
+        // The peer's root was exchanged in order: what stands stays, and what is new has to show something newer.
         api_identity.set_trust(Ca::new("another root").trust(2)).unwrap();
+        let told = async { while web.connect(peer, ours, &api(), LIMIT).await.is_ok() {} };
+        timeout(LIMIT, told).await.expect("new tunnels are refused, once the peer has heard of it");
+        says(&mut tunnel, b"still to the application").await.unwrap();
+        // It is taken back: that cuts what stands.
+        let mut revoked = Revoked::default();
+        revoked.identities.insert(WEB.parse().unwrap(), SystemTime::now());
+        api_identity.set_trust(ca.trust(3).with_revoked(revoked)).unwrap();
         assert!(timeout(LIMIT, tunnel.read_u8()).await.unwrap().is_err(), "the tunnel is cut");
         timeout(LIMIT, answering).await.unwrap().unwrap();
-        assert_eq!(receiver.counts.read().map(|(_, count)| count), [1, 2, 2, 2, 0]);
+        assert_eq!(receiver.counts.read().map(|(_, count)| count)[1..], [2, 2, 2, 0]);
     };
     LocalSet::new().run_until(work).await;
 }
