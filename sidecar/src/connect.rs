@@ -37,13 +37,14 @@ pub fn read(bytes: &[u8]) -> Asked {
     }
 }
 
-/// `host:port`, the host in lower case and without brackets.
+/// `host:port`, the host in lower case, without brackets and the dot at its end.
 pub fn authority(text: &str) -> Option<(String, u16)> {
     let (host, port) = text.rsplit_once(':')?;
     let port = port.parse().ok().filter(|port| *port > 0)?;
     let host = match host.strip_prefix('[') {
         Some(rest) => rest.strip_suffix(']').filter(|host| host.parse::<std::net::Ipv6Addr>().is_ok())?,
-        None => Some(host).filter(|host| is_name(host))?,
+        // A name is the same with its last dot, whoever is asked about it.
+        None => Some(host.strip_suffix('.').unwrap_or(host)).filter(|host| is_name(host))?,
     };
     Some((host.to_ascii_lowercase(), port))
 }
@@ -61,8 +62,9 @@ mod tests {
     #[test]
     fn a_way_is_asked_for_and_everything_else_is_a_request() {
         let connect = |host: &str, port, length| Asked::Connect { host: host.to_owned(), port, length };
-        let cases: [(&str, Asked); 8] = [
+        let cases: [(&str, Asked); 9] = [
             ("CONNECT Api.test:443 HTTP/1.1\r\nHost: api.test:443\r\n\r\nrest", connect("api.test", 443, 53)),
+            ("CONNECT api.test.:443 HTTP/1.1\r\nHost: a\r\n\r\n", connect("api.test", 443, 43)),
             ("CONNECT [::1]:80 HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", connect("::1", 80, 45)),
             ("CONN", Asked::Partial),
             ("CONNECT a:1 HTTP/1.1\r\nHost:", Asked::Partial),
@@ -78,7 +80,7 @@ mod tests {
 
     #[test]
     fn an_authority_has_a_host_and_a_port() {
-        for text in ["a", "a:", "a:x", ":1", "a b:1", "[::1:1", "[a]:1", "a/b:1", "a@b:1"] {
+        for text in ["a", ".:1", "a:", "a:x", ":1", "a b:1", "[::1:1", "[a]:1", "a/b:1", "a@b:1"] {
             assert_eq!(authority(text), None, "{text}");
         }
         assert_eq!(authority("10.0.0.1:80"), Some(("10.0.0.1".to_owned(), 80)));

@@ -14,6 +14,7 @@ use http::{Version, header};
 use layers::HttpService;
 use layers::error::{Error, Fault, Reason};
 use layers::exchange::{Conn, Exchange, State};
+use layers::local::LocalBox;
 use layers::target::Target;
 use layers::upstream::mesh::{Carries, SPOKEN, SPOKEN_HTTP1};
 use layers::vars::OwnVars;
@@ -62,7 +63,8 @@ pub struct Lookup<S> {
 impl<S: HttpService> Service<Exchange> for Lookup<S> {
     type Response = Exchange;
     type Error = Fault;
-    type Future = Either<S::Future, Ready<Result<Exchange, Fault>>>;
+    type Future =
+        Either<S::Future, Either<Ready<Result<Exchange, Fault>>, LocalBox<'static, Result<Exchange, Fault>>>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         Poll::Ready(Ok(()))
@@ -70,20 +72,60 @@ impl<S: HttpService> Service<Exchange> for Lookup<S> {
 
     fn call(&mut self, mut x: Exchange) -> Self::Future {
         match self.shared.settle(&mut x) {
-            Ok(()) => Either::Left(self.inner.call(x)),
-            Err(error) => Either::Right(ready(Err(Fault { exchange: x, error }))),
+            Ok(Leads::To(direction, target)) => {
+                self.shared.take(&mut x, direction, target);
+                Either::Left(self.inner.call(x))
+            }
+            Ok(Leads::Out(leaving)) => {
+                let (mut inner, shared) = (self.inner.clone(), self.shared.clone());
+                Either::Right(Either::Right(Box::pin(async move {
+                    match leaving.target().await {
+                        Ok(target) => {
+                            shared.take(&mut x, Direction::Outbound, target);
+                            inner.call(x).await
+                        }
+                        Err(error) => Err(Fault { exchange: x, error }),
+                    }
+                })))
+            }
+            Err(error) => Either::Right(Either::Left(ready(Err(Fault { exchange: x, error })))),
         }
     }
 }
 
+/// Where a request goes.
+enum Leads {
+    /// There.
+    To(Direction, Arc<Target>),
+    /// Out of the mesh, to a name of which it has to be known first where that is.
+    Out(Leaving),
+}
+
+/// A request that leaves the mesh by a name.
+struct Leaving {
+    carrier: Arc<Carrier>,
+    host: Arc<str>,
+    port: u16,
+    http2: bool,
+}
+
+impl Leaving {
+    async fn target(self) -> Result<Arc<Target>, Error> {
+        let Self { carrier, host, port, http2 } = self;
+        let address = carrier.address(&host, port).await?;
+        carrier.may_leave(&To::Host(host, port), Some(address), None)?;
+        carrier.passthrough.target(&address.to_string(), port, http2)
+    }
+}
+
 impl LookupLayer {
-    fn settle(&self, x: &mut Exchange) -> Result<(), Error> {
+    fn settle(&self, x: &mut Exchange) -> Result<Leads, Error> {
         let spoken = x.request.headers.remove(SPOKEN);
         let snapshot = self.view.current();
         let conn = x.conn.clone();
         let lost = || Error::new(Reason::Internal).detail("nothing is known of the connection");
         let door = SideDoor::of(&conn).ok_or_else(lost)?;
-        let (direction, target) = match &door.way {
+        match &door.way {
             Way::In(entrance, carries) => {
                 let port = snapshot.port(*entrance)?;
                 if carries.is_none() {
@@ -96,30 +138,34 @@ impl LookupLayer {
                     (_, None) => x.request.version < Version::HTTP_2,
                 };
                 let Application { http1: one, http2: two, .. } = &*port.application;
-                (Direction::Inbound, if http1 { one.clone() } else { two.clone() })
+                Ok(Leads::To(Direction::Inbound, if http1 { one.clone() } else { two.clone() }))
             }
-            Way::Out(to) => {
-                let target = self.outward(x, &snapshot, to)?;
-                if let Some(name) = target.service_name.as_ref().filter(|_| *to != To::Asked) {
-                    door.tracked.goes_to(name);
-                }
-                (Direction::Outbound, target)
-            }
-        };
+            Way::Out(to) => self.outward(x, &snapshot, to),
+        }
+    }
+
+    /// From here on the request goes there.
+    fn take(&self, x: &mut Exchange, direction: Direction, target: Arc<Target>) {
+        let conn = x.conn.clone();
+        if let Some(SideDoor { way: Way::Out(to), tracked, .. }) = SideDoor::of(&conn)
+            && let Some(name) = target.service_name.as_ref().filter(|_| *to != To::Asked)
+        {
+            tracked.goes_to(name);
+        }
         if self.told {
             tell(x, &conn, direction, &target);
         }
         x.plan.clone_from(&target.plan);
         x.target = Some(target);
-        Ok(())
     }
 
     /// Where a request of the application goes.
-    fn outward(&self, x: &State, snapshot: &Snapshot, to: &To) -> Result<Arc<Target>, Error> {
+    fn outward(&self, x: &State, snapshot: &Snapshot, to: &To) -> Result<Leads, Error> {
+        let there = |target| Ok(Leads::To(Direction::Outbound, target));
         // A captured connection had an address, which may stand for many services; a name says more.
         let named = matches!(to, To::Captured(_)).then(|| snapshot.named(&x.host)).flatten();
         if let Some(service) = named.or_else(|| snapshot.service_of(to)) {
-            return Ok(service.target.clone());
+            return there(service.target.clone());
         }
         let port = || x.request.headers.get(header::HOST).and_then(|host| port(host.as_bytes()));
         let to = match to {
@@ -134,18 +180,21 @@ impl LookupLayer {
                     x.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&x.host);
                 let port = port().unwrap_or(80);
                 if let Some(service) = snapshot.service(host, port) {
-                    return Ok(service.target.clone());
+                    return there(service.target.clone());
                 }
                 To::Host(host.into(), port)
             }
         };
         let Some(carrier) = &self.carrier else { return Err(Error::new(Reason::ServiceNotFound)) };
-        let asked = (to.ip().is_some()).then_some(&*x.host).filter(|host| discovery::literal(host).is_none());
-        carrier.may_leave(&to, asked)?;
+        let http2 = x.request.version == Version::HTTP_2;
+        if let (None, To::Host(host, port)) = (to.ip(), &to) {
+            let (host, port) = (host.clone(), *port);
+            return Ok(Leads::Out(Leaving { carrier: carrier.clone(), host, port, http2 }));
+        }
+        let asked = Some(&*x.host).filter(|host| discovery::literal(host).is_none());
+        carrier.may_leave(&to, None, asked)?;
         match to.host() {
-            Some((host, port)) => {
-                carrier.passthrough.target(&host, port, x.request.version == Version::HTTP_2)
-            }
+            Some((host, port)) => there(carrier.passthrough.target(&host, port, http2)?),
             None => Err(Error::new(Reason::ServiceNotFound)),
         }
     }

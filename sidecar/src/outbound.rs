@@ -4,7 +4,7 @@
 //! SOCKS5 has said it, a redirected connection had it), or each request says it. Requests go through the stack; bytes that
 //! nobody understands go to one endpoint of the service. What is no service is passed on as it is, if policy allows it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -217,7 +217,8 @@ impl Carrier {
     ) -> Result<Met, Error> {
         let port = to.host().map_or(0, |(_, port)| port);
         let tracked = Rc::new(self.begin(arrival, port));
-        let passage = Passage { carrier: &self, arrival, to, port, answer, tracked: tracked.clone() };
+        let mut passage =
+            Passage { carrier: &self, arrival, to, address: None, port, answer, tracked: tracked.clone() };
         passage.carry(socket).await.inspect_err(|error| tracked.ends(error.reason().code()))
     }
 
@@ -227,17 +228,43 @@ impl Carrier {
         self.policies.load().would_leave(&egress::Destination { name: None, address: to.ip(), port })
     }
 
-    /// Whether the workload may go to what is no service. `name` is what TLS or a request asks for.
+    /// The address at which a host that is no service is connected: one of those behind its name that the workload may go
+    /// to, if it may go to any. What was judged is what is connected, whatever the name stands for a moment later.
+    ///
+    /// # Errors
+    /// Nobody knows the name.
+    pub async fn address(&self, host: &str, port: u16) -> Result<IpAddr, Error> {
+        if let Some(address) = discovery::literal(host) {
+            return Ok(address);
+        }
+        let target = self.passthrough.target(host, port, false)?;
+        let cluster = match &target.destination {
+            Destination::Cluster(cluster) => cluster,
+            Destination::Nothing(reason) => return Err(Error::new(*reason)),
+        };
+        let mut all = cluster.addresses().await.map_err(Error::new)?;
+        fastrand::shuffle(&mut all);
+        let sight = self.policies.load();
+        let may = |at: &SocketAddr| {
+            let to = egress::Destination { name: Some(host), address: Some(at.ip()), port };
+            self.captures.refuse_loop(*at).is_ok() && sight.would_leave(&to)
+        };
+        let at = all.iter().find(|at| may(at)).or(all.first());
+        at.map(SocketAddr::ip).ok_or_else(|| Error::new(Reason::NoNodes))
+    }
+
+    /// Whether the workload may go to what is no service, which is at `address`. `name` is what TLS or a request asks for.
     ///
     /// # Errors
     /// Why not.
-    pub fn may_leave(&self, to: &To, name: Option<&str>) -> Result<(), Error> {
+    pub fn may_leave(&self, to: &To, address: Option<IpAddr>, name: Option<&str>) -> Result<(), Error> {
         let Some((host, port)) = to.host() else { return Ok(()) };
-        let address = to.ip();
+        let is_name = to.ip().is_none();
+        let address = address.or(to.ip());
         if let Some(ip) = address {
             self.captures.refuse_loop(SocketAddr::new(ip, port))?;
         }
-        let name = name.or(address.is_none().then_some(&*host));
+        let name = name.or(is_name.then_some(&*host));
         let verdict = self.policies.load().egress(&egress::Destination { name, address, port });
         if verdict.audited {
             tracing::info!(host = %host, port, policy = %verdict.policy, "would be refused");
@@ -255,6 +282,8 @@ struct Passage<'a> {
     carrier: &'a Carrier,
     arrival: &'a Arrival,
     to: To,
+    /// Where that is, if it is a host that is no service.
+    address: Option<IpAddr>,
     /// Of the destination; 0 where it is not known.
     port: u16,
     answer: Answer,
@@ -262,17 +291,26 @@ struct Passage<'a> {
 }
 
 impl Passage<'_> {
-    async fn carry(&self, mut socket: Socket) -> Result<Met, Error> {
+    async fn carry(&mut self, mut socket: Socket) -> Result<Met, Error> {
         let snapshot = self.carrier.snapshot.load();
         let service = snapshot.service_of(&self.to).cloned();
         if let Some(service) = &service {
             self.tracked.goes_to(&service.name);
         }
+        if let (None, To::Host(host, port)) = (&service, &self.to) {
+            match self.carrier.address(host, *port).await {
+                Ok(address) => self.address = Some(address),
+                Err(error) => {
+                    self.answer.refused(&mut socket, false).await;
+                    return Err(error);
+                }
+            }
+        }
         // A captured connection says only later by which name it wants to go there.
         let is_named = !matches!(self.to, To::Captured(_));
         let allowed = match (&service, &self.to) {
             (Some(_), _) => Ok(()),
-            (None, To::Host(..)) => self.carrier.may_leave(&self.to, None),
+            (None, To::Host(..)) => self.carrier.may_leave(&self.to, self.address, None),
             (None, To::Captured(_)) => Ok(()),
             (None, To::Service(_) | To::Asked) => {
                 Err(Error::new(Reason::ServiceNotFound).detail("the service is not in the file any more"))
@@ -302,7 +340,7 @@ impl Passage<'_> {
         let opaque = self.opaque(service.as_ref())?;
         if declared == Protocol::Tcp {
             if leaves {
-                self.carrier.may_leave(&self.to, None)?;
+                self.carrier.may_leave(&self.to, None, None)?;
             }
             return self.bytes(socket, &opaque, self.answer, None).await;
         }
@@ -344,7 +382,7 @@ impl Passage<'_> {
             }
             // What has said its name before was asked about then.
             if leaves || name.is_some() {
-                self.carrier.may_leave(&self.to, name.as_deref())?;
+                self.carrier.may_leave(&self.to, self.address, name.as_deref())?;
             }
         }
         self.bytes(socket, &opaque, Answer::None, dialled).await
@@ -362,6 +400,7 @@ impl Passage<'_> {
         let Some((host, port)) = self.to.host() else {
             return Err(Error::new(Reason::NoUpstream));
         };
+        let host = self.address.map_or(host, |address| address.to_string().into());
         let target = self.carrier.passthrough.target(&host, port, false)?;
         match &target.destination {
             Destination::Cluster(cluster) => Ok(Opaque { cluster: cluster.clone(), endpoint: None }),

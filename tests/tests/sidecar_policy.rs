@@ -2,15 +2,22 @@
 //! change, who called, where the application may go, and what would be decided.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use e2e::client::{Call, DEADLINE};
 use e2e::edge::binary;
 use e2e::origin::{Origin, echo};
 use e2e::sidecar::{Mesh, Sidecar, id};
 use e2e::{Value, eventually, json};
+use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
 const SHOP: &str = "spiffe://mesh.local/ns/shop/sa/web";
 const JOBS: &str = "spiffe://mesh.local/ns/jobs/sa/nightly";
@@ -205,6 +212,185 @@ async fn the_application_goes_where_egress_lets_it() {
     assert_eq!(other.requests(), 0);
     let told = sidecar.ask("/v1/policies").await.json();
     assert_eq!(told["egress"][0]["allowed"], 1, "{told}");
+}
+
+/// What a client of the sidecar's HTTP proxy hears when it asks for a way, and the connection.
+async fn connect(sidecar: &Sidecar, to: &str) -> (String, TcpStream) {
+    let mut stream = e2e::client::connect(sidecar.http_proxy()).await;
+    let ask = format!("CONNECT {to} HTTP/1.1\r\nhost: {to}\r\n\r\n");
+    stream.write_all(ask.as_bytes()).await.expect("a request");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        let byte = timeout(DEADLINE, stream.read_u8()).await.expect("an answer in time");
+        answer.push(byte.expect("an answer"));
+    }
+    (String::from_utf8_lossy(&answer).into_owned(), stream)
+}
+
+/// The code that a client of the sidecar's SOCKS5 proxy hears.
+async fn socks(sidecar: &Sidecar, host: &str, port: u16) -> u8 {
+    let mut stream = e2e::client::connect(sidecar.socks5()).await;
+    let mut ask = vec![5, 1, 0, 5, 1, 0, 3, u8::try_from(host.len()).expect("a short name")];
+    ask.extend_from_slice(host.as_bytes());
+    ask.extend_from_slice(&port.to_be_bytes());
+    stream.write_all(&ask).await.expect("a request");
+    let mut answer = [0; 12];
+    timeout(DEADLINE, stream.read_exact(&mut answer)).await.expect("an answer in time").expect("an answer");
+    answer[3]
+}
+
+#[tokio::test]
+async fn a_name_is_judged_by_where_it_leads() {
+    let (mesh, open, shut) = (Mesh::new(), echo::start().await, echo::start().await);
+    let [open_port, shut_port] = [&open, &shut].map(|origin| origin.addr.port());
+    let deny = json!({"egress": {"default": "allow", "rules": [
+        {"name": "inside", "action": "deny", "cidrs": ["127.0.0.0/8"], "ports": [shut_port]},
+        {"name": "name", "action": "deny", "hosts": ["shut.test"]},
+    ]}});
+    let allow = json!({"egress": {"default": "deny", "rules": [
+        {"name": "both", "action": "allow", "hosts": ["localhost"], "cidrs": ["127.0.0.0/8"], "ports": [open_port]},
+    ]}});
+    let mut sidecar = sidecar(&mesh, open.addr, json!({}), deny).await;
+    for round in 0..2 {
+        if round == 1 {
+            sidecar.reload(json!({"policies": allow})).await;
+        }
+        for (port, status, told, code) in [(open_port, 200, "200", 0), (shut_port, 403, "403", 2)] {
+            let node = format!("localhost:{port}");
+            let call = Call::get(&format!("http://{node}/")).header("host", &node);
+            let answer = call.send_to(sidecar.http_proxy()).await;
+            assert_eq!(answer.status, status, "{node}: {}", answer.text());
+            assert!(connect(&sidecar, &node).await.0.starts_with(&format!("HTTP/1.1 {told}")), "{node}");
+            assert_eq!(socks(&sidecar, "localhost", port).await, code, "{node}");
+        }
+    }
+    assert_eq!(shut.connections(), 0, "nobody was connected");
+    assert!(open.requests() >= 2);
+}
+
+#[tokio::test]
+async fn a_name_does_not_lead_back_to_the_sidecar_nor_past_a_rule_by_its_last_dot() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let policies = json!({"egress": {"default": "allow", "rules": [
+        {"name": "name", "action": "deny", "hosts": ["localhost"], "ports": [origin.addr.port()]},
+    ]}});
+    let sidecar = sidecar(&mesh, origin.addr, json!({}), policies).await;
+    let own = format!("localhost:{}", sidecar.http_proxy().port());
+    let call = Call::get(&format!("http://{own}/")).header("host", &own);
+    let answer = call.send_to(sidecar.http_proxy()).await;
+    assert_eq!(answer.status, 508, "{}", answer.text());
+    for name in ["localhost", "localhost.", "LocalHost."] {
+        let told = connect(&sidecar, &format!("{name}:{}", origin.addr.port())).await.0;
+        assert!(told.starts_with("HTTP/1.1 403"), "{name}: {told}");
+    }
+    assert_eq!(origin.connections(), 0);
+}
+
+#[tokio::test]
+async fn the_server_name_of_tls_is_asked_about() {
+    let mesh = Mesh::new();
+    let public = e2e::certs::Authority::new("public");
+    let leaf = public.server(&["good.test", "evil.test"]);
+    let origin = Origin::https(leaf.server_config(&["http/1.1"]), |request| async move {
+        echo::answer("outside", request)
+    })
+    .await;
+    let policies = json!({"egress": {"default": "allow", "rules": [
+        {"name": "evil", "action": "deny", "hosts": ["evil.test"]},
+    ]}});
+    let sidecar = sidecar(&mesh, origin.addr, json!({}), policies).await;
+    let config = public.client_config().alpn(&["http/1.1"]).build();
+    for (name, passes) in [("good.test", true), ("evil.test", false), ("Evil.Test", false)] {
+        let (told, stream) = connect(&sidecar, &origin.addr.to_string()).await;
+        assert!(told.starts_with("HTTP/1.1 200"), "{told}");
+        let server = ServerName::try_from(name).expect("a name");
+        let shaken = TlsConnector::from(config.clone()).connect(server, stream);
+        let shaken = timeout(DEADLINE, shaken).await.expect("an end in time");
+        assert_eq!(shaken.is_ok(), passes, "{name}: {:?}", shaken.err());
+    }
+    let told = sidecar.ask("/v1/policies").await.json();
+    assert_eq!(told["egress"][0]["denied"], 2, "{told}");
+}
+
+/// A signed token with these claims.
+fn token(key: &Ed25519KeyPair, claims: &Value) -> String {
+    let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": "one"})), part(claims));
+    let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
+    format!("Bearer {signed}.{signature}")
+}
+
+#[tokio::test]
+async fn claims_of_tokens_decide() {
+    let (mesh, origin) = (Mesh::new(), echo::start().await);
+    let pair = || {
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).expect("a key");
+        Ed25519KeyPair::from_pkcs8(document.as_ref()).expect("our own key")
+    };
+    let (key, other) = (pair(), pair());
+    let x = URL_SAFE_NO_PAD.encode(key.public_key().as_ref());
+    let keys = json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "one", "x": x}]}).to_string();
+    let mut jwks = Some(
+        Origin::http(move |_| {
+            let keys = keys.clone();
+            async move { http::Response::new(keys.into()) }
+        })
+        .await,
+    );
+    let uri = format!("http://{}/keys", jwks.as_ref().expect("a server").addr);
+    let rules = json!([
+        {"name": "administrators-delete", "action": "allow", "rules": [
+            {"to": [{"methods": ["DELETE"]}], "when": [["jwt_claim_realm_access.roles", "has", "admin"]]},
+            {"to": [{"not_methods": ["DELETE"]}]},
+        ]},
+        {"name": "not-mallory", "action": "deny", "rules": [{"when": [["jwt_claim_sub", "==", "mallory"]]}]},
+    ]);
+    let issuer = "https://login.example.com";
+    let given = json!({"issuer": issuer, "audiences": ["orders"], "jwks": {"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "one", "x": x}]}});
+    let fetched = json!({"issuer": issuer, "audiences": ["orders"], "jwks_uri": uri});
+    for issuers in [given, fetched] {
+        let policies = json!({"tokens": [issuers], "authorization": rules});
+        let mut sidecar = sidecar(&mesh, origin.addr, json!({}), policies).await;
+        let mut shop = mesh.caller(SHOP).http2(sidecar.inbound(0)).await;
+        let exp = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs() + 600;
+        let claims = |sub: &str, roles: Value| json!({"iss": issuer, "aud": "orders", "sub": sub, "exp": exp, "realm_access": {"roles": roles}});
+        let with = |patch: Value| {
+            let mut claims = claims("alice", json!(["admin"]));
+            claims.as_object_mut().expect("an object").extend(patch.as_object().cloned().expect("an object"));
+            claims
+        };
+        eventually("the keys are known", || async {
+            let mut shop = mesh.caller(SHOP).http2(sidecar.inbound(0)).await;
+            let call = Call::get("/").header("authorization", &token(&key, &with(json!({}))));
+            (shop.send(call).await.status == 200).then_some(())
+        })
+        .await;
+        for (what, method, token, status) in [
+            ("an administrator deletes", "DELETE", token(&key, &with(json!({}))), 200),
+            ("another does not", "DELETE", token(&key, &claims("bob", json!(["user"]))), 403),
+            ("another reads", "GET", token(&key, &claims("bob", json!(["user"]))), 200),
+            ("somebody who is denied", "GET", token(&key, &claims("mallory", json!(["admin"]))), 403),
+            ("no token, and a claim is asked for", "DELETE", String::new(), 403),
+            ("no token, and none is", "GET", String::new(), 200),
+            ("signed by another", "GET", token(&other, &with(json!({}))), 401),
+            ("for another", "GET", token(&key, &with(json!({"aud": "billing"}))), 401),
+            ("of another", "GET", token(&key, &with(json!({"iss": "https://evil.test"}))), 401),
+            ("ended", "GET", token(&key, &with(json!({"exp": 1_000}))), 401),
+            ("without an end", "GET", token(&key, &with(json!({"exp": null}))), 401),
+            ("no token at all", "GET", "Bearer x.y".to_owned(), 401),
+        ] {
+            let call = Call::new(method, "/");
+            let call = if token.is_empty() { call } else { call.header("authorization", &token) };
+            let answer = shop.send(call).await;
+            assert_eq!(answer.status, status, "{what}: {}", answer.text());
+        }
+        if sidecar.config.pointer("/policies/tokens/0/jwks_uri").is_some() {
+            jwks.take().expect("a server").stop().await;
+        }
+        sidecar.reload(json!({"limits": {"detect": 0.2}})).await;
+        let call = Call::get("/").header("authorization", &token(&key, &with(json!({}))));
+        assert_eq!(shop.send(call).await.status, 200, "what was fetched outlives a change of the file");
+    }
 }
 
 #[tokio::test]

@@ -385,6 +385,21 @@ impl Cluster {
         state.peers.iter().chain(&state.draining).any(|peer| peer.state.addr() == address)
     }
 
+    /// Where its endpoints are, once that is known; it is waited for as requests wait.
+    ///
+    /// # Errors
+    /// Why there are none.
+    pub async fn addresses(&self) -> Result<Vec<SocketAddr>, crate::error::Reason> {
+        let mut state = self.state();
+        if state.is_unknown() {
+            state = self.known().await;
+        }
+        match state.peers.is_empty() {
+            true => Err(state.nothing()),
+            false => Ok(state.peers.iter().map(|peer| peer.state.addr()).collect()),
+        }
+    }
+
     /// The key of the object that holds the upstream.
     pub fn key(&self) -> &str {
         &self.key
