@@ -198,7 +198,11 @@ impl Running {
         let inner = &self.0;
         let issuers = Issuers::new(&config.policies.tokens)
             .map_err(|errors| errors.into_iter().map(|error| error.under("/policies")).collect::<Vec<_>>())?;
-        let issuers = Arc::new(issuers);
+        let before = inner.policies.published().load();
+        let issuers = match before.in_force() {
+            Some(before) => Arc::new(issuers.knowing(before.issuers())),
+            None => Arc::new(issuers),
+        };
         let client = if issuers.are_fetched() {
             let (tls, discovery) = (&inner.clusters.tls, &inner.clusters.discovery);
             let client =
