@@ -25,6 +25,10 @@ pub const UID: u32 = 2102;
 pub struct Capture {
     /// How inbound connections are handed over.
     pub mode: Mode,
+    /// The one direction that is captured; both if it is absent. For a sidecar, `inbound.transparent` and
+    /// `outbound.transparent` say it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub only: Option<Direction>,
     /// Where the sidecar takes captured inbound connections.
     pub inbound_port: NonZeroU16,
     /// Where the sidecar takes captured outbound connections. It listens on loopback alone.
@@ -64,6 +68,17 @@ pub enum Mode {
     Tproxy,
 }
 
+/// A direction of connections, as the workload sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum Direction {
+    /// Those that come to the workload.
+    Inbound,
+    /// Those of the workload.
+    Outbound,
+}
+
 const INBOUND: NonZeroU16 = NonZeroU16::new(15006).unwrap();
 const OUTBOUND: NonZeroU16 = NonZeroU16::new(15001).unwrap();
 const HBONE: NonZeroU16 = NonZeroU16::new(15008).unwrap();
@@ -73,6 +88,7 @@ impl Default for Capture {
     fn default() -> Self {
         Self {
             mode: Mode::Redirect,
+            only: None,
             inbound_port: INBOUND,
             outbound_port: OUTBOUND,
             own_ports: vec![HBONE, STATUS],
@@ -112,6 +128,12 @@ impl Capture {
             (None, None) => Some(UID),
             (uid, _) => uid,
         }
+    }
+
+    /// Whether connections of this direction are captured.
+    #[must_use]
+    pub fn takes(&self, direction: Direction) -> bool {
+        self.only.is_none_or(|only| only == direction)
     }
 
     /// Every port the sidecar listens on, ascending.

@@ -557,6 +557,16 @@ impl Policies {
     }
 }
 
+impl Authorization {
+    /// Whether one of its rules asks for what only an HTTP request has.
+    #[must_use]
+    pub fn is_of_requests(&self) -> bool {
+        let of_requests =
+            |rule: &Rule| rule.when.is_some() || rule.to.iter().flatten().any(Operation::is_of_requests);
+        self.rules.iter().any(of_requests)
+    }
+}
+
 fn listed<T: fmt::Display>(words: impl Iterator<Item = T>) -> String {
     let words: Vec<String> = words.map(|word| word.to_string()).collect();
     if words.is_empty() { "none".to_owned() } else { words.join(", ") }

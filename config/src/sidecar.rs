@@ -15,14 +15,14 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use crate::capture::Capture;
+use crate::capture::{Capture, Direction};
 use crate::discovery::Discovery;
 use crate::document::{Document, LocatedError};
 use crate::env::Env;
 use crate::error::{ConfigError, ErrorKind};
-use crate::fields::{Cidr, Int, Seconds, Text};
+use crate::fields::{Cidr, Distinct, Int, Seconds, Text};
 use crate::membership::{self, Ca};
-use crate::mesh::{Policies, Port, Protocol, Scope, ServiceName, ServicePolicy};
+use crate::mesh::{Action, Authorization, Policies, Port, Protocol, Scope, ServiceName, ServicePolicy};
 use crate::plugin_catalog::PluginCatalog;
 use crate::typed;
 
@@ -440,6 +440,32 @@ impl Sidecar {
         Discovery::read(&self.discovery).0
     }
 
+    /// What is in order, and may not be what was meant.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        if self.inbound.hbone.is_none() {
+            return Vec::new();
+        }
+        let about = |policy: &&Authorization| {
+            let ours =
+                |names: &Distinct<Text<1, 256>>| names.iter().any(|name| **name == *self.workload.service);
+            policy.services.as_ref().is_none_or(ours) && policy.is_of_requests()
+        };
+        let told = |policy: &Authorization| {
+            let does = match policy.action {
+                Action::Deny => "what asks for them refuses every tunnel that the rest of its rule is about",
+                Action::Allow => "what asks for them lets no tunnel pass",
+                Action::Audit => "what asks for them counts every tunnel that the rest of its rule is about",
+            };
+            format!(
+                "policy {}: nobody looks into tunnels (`inbound.hbone`), so methods, paths, hosts and `when` are not known \
+                 there: {does}",
+                &*policy.name
+            )
+        };
+        self.policies.authorization.iter().filter(about).map(told).collect()
+    }
+
     /// Ports of destinations on which nothing is detected.
     #[must_use]
     pub fn opaque_ports(&self) -> Vec<u16> {
@@ -459,6 +485,11 @@ impl Sidecar {
     #[must_use]
     pub fn captured(&self) -> Capture {
         let mut capture = self.capture.clone();
+        capture.only = match (self.inbound.transparent, self.outbound.transparent) {
+            (true, false) => Some(Direction::Inbound),
+            (false, true) => Some(Direction::Outbound),
+            (true, true) | (false, false) => None,
+        };
         for port in self.ports().filter_map(NonZeroU16::new) {
             if !capture.own_ports.contains(&port) {
                 capture.own_ports.push(port);
@@ -550,6 +581,10 @@ impl Sidecar {
         self.check_listeners(&mut errors);
         let mut wrong = Vec::new();
         self.capture.check(&mut wrong);
+        if self.capture.only.is_some() {
+            let why = "`inbound.transparent` and `outbound.transparent` say what a sidecar takes";
+            wrong.push(ConfigError::invalid("/only", why));
+        }
         errors.extend(wrong.into_iter().map(|error| error.under("/capture")));
         errors.extend(self.policies.check().into_iter().map(|error| error.under("/policies")));
         let services = [&*self.workload.service];
@@ -737,6 +772,7 @@ services:
                 "/capture/skip_inbound_ports/0",
             ),
             ("services:", "capture: {uid: 0}\nservices:", "/capture/uid"),
+            ("services:", "capture: {only: inbound}\nservices:", "/capture/only"),
             ("  ports:\n", "  probes: {from: [], paths: [healthz]}\n  ports:\n", "/inbound/probes/from"),
             ("  ports:\n", "  probes: {from: [10.0.0.1], paths: [healthz]}\n  ports:\n", "write /healthz"),
             ("listen: \"0.0.0.0:18080\", ", "", "nothing comes to this port"),
@@ -765,10 +801,30 @@ services:
         assert_eq!(sidecar.captured().listening(), [9001, 15001, 15006, 15008, 15021, 15080, 18080]);
         let explicit = read(GOOD).unwrap();
         assert!(sidecar.is_transparent() && !explicit.is_transparent());
+        assert_eq!(sidecar.captured().only, None);
+        for (one, only) in [("inbound", Direction::Inbound), ("outbound", Direction::Outbound)] {
+            let text = GOOD.replace(&format!("\n{one}:\n"), &format!("\n{one}:\n  transparent: true\n"));
+            assert_eq!(read(&text).unwrap().captured().only, Some(only));
+        }
         assert_eq!(
             explicit.needs_restart(&sidecar),
             ["listeners", "inbound.transparent", "outbound.transparent"]
         );
+    }
+
+    #[test]
+    fn it_is_told_that_nobody_looks_into_tunnels() {
+        let policies = "policies:\n  authorization:\n    \
+            - {name: paths, action: deny, rules: [{to: [{paths: [/admin]}]}]}\n    \
+            - {name: claims, action: allow, rules: [{when: [[jwt_claim_sub, \"==\", a]]}]}\n    \
+            - {name: ports, action: allow, rules: [{to: [{ports: [8080]}]}]}\n";
+        let told = |text: &str| read(text).unwrap().warnings();
+        let with = format!("{GOOD}{policies}  tokens: [{{issuer: a, jwks_uri: \"http://a/\"}}]\n");
+        assert!(told(&with).is_empty());
+        let told = told(&with.replace("inbound:\n", "inbound:\n  hbone: 0.0.0.0:15008\n"));
+        let [paths, claims] = &told[..] else { unreachable!("{told:?}") };
+        assert!(paths.contains("policy paths:") && paths.contains("refuses every tunnel"), "{paths}");
+        assert!(claims.contains("policy claims:") && claims.contains("lets no tunnel pass"), "{claims}");
     }
 
     #[test]

@@ -95,6 +95,9 @@ struct Settings {
     /// How inbound connections are handed over.
     #[arg(long, value_enum)]
     mode: Option<Mode>,
+    /// Capture one direction alone.
+    #[arg(long, value_enum)]
+    only: Option<Only>,
     /// Where the sidecar takes captured inbound connections (15006).
     #[arg(long, value_name = "PORT")]
     inbound_port: Option<NonZeroU16>,
@@ -136,6 +139,14 @@ enum Mode {
     Redirect,
     /// The destination stays, and the application sees its client's address.
     Tproxy,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Only {
+    /// What comes to the workload.
+    Inbound,
+    /// What the workload connects to.
+    Outbound,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -201,6 +212,11 @@ impl Settings {
             Some(Mode::Tproxy) => read.mode = settings::Mode::Tproxy,
             None => {}
         }
+        match self.only {
+            Some(Only::Inbound) => read.only = Some(settings::Direction::Inbound),
+            Some(Only::Outbound) => read.only = Some(settings::Direction::Outbound),
+            None => {}
+        }
         if self.uid.is_some() || self.mark.is_some() {
             (read.uid, read.mark) = (self.uid, self.mark);
         }
@@ -230,9 +246,9 @@ fn written(file: &Path, text: &str) -> Result<settings::Capture, Vec<LocatedErro
     }
     let dir = file.parent().unwrap_or(Path::new(""));
     let sidecar = Sidecar::read(&mut document, dir, &plugins::Catalog::default(), &ProcessEnv)?;
-    if !(sidecar.inbound.transparent && sidecar.outbound.transparent) {
-        let why = "the rules lead both directions to the sidecar, and it takes them with `inbound.transparent: true` and \
-                   `outbound.transparent: true`";
+    if !sidecar.is_transparent() {
+        let why = "this sidecar takes nothing that the kernel leads to it: write `inbound.transparent: true`, \
+                   `outbound.transparent: true`, or both";
         return Err(vec![document.error(ConfigError::invalid("", why))]);
     }
     Ok(sidecar.captured())
@@ -248,10 +264,13 @@ impl Install {
     async fn run(self) -> Result<u8> {
         let Some(settings) = self.settings.read()? else { return Ok(output::FOUND) };
         let by = capture::install(&settings, self.with.into()).await?;
-        output::note(&format!(
-            "captured by {by}: inbound to port {}, outbound to port {}",
-            settings.inbound_port, settings.outbound_port
-        ));
+        let directions = [
+            (settings::Direction::Inbound, "inbound", settings.inbound_port),
+            (settings::Direction::Outbound, "outbound", settings.outbound_port),
+        ];
+        let taken = directions.into_iter().filter(|(direction, ..)| settings.takes(*direction));
+        let taken: Vec<String> = taken.map(|(_, word, port)| format!("{word} to port {port}")).collect();
+        output::note(&format!("captured by {by}: {}", taken.join(", ")));
         Ok(output::OK)
     }
 }

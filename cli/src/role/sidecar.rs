@@ -81,6 +81,9 @@ impl Sidecar {
             Some(Action::Explain(explain)) => explain.run(),
             Some(Action::Check(file)) => {
                 let Some(settings) = load(&file.config)? else { return Ok(ExitCode::from(output::FOUND)) };
+                for warning in settings.warnings() {
+                    output::note(&format!("warning: {warning}"));
+                }
                 output::note(&format!(
                     "{}: {}, {}",
                     file.config.display(),

@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use config::capture::{Capture, Mode};
+use config::capture::{Capture, Direction, Mode};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// Addresses for documentation, which no network has. A capture redirects them to the sidecar, whoever asks, so that
@@ -190,17 +190,22 @@ fn skip(rules: &mut Vec<Rule>, why: &'static str, condition: Match) {
 
 /// The chains that `capture` asks for.
 pub fn chains(capture: &Capture) -> Vec<Chain> {
-    match capture.mode {
-        Mode::Redirect => vec![
-            Chain { name: "inbound", hook: Hook::NatPrerouting, rules: inbound(capture) },
-            Chain { name: "outbound", hook: Hook::NatOutput, rules: outbound(capture) },
-        ],
-        Mode::Tproxy => vec![
-            Chain { name: "inbound", hook: Hook::ManglePrerouting, rules: inbound(capture) },
-            Chain { name: "replies", hook: Hook::RouteOutput, rules: replies(capture) },
-            Chain { name: "outbound", hook: Hook::NatOutput, rules: outbound(capture) },
-        ],
+    let mut chains = Vec::new();
+    if capture.takes(Direction::Inbound) {
+        match capture.mode {
+            Mode::Redirect => {
+                chains.push(Chain { name: "inbound", hook: Hook::NatPrerouting, rules: inbound(capture) });
+            }
+            Mode::Tproxy => {
+                chains.push(Chain { name: "inbound", hook: Hook::ManglePrerouting, rules: inbound(capture) });
+                chains.push(Chain { name: "replies", hook: Hook::RouteOutput, rules: replies(capture) });
+            }
+        }
     }
+    if capture.takes(Direction::Outbound) {
+        chains.push(Chain { name: "outbound", hook: Hook::NatOutput, rules: outbound(capture) });
+    }
+    chains
 }
 
 fn inbound(capture: &Capture) -> Vec<Rule> {
@@ -294,6 +299,17 @@ fn outbound(capture: &Capture) -> Vec<Rule> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_direction_is_captured_without_the_other() {
+        let names = |only| -> Vec<&str> {
+            let capture = Capture { only, ..Capture::default() };
+            chains(&capture).iter().map(|chain| chain.name).collect()
+        };
+        assert_eq!(names(None), ["inbound", "outbound"]);
+        assert_eq!(names(Some(Direction::Inbound)), ["inbound"]);
+        assert_eq!(names(Some(Direction::Outbound)), ["outbound"]);
+    }
 
     #[test]
     fn a_set_has_one_form() {
