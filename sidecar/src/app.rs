@@ -286,7 +286,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
         }
     };
     let config = running.config();
-    let end = End { config: &config, stage: &stage, connections: &connections, why };
+    let end = End { config: &config, running: &running, stage: &stage, connections: &connections, why };
     Ok(end.run(inbound, outbound, child, &mut signals).await)
 }
 
@@ -303,6 +303,7 @@ enum Why {
 
 struct End<'a> {
     config: &'a Sidecar,
+    running: &'a Running,
     stage: &'a Stage,
     connections: &'a Connections,
     why: Why,
@@ -386,14 +387,14 @@ impl End<'_> {
         }
     }
 
-    /// Nobody listens at the ports of the application; or, where it has none, nothing of it is open.
+    /// Nobody listens at the ports of the application; or, where none are known, nothing of it is open.
     async fn is_gone(&self) -> bool {
-        let ports = &self.config.inbound.ports;
+        let ports = self.running.workload_addresses();
         if ports.is_empty() {
             return self.connections.count(Direction::Outbound) == 0;
         }
         for port in ports {
-            let connecting = tokio::net::TcpStream::connect(port.forward.0);
+            let connecting = certs::outgoing::connect(port);
             if !matches!(tokio::time::timeout(Duration::from_secs(1), connecting).await, Ok(Err(_))) {
                 return false;
             }

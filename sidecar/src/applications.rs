@@ -1,6 +1,7 @@
 //! The addresses of the workload as what requests and bytes go to. Those that the file names are made with it, others when
 //! the first captured connection asks for them.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -45,6 +46,11 @@ impl Applications {
             mark: config.capture.tproxy_mark.get(),
             known: Recent::new(MOST),
         }
+    }
+
+    /// Where connections have come for the workload, besides the ports that the file names.
+    pub fn addresses(&self) -> BTreeSet<SocketAddr> {
+        self.known.keys().into_iter().map(|(address, _)| address).collect()
     }
 
     /// The one at this address, connected as `client` if there is one.

@@ -19,6 +19,11 @@ impl<K: Eq + Hash + Clone, V: Clone> Recent<K, V> {
         Self { most, known: Mutex::default() }
     }
 
+    /// What there are values of.
+    pub fn keys(&self) -> Vec<K> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
     /// The value of `key`, made by `make` if there is none.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! A file that is wrong changes nothing: what is in force stays and the errors are told. Nothing that a reload does closes a
 //! connection, but for what new policies forbid. On the control side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -114,8 +114,16 @@ impl Running {
                 reloads: 0,
             }),
         }));
+        config.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
         running.apply(config)?;
         Ok(running)
+    }
+
+    /// Where the workload listens, as far as the file says it or connections have come for it.
+    pub fn workload_addresses(&self) -> BTreeSet<SocketAddr> {
+        let mut all = self.0.applications.addresses();
+        all.extend(self.state().config.inbound.ports.iter().map(|port| port.forward.0));
+        all
     }
 
     /// The file as it is in force.
@@ -188,8 +196,12 @@ impl Running {
         if !waits.is_empty() {
             tracing::warn!(keys = ?waits, "these keys have changed and wait for a new start; the others are in force");
         }
+        let warnings = config.warnings();
         match self.apply(config) {
-            Ok(()) => tracing::info!("the file is taken over"),
+            Ok(()) => {
+                tracing::info!("the file is taken over");
+                warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            }
             Err(errors) => told(errors.iter().map(ToString::to_string).collect()),
         }
     }

@@ -243,6 +243,139 @@ async fn what_is_no_service_goes_out_as_policy_says_and_nothing_runs_in_circles(
 }
 
 #[tokio::test]
+async fn an_application_of_unknown_ports_can_call_others_to_the_last() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let _web = echo_at(&far, "10.9.0.2:8080").await;
+    let inward = json!({"outbound": {"transparent": false}});
+    let _callee = transparent(&far, mesh.sidecar("payments"), inward).await;
+    let application = echo_at(&near, "0.0.0.0:8090").await;
+    let services = json!({"services": [service("web", &["10.9.0.2:8080"], json!({}))]});
+    let mut sidecar = transparent(&near, mesh.sidecar("orders"), services).await;
+    let caller = mesh.caller(&id("client"));
+    let called =
+        far.run(async move { caller.http2(addr("10.9.0.1:8090")).await.send(Call::get("/")).await }).await;
+    called.expect_status(200);
+    sidecar.signal(nix::sys::signal::Signal::SIGTERM);
+    far.run(async {
+        eventually("nothing new comes in", || async {
+            TcpStream::connect(addr("10.9.0.1:8090")).await.is_err().then_some(())
+        })
+        .await;
+    })
+    .await;
+    // Nothing of the application is open at this moment.
+    for _ in 0..20 {
+        near.run(async { Call::get("/").send_to(addr("10.9.0.2:8080")).await }).await.expect_status(200);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert!(sidecar.ended().is_none(), "{}", sidecar.output());
+    drop(application);
+    assert!(sidecar.wait().await.success(), "{}", sidecar.output());
+}
+
+#[tokio::test]
+async fn one_direction_is_captured_without_the_other() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let at_near = echo_at(&near, "10.9.0.1:8090").await;
+    let at_far = echo_at(&far, "10.9.0.2:8080").await;
+    // Whatever comes to the one, or leaves the other, would be refused.
+    let only = |direction: &str| {
+        json!({
+            direction: {"transparent": true},
+            "capture": {"mark": MARK},
+            "policies": {"default": "deny", "egress": {"default": "deny"}},
+        })
+    };
+    let mut running = Vec::new();
+    for (machine, direction) in [(&near, "outbound"), (&far, "inbound")] {
+        let builder = mesh.sidecar("payments").config(only(direction));
+        let mut sidecar = machine.run(async move { builder.launch() }).await;
+        let (binary, file) = (binary(), sidecar.folder.join("sidecar.yaml"));
+        for action in ["install", "check"] {
+            machine.namespace.sh(&format!(
+                "{} sidecar capture {action} -c {}",
+                binary.display(),
+                file.display()
+            ));
+        }
+        running.push(
+            machine
+                .run(async move {
+                    sidecar.until_ready().await;
+                    sidecar
+                })
+                .await,
+        );
+    }
+    let ask = |to: &'static str| async move { Call::get("/").header("host", to).send_to(addr(to)).await };
+    near.run(ask("10.9.0.2:8080")).await.expect_status(403);
+    far.run(ask("10.9.0.1:8090")).await.expect_status(200);
+    assert_eq!((at_far.connections(), at_near.connections()), (0, 1));
+    drop(running.remove(0));
+    near.namespace.sh(&format!("{} sidecar capture remove", binary().display()));
+    let heard = near
+        .run(async {
+            e2e::client::exchange(addr("10.9.0.2:8080"), "GET / HTTP/1.1\r\nhost: a\r\n\r\n", DEADLINE).await
+        })
+        .await;
+    assert_eq!(heard.text(), "", "a strict port");
+    assert_eq!(at_far.connections(), 0);
+}
+
+#[tokio::test]
+async fn what_asks_for_requests_lets_no_tunnel_pass() {
+    let Some([near, far]) = Machine::pair() else { return };
+    let mesh = Mesh::new();
+    let lines = talker(&far, "10.9.0.2:9002", false).await;
+    let from = json!([{"identities": [id("orders")]}]);
+    let policies = |rules: &[(&str, Value)]| {
+        let policy = |(index, (action, rule)): (usize, &(&str, Value))| {
+            let mut rule = rule.clone();
+            rule["from"] = from.clone();
+            json!({"name": format!("p{index}"), "action": action, "rules": [rule]})
+        };
+        json!({"default": "deny", "authorization": rules.iter().enumerate().map(policy).collect::<Vec<_>>()})
+    };
+    let plain = || ("allow", json!({}));
+    let patch = json!({"inbound": {"hbone": "10.9.0.2:15008"}, "policies": policies(&[])});
+    let builder = mesh.sidecar("payments").config(patch);
+    let mut callee = far.run(async move { builder.start().await }).await;
+    let services =
+        json!({"services": [service("lines", &["10.9.0.2:9002"], json!({"metadata": {"mesh": "hbone"}}))]});
+    let caller = transparent(&near, mesh.sidecar("orders"), services).await;
+    let requests = json!([{"paths": ["/a"]}]);
+    for (what, rules, passes) in [
+        ("who alone", vec![plain()], true),
+        ("a path that is allowed", vec![("allow", json!({"to": requests}))], false),
+        ("a condition that allows", vec![("allow", json!({"when": [["uri", "==", "/a"]]}))], false),
+        ("a path that is denied", vec![plain(), ("deny", json!({"to": requests}))], false),
+        ("a condition that denies", vec![plain(), ("deny", json!({"when": [["uri", "==", "/a"]]}))], false),
+        (
+            "a path at another port",
+            vec![plain(), ("deny", json!({"to": [{"paths": ["/a"], "ports": [1]}]}))],
+            true,
+        ),
+        ("a path that would be denied", vec![plain(), ("audit", json!({"to": requests}))], true),
+    ] {
+        callee = {
+            let changed = json!({"policies": policies(&rules)});
+            far.run(async move {
+                callee.reload(changed).await;
+                callee
+            })
+            .await
+        };
+        let heard = near.run(talk("10.9.0.2:9002", false)).await;
+        assert_eq!(heard == "hello there", passes, "{what}: {heard}");
+    }
+    assert!(callee.output().contains("nobody looks into tunnels"), "{}", callee.output());
+    assert_eq!(lines.connections(), 3);
+    drop(caller);
+}
+
+#[tokio::test]
 async fn tunnels_of_hbone_are_opened_and_taken() {
     let Some([near, far]) = Machine::pair() else { return };
     let mesh = Mesh::new();
