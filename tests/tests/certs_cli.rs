@@ -145,6 +145,23 @@ async fn it_tells_what_ends_and_gets_out_of_trouble() {
         (&json!("distrusted"), &json!("active"))
     );
 
+    // What is served is judged as workloads judge it, by what is revoked as well.
+    let origin = e2e::origin::echo::start().await;
+    let served = authority.sidecar("orders").inbound(origin.addr, json!({})).start().await;
+    let (at, orders) = (served.inbound(0).to_string(), e2e::sidecar::id("orders"));
+    for (revoke, expected, told) in [
+        (None, 0, "the mesh accepts it"),
+        (Some(&["revoke", &orders, "--reason", "broken into"][..]), 1, "revoked"),
+        (Some(&["revoke", "--undo", &orders][..]), 0, "the mesh accepts it"),
+    ] {
+        if let Some(revoke) = revoke {
+            assert_eq!(authority.certs(revoke).await.0, 0);
+        }
+        let (code, out, err) = authority.certs(&["verify", &at, "--expect", &orders]).await;
+        assert!(code == expected && out.contains(told), "{revoke:?}: {code} {out} {err}");
+    }
+    drop(served);
+
     // What makes no sense is refused with words, and an authority that is not there is no success.
     for (args, words) in [
         (&["distrust", "zz", "--reason", "x"][..], "no root begins with"),

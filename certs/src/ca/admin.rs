@@ -295,7 +295,9 @@ impl proto::admin_server::Admin for Operator {
         _: Request<proto::ExportBundleRequest>,
     ) -> Result<Response<proto::ExportBundleReply>, Status> {
         let known = self.keeper.driver().now();
+        let current = self.keeper.current().borrow().clone();
         Ok(Response::new(proto::ExportBundleReply {
+            bundle: Some(current.bundle().into()),
             trust_domain: known.record.trust_domain.clone(),
             generation: known.record.bundle.generation,
             roots: known.record.trusted().map(|root| root.certificate.0.clone()).collect(),

@@ -3,10 +3,10 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, anyhow};
+use certs::ca::Bundle;
 use certs::ca::inspect::inspect;
 use certs::ca::proto::ExportBundleRequest;
-use certs::identity::{IdentityPattern, TrustDomain};
-use certs::trust::Trust;
+use certs::identity::IdentityPattern;
 use clap::Args;
 
 use super::ask::{Asked, answer, request};
@@ -34,10 +34,9 @@ pub struct Verify {
 impl Verify {
     pub async fn run(self) -> Result<u8> {
         let Some(address) = &self.address else { return self.own().await };
-        let bundle = answer(self.asked.client().await?.export_bundle(request(ExportBundleRequest {})).await)?;
-        let domain: TrustDomain = bundle.trust_domain.parse()?;
-        let roots = bundle.roots.into_iter().map(Into::into);
-        let trust = Trust::new(domain.clone(), bundle.generation).with_roots(&domain, roots)?;
+        let told = answer(self.asked.client().await?.export_bundle(request(ExportBundleRequest {})).await)?;
+        let bundle = told.bundle.ok_or_else(|| anyhow!("the authority is older than this command"))?;
+        let trust = Bundle::try_from(bundle)?.trust()?;
         let (alpn, now) = (["postern-h2", "h2"], SystemTime::now());
         let found = inspect(address, &trust, self.expect.as_ref(), &alpn, now, Duration::from_secs(5)).await;
         let found = found.map_err(|error| anyhow!(error))?;
