@@ -1,4 +1,4 @@
-//! Two `postern ca run` over one etcd: what they have in common, and what one does when the other is killed.
+//! Two `postern ca run` over one etcd, or one Consul: what they have in common, and what one does when the other is killed.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -7,16 +7,22 @@ use std::time::Duration;
 
 use certs::workload::Proof;
 use e2e::ca::{Authority, Member, Watcher};
+use e2e::consul::{self, Consul};
 use e2e::etcd::Etcd;
-use e2e::{eventually_within, json};
+use e2e::{Value, eventually_within, json};
 use tempfile::TempDir;
 
 const IDENTITY: &str = "spiffe://mesh.local/ns/shop/sa/";
 
-async fn replica(etcd: &Etcd, seal: &Path, name: &str) -> Authority {
+/// The store of both, as their settings name it.
+fn in_etcd(etcd: &Etcd) -> Value {
+    json!({"etcd": {"endpoints": [etcd.endpoint()]}, "signs_unread": 5})
+}
+
+async fn replica(store: &Value, seal: &Path, name: &str) -> Authority {
     Authority::start(json!({
         "seal": {"key_file": seal},
-        "store": {"etcd": {"endpoints": [etcd.endpoint()]}, "signs_unread": 5},
+        "store": store,
         "replica": name,
         "limits": {"certificates_per_second": 1000.0, "certificates_burst": 1000},
     }))
@@ -64,9 +70,22 @@ async fn renewed_again(members: &[Member]) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rotation_begun_at_one_goes_on_at_the_other_when_that_is_killed() {
     let etcd = Etcd::start().await;
+    one_begins_and_the_other_goes_on(in_etcd(&etcd)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotation_over_consul_goes_on_at_the_other_when_one_is_killed() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::start().await;
+    one_begins_and_the_other_goes_on(json!({"consul": {"server": consul.url()}, "signs_unread": 5})).await;
+}
+
+async fn one_begins_and_the_other_goes_on(store: Value) {
     let (_shared, seal) = sealing_key();
     // Both find an empty store, and one founds the authority.
-    let (one, two) = tokio::join!(replica(&etcd, &seal, "ca-1"), replica(&etcd, &seal, "ca-2"));
+    let (one, two) = tokio::join!(replica(&store, &seal, "ca-1"), replica(&store, &seal, "ca-2"));
     let (told, other) = (one.told().await, two.told().await);
     assert_eq!(told["pin"], other["pin"], "whoever knows one knows the other");
     assert_eq!(told["roots"], other["roots"]);
@@ -129,8 +148,9 @@ async fn a_rotation_begun_at_one_goes_on_at_the_other_when_that_is_killed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_ends_in_order_leaves_the_lead_and_is_not_waited_for() {
     let etcd = Etcd::start().await;
+    let store = in_etcd(&etcd);
     let (_shared, seal) = sealing_key();
-    let (one, two) = tokio::join!(replica(&etcd, &seal, "ca-1"), replica(&etcd, &seal, "ca-2"));
+    let (one, two) = tokio::join!(replica(&store, &seal, "ca-1"), replica(&store, &seal, "ca-2"));
     let (mut leader, follower) = by_rank([one, two]).await;
     eventually_within(Duration::from_secs(30), "it knows the other", || async {
         let others = follower.certs_status().await["replicas"].clone();
@@ -152,7 +172,7 @@ async fn one_that_ends_in_order_leaves_the_lead_and_is_not_waited_for() {
 async fn another_sealing_key_is_told_and_nothing_is_written() {
     let etcd = Etcd::start().await;
     let shared = tempfile::tempdir().expect("a folder");
-    let first = replica(&etcd, &shared.path().join("one.key"), "ca-1").await;
+    let first = replica(&in_etcd(&etcd), &shared.path().join("one.key"), "ca-1").await;
     let settings = json!({
         "listen": "127.0.0.1:0",
         "status": "off",
