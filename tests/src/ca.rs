@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use certs::clock::SystemClock;
 use certs::mesh::MeshIdentity;
@@ -102,6 +102,21 @@ impl Authority {
         Call::get("/status").send_to(self.status).await.json()
     }
 
+    /// How many changes its record on the disk has seen.
+    pub fn sequence(&self) -> Option<u64> {
+        sequence(&self.record())
+    }
+
+    /// The number of the next write of a rotation after `seen`, the moment it is on the disk; none once it has ended.
+    pub async fn next_write(&self, seen: u64) -> Option<u64> {
+        let record = self.record();
+        tokio::task::spawn_blocking(move || next_write(&record, seen)).await.expect("a look")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.data().join("store/record.value")
+    }
+
     /// Runs `postern ca` with these arguments at this authority.
     pub fn command(&self, args: &[&str]) -> (i32, String, String) {
         let mut all = vec!["ca"];
@@ -155,6 +170,36 @@ impl Authority {
         let identity = MeshIdentity::with_clock(time.clone());
         Member { workload: Workload::start(settings, identity.clone(), time), identity }
     }
+}
+
+fn sequence(record: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(record).ok()?;
+    let (_, value) = text.split_once('\n')?;
+    serde_json::from_str::<Value>(value).ok()?["sequence"].as_u64()
+}
+
+fn next_write(record: &Path, seen: u64) -> Option<u64> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        match sequence(record) {
+            Some(next) if next != seen => return Some(next),
+            _ if is_over(record) => return None,
+            _ => {}
+        }
+        assert!(Instant::now() < until, "nothing is written any more after {seen}");
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "no worker: this thread watches a file as closely as it can"
+        )]
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Whether the record on the disk has a rotation that ended.
+fn is_over(record: &Path) -> bool {
+    let text = std::fs::read_to_string(record).unwrap_or_default();
+    let value = text.split_once('\n').and_then(|(_, value)| serde_json::from_str::<Value>(value).ok());
+    value.is_some_and(|value| value["rotation"].is_null() && value["past"][0]["ended"] == "done")
 }
 
 /// A workload in this process.

@@ -1,7 +1,6 @@
 //! kill -9 of a real authority at every write of a root rotation: whoever starts it again goes on where the record says,
 //! and nobody is refused meanwhile.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use certs::workload::Proof;
@@ -10,13 +9,6 @@ use e2e::{Value, eventually_within, json};
 
 /// A rotation of a root has fewer writes than this.
 const WRITES: usize = 40;
-
-/// How many changes the record on the disk has seen.
-fn sequence(record: &Path) -> Option<u64> {
-    let text = std::fs::read_to_string(record).ok()?;
-    let (_, value) = text.split_once('\n')?;
-    serde_json::from_str::<Value>(value).ok()?["sequence"].as_u64()
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn an_authority_killed_at_every_write_of_a_rotation_ends_it() {
@@ -38,17 +30,14 @@ async fn an_authority_killed_at_every_write_of_a_rotation_ends_it() {
     let (code, out, err) = authority.certs(&begin).await;
     assert_eq!(code, 4, "{out} {err}");
 
-    let record = authority.data().join("store/record.value");
     let mut kills = 0;
-    let mut seen = sequence(&record).expect("a record");
+    let mut seen = authority.sequence().expect("a record");
     let until = Instant::now() + Duration::from_secs(120);
     let ended = loop {
-        let watched = record.clone();
-        let next = tokio::task::spawn_blocking(move || next_write(&watched, seen)).await.expect("a look");
-        let Some(next) = next else { break authority.certs_status().await };
+        let Some(next) = authority.next_write(seen).await else { break authority.certs_status().await };
         authority.kill();
         kills += 1;
-        seen = sequence(&record).unwrap_or(next);
+        seen = authority.sequence().unwrap_or(next);
         assert!(kills < WRITES && Instant::now() < until, "{kills} writes and no end: {seen}");
         authority.run().await;
     };
@@ -67,29 +56,4 @@ async fn an_authority_killed_at_every_write_of_a_rotation_ends_it() {
         })
         .await;
     }
-}
-
-/// The number of the next write, the moment it is on the disk; none once the rotation has ended.
-fn next_write(record: &Path, seen: u64) -> Option<u64> {
-    let until = Instant::now() + Duration::from_secs(60);
-    loop {
-        match sequence(record) {
-            Some(next) if next != seen => return Some(next),
-            _ if is_over(record) => return None,
-            _ => {}
-        }
-        assert!(Instant::now() < until, "nothing is written any more after {seen}");
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "no worker: this thread watches a file as closely as it can"
-        )]
-        std::thread::sleep(Duration::from_micros(200));
-    }
-}
-
-/// Whether the record on the disk has a rotation that ended.
-fn is_over(record: &Path) -> bool {
-    let text = std::fs::read_to_string(record).unwrap_or_default();
-    let value = text.split_once('\n').and_then(|(_, value)| serde_json::from_str::<Value>(value).ok());
-    value.is_some_and(|value| value["rotation"].is_null() && value["past"][0]["ended"] == "done")
 }
