@@ -44,8 +44,14 @@ impl Authority {
 
     /// An authority signed by this one.
     pub fn intermediate(&self, name: &str) -> Authority {
-        let issuer = CertifiedIssuer::signed_by(authority_params(name), ecdsa(), &self.issuer)
-            .expect("an intermediate");
+        self.below(name, |_| {})
+    }
+
+    /// The same, with something else about it.
+    pub fn below(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Authority {
+        let mut params = authority_params(name);
+        change(&mut params);
+        let issuer = CertifiedIssuer::signed_by(params, ecdsa(), &self.issuer).expect("an intermediate");
         let chain = format!("{}{}", issuer.pem(), self.chain);
         Authority { issuer, chain }
     }
@@ -91,13 +97,25 @@ impl Authority {
 
     /// A certificate of the mesh for this SPIFFE id, for both sides of a connection.
     pub fn svid(&self, id: &str) -> Leaf {
+        self.svid_with(id, |_| {})
+    }
+
+    /// The same, with something else about it.
+    pub fn svid_with(&self, id: &str, change: impl FnOnce(&mut CertificateParams)) -> Leaf {
+        let mut params = Authority::svid_params(id);
+        change(&mut params);
+        self.sign(params, &ecdsa())
+    }
+
+    /// What a certificate of the mesh for this SPIFFE id says.
+    pub fn svid_params(id: &str) -> CertificateParams {
         let mut params = CertificateParams::default();
         let id = id.to_owned().try_into().expect("an id is ASCII");
         params.subject_alt_names = vec![SanType::URI(id)];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        self.sign(params, &ecdsa())
+        params
     }
 
     fn sign(&self, params: CertificateParams, key: &KeyPair) -> Leaf {

@@ -25,6 +25,7 @@ pub mod kafka;
 pub mod kube;
 pub mod load;
 pub mod machine;
+pub mod malformed;
 pub mod memory;
 pub mod nacos;
 pub mod namespace;
