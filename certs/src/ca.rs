@@ -13,6 +13,7 @@ pub mod export;
 pub mod fleet;
 pub mod foundry;
 pub mod inspect;
+pub mod istio;
 pub mod keeper;
 #[cfg(test)]
 mod keeper_tests;
@@ -47,6 +48,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::BoxFuture;
 use rustls::pki_types::CertificateDer;
 
 use crate::identity::{IdentityPattern, SpiffeId, TrustDomain};
@@ -245,6 +247,20 @@ pub struct Ack {
     pub mesh_address: Option<SocketAddr>,
 }
 
+/// A certificate, and the roots of a bundle with it, for somebody who never says what he uses.
+#[derive(Clone, Copy, Debug)]
+pub struct Handed<'a> {
+    pub identity: &'a SpiffeId,
+    pub proxy_id: &'a str,
+    pub serial: &'a Serial,
+    pub issuer: &'a KeyId,
+    pub not_after: SystemTime,
+    /// The bundle of the roots.
+    pub generation: u64,
+    /// The certificate that he showed when he asked.
+    pub shown: Option<&'a Serial>,
+}
+
 /// Hears what workloads use. Called on the service's tasks: it must not wait.
 pub trait Acks: Send + Sync + 'static {
     /// A workload that has shown who it is says this.
@@ -255,4 +271,13 @@ pub trait Acks: Send + Sync + 'static {
 
     /// A certificate was signed for it. It may never say so.
     fn signed(&self, identity: &SpiffeId, proxy_id: &str, issuer: &KeyId, not_after: SystemTime);
+
+    /// The same for somebody who will never say so.
+    fn handed(&self, handed: Handed<'_>);
+
+    /// The process that was handed this certificate.
+    fn holder(&self, identity: &SpiffeId, serial: &Serial) -> Option<String>;
+
+    /// Until everything that was handed is written down. This one may wait.
+    fn written(&self) -> BoxFuture<'_, Result<(), String>>;
 }

@@ -132,14 +132,14 @@ impl Istio {
         bearer.set_sensitive(true);
         let asked = proto::IstioCertificateRequest {
             csr: csr.pem.clone(),
-            subject_id: String::new(),
             validity_duration: self.ttl.map_or(0, |ttl| i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX)),
+            metadata: None,
         };
         let mut request = Request::new(asked);
         request.metadata_mut().insert("authorization", bearer);
         let mut client = IstioCertificateServiceClient::new(self.channel().await?);
         let answer = client.create_certificate(request).await.map_err(|status| self.refused(&status))?;
-        read(&answer.into_inner().cert_chain)
+        read(&answer.into_inner())
             .map_err(|problem| Failure::new(format!("{}: the answer is not taken: {problem}", self.address)))
     }
 
@@ -170,18 +170,23 @@ impl Signer for Istio {
     }
 }
 
-/// The chain is everything but the last entry, which is the roots.
-fn read(entries: &[String]) -> Result<Signed, String> {
-    if entries.len() > MAX_ENTRIES {
+/// The chain is everything but the last entry, which is the roots; newer authorities may name these apart.
+fn read(answer: &proto::IstioCertificateResponse) -> Result<Signed, String> {
+    let entries = answer.cert_chain.as_slice();
+    let apart = answer.root_cert.as_ref().map(|roots| roots.ca_cert.as_slice()).filter(|all| !all.is_empty());
+    if entries.len() > MAX_ENTRIES || apart.is_some_and(|roots| roots.len() > MAX_ENTRIES) {
         return Err(format!("more than {MAX_ENTRIES} entries"));
     }
-    let (roots, chain) = entries.split_last().ok_or("it is empty")?;
+    let split = entries.len().checked_sub(1).ok_or("it is empty")?;
+    let (chain, roots) = apart.map_or_else(|| entries.split_at(split), |roots| (entries, roots));
     if chain.is_empty() {
         return Err("it has one entry and not a certificate and its roots".to_owned());
     }
-    let read = |entry: &String| pem_certificates(entry.as_bytes()).map_err(|error| error.to_string());
-    let chain: Result<Vec<Vec<CertificateDer<'static>>>, String> = chain.iter().map(read).collect();
-    Ok(Signed { chain: chain?.concat(), roots: read(roots)? })
+    let read = |entries: &[String]| -> Result<Vec<CertificateDer<'static>>, String> {
+        let read = |entry: &String| pem_certificates(entry.as_bytes()).map_err(|error| error.to_string());
+        Ok(entries.iter().map(read).collect::<Result<Vec<_>, _>>()?.concat())
+    };
+    Ok(Signed { chain: read(chain)?, roots: read(roots)? })
 }
 
 #[cfg(test)]

@@ -54,6 +54,9 @@ pub struct Ca {
     /// Proof by ACL tokens of Consul.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub consul: Option<Consul>,
+    /// A second door, for clients of Istio: they ask for certificates by `CreateCertificate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub istio: Option<Istio>,
     /// How much is signed.
     pub limits: Limits,
 }
@@ -234,6 +237,87 @@ impl Default for Consul {
     }
 }
 
+/// The door for clients of Istio. They know the authority by a DNS name and the roots of the mesh.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Istio {
+    /// Where they call.
+    pub listen: String,
+    /// DNS names in the certificate of this door, which the authority makes for itself.
+    #[schemars(length(min = 1, max = 16))]
+    pub names: Vec<String>,
+    /// The certificate of this door in PEM, where it comes from elsewhere and not of `names`; read again when it changes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cert_file: Option<PathBuf>,
+    /// The key of that certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<PathBuf>,
+    /// What tokens of Kubernetes have to be for. They are taken if `kubernetes` is there.
+    pub audience: String,
+    /// Service accounts, `NAMESPACE/NAME`, of proxies that may ask for the pods of their node: `istio-system/ztunnel`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub node_accounts: Vec<String>,
+}
+
+impl Default for Istio {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:15013".to_owned(),
+            names: vec!["istiod.istio-system.svc".to_owned()],
+            cert_file: None,
+            key_file: None,
+            audience: "istio-ca".to_owned(),
+            node_accounts: Vec::new(),
+        }
+    }
+}
+
+impl Istio {
+    /// Where clients of Istio call. What is wrong with it was told when the file was read.
+    pub fn listen(&self) -> Option<SocketAddr> {
+        self.listen.parse().ok()
+    }
+
+    fn check(&self, wrong: &mut impl FnMut(&str, String)) {
+        if self.listen().is_none() {
+            let words = format!("`{}` is not an address with a port: write 127.0.0.1:15013", self.listen);
+            wrong("/istio/listen", words);
+        }
+        if self.cert_file.is_some() != self.key_file.is_some() {
+            wrong("/istio", "`cert_file` and `key_file` go together".to_owned());
+        }
+        if self.names.is_empty() || self.names.len() > 16 {
+            wrong("/istio/names", "from 1 to 16 names: write [istiod.istio-system.svc]".to_owned());
+        }
+        for (index, name) in self.names.iter().enumerate().filter(|(_, name)| !is_dns_name(name)) {
+            wrong(&format!("/istio/names/{index}"), format!("`{name}` is not a DNS name"));
+        }
+        if self.audience.is_empty() {
+            wrong("/istio/audience", "tokens are for somebody: write istio-ca".to_owned());
+        }
+        let is_account = |account: &str| {
+            account
+                .split_once('/')
+                .is_some_and(|(namespace, name)| is_dns_name(namespace) && is_dns_name(name))
+        };
+        for (index, account) in self.node_accounts.iter().enumerate().filter(|(_, one)| !is_account(one)) {
+            let words = format!("`{account}` is not NAMESPACE/NAME: write istio-system/ztunnel");
+            wrong(&format!("/istio/node_accounts/{index}"), words);
+        }
+    }
+}
+
+/// Labels of letters, digits and hyphens with dots between them.
+fn is_dns_name(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
 /// Limits of an authority.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -282,6 +366,7 @@ impl Default for Ca {
             longest_ttl: 24 * 3600,
             kubernetes: None,
             consul: None,
+            istio: None,
             limits: Limits::default(),
         }
     }
@@ -376,6 +461,9 @@ impl Ca {
         {
             wrong("/consul/path", "it has no `{service}` in it: write /ns/default/sa/{service}".to_owned());
         }
+        if let Some(istio) = &self.istio {
+            istio.check(&mut wrong);
+        }
         let limits = &self.limits;
         if !(0.001..=1000.0).contains(&limits.certificates_per_second) {
             wrong("/limits/certificates_per_second", "from 0.001 to 1000".to_owned());
@@ -466,6 +554,10 @@ impl Ca {
         if let Some(consul) = &mut self.consul {
             paths.extend(&mut consul.ca_file);
         }
+        if let Some(istio) = &mut self.istio {
+            paths.extend(&mut istio.cert_file);
+            paths.extend(&mut istio.key_file);
+        }
         for path in paths {
             *path = dir.join(&*path);
         }
@@ -513,6 +605,12 @@ mod tests {
         let given =
             read("kubernetes: {}\nconsul: {datacenter: dc1}\nstatus: off\nseal: {key_file: k}\n").unwrap();
         assert_eq!(given.kubernetes.unwrap().audience, "postern-ca");
+        let istio = read("istio: {cert_file: a.pem, key_file: b.pem}").unwrap().istio.unwrap();
+        assert_eq!(
+            (istio.names.as_slice(), istio.audience.as_str()),
+            (&["istiod.istio-system.svc".to_owned()][..], "istio-ca")
+        );
+        assert!(istio.cert_file.is_some_and(|path| path != Path::new("a.pem") && path.ends_with("a.pem")));
         assert_eq!(given.consul.unwrap().datacenter.as_deref(), Some("dc1"));
         assert_eq!(given.seal.key_file, Some(PathBuf::from("/etc/postern/k")));
         let shared =
@@ -543,6 +641,13 @@ mod tests {
             ("replica: a b", "replica"),
             ("limits: {certificates_per_second: -1}", "certificates_per_second"),
             ("kubernetes: {audiences: [a]}", "audiences"),
+            ("istio: {listen: istiod}", "listen"),
+            ("istio: {names: []}", "names"),
+            ("istio: {names: ['*.svc']}", "`*.svc` is not a DNS name"),
+            ("istio: {cert_file: a.pem}", "go together"),
+            ("istio: {audience: ''}", "audience"),
+            ("istio: {node_accounts: [ztunnel]}", "NAMESPACE/NAME"),
+            ("istio: {ca_file: a}", "ca_file"),
         ];
         for (text, place) in cases {
             let errors = read(text).unwrap_err().join("\n");

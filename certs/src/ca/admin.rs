@@ -533,6 +533,7 @@ fn fleet_status(record: &Record, view: &View, now: Moment, all: bool) -> proto::
         workloads: count(view.members.len()),
         live: count(live.len()),
         absent: count(view.absent(now, absent_after).count()),
+        silent: count(view.absent(now, absent_after).filter(|one| one.is_silent()).count()),
         current: count(live.iter().filter(|one| one.generation >= record.bundle.generation).count()),
         first_end: live.iter().map(|one| one.not_after.secs()).filter(|end| *end > 0).min().unwrap_or(0),
         listed: listed
@@ -549,6 +550,7 @@ fn fleet_status(record: &Record, view: &View, now: Moment, all: bool) -> proto::
                 clock_offset_ms: one.clock_offset_ms,
                 refused: one.refused.clone().unwrap_or_default(),
                 live: one.is_live(now, absent_after),
+                silent: one.is_silent(),
             })
             .collect(),
         by_age,

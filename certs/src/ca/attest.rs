@@ -5,6 +5,7 @@
 mod call;
 pub mod consul;
 pub mod kubernetes;
+pub mod node;
 pub mod renewal;
 pub mod session;
 pub mod token;
@@ -33,6 +34,8 @@ pub struct Grant {
     pub attestor: &'static str,
     /// What it was, for the log; no secret.
     pub evidence: String,
+    /// Which process of the identity this is, where the proof tells.
+    pub process: Option<String>,
 }
 
 /// Why somebody is not who he says.

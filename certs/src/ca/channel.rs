@@ -17,8 +17,9 @@ use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
@@ -130,19 +131,30 @@ fn provider() -> Arc<CryptoProvider> {
 /// # Errors
 /// The library fails.
 pub fn server(key: &Key, now: SystemTime) -> Result<Arc<ServerConfig>, AuthorityError> {
-    let failed = |error: &dyn fmt::Display| AuthorityError::Signing(error.to_string());
     let mut params = CertificateParams::new(vec![NAME.to_owned()]).map_err(|error| failed(&error))?;
     let since = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     params.not_before = rcgen::date_time_ymd(1970, 1, 1) + since(now - Duration::from_secs(86_400));
     params.not_after = rcgen::date_time_ymd(1970, 1, 1) + since(now + LIFE);
     let certificate = params.self_signed(key).map_err(|error| failed(&error))?;
+    let own = CertifiedKey::from_der(vec![certificate.der().clone()], key.private_key(), &provider());
+    door(Arc::new(SingleCertAndKey::from(own.map_err(|error| failed(&error))?)))
+}
+
+fn failed(error: &dyn fmt::Display) -> AuthorityError {
+    AuthorityError::Signing(error.to_string())
+}
+
+/// The same with a certificate that is chosen at each handshake.
+///
+/// # Errors
+/// The library fails.
+pub(super) fn door(shown: Arc<dyn ResolvesServerCert>) -> Result<Arc<ServerConfig>, AuthorityError> {
     let provider = provider();
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&TLS13])
         .map_err(|error| failed(&error))?
         .with_client_cert_verifier(Arc::new(Holder(provider)))
-        .with_single_cert(vec![certificate.der().clone()], key.private_key())
-        .map_err(|error| failed(&error))?;
+        .with_cert_resolver(shown);
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -163,7 +175,7 @@ pub fn client(pins: Arc<[Pin]>, svid: Option<&Svid>) -> Result<Arc<ClientConfig>
         None => builder.with_no_client_auth(),
         Some(svid) => {
             let key = svid.certified_key().clone();
-            builder.with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)))
+            builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key)))
         }
     };
     config.alpn_protocols = vec![ALPN.to_vec()];

@@ -4,6 +4,8 @@
 //! certificate that is still valid stays listed, over restarts of the authority too (it is written to the store in
 //! sixteen parts, a replica each). It is bounded; when it is full, that is said, and stops rotations. Nothing here waits.
 
+mod answers;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::record::{Forgotten, IssuerId, Moment};
+pub use answers::{Answer, Answers};
 
 /// Workloads that are remembered.
 pub const MAX_MEMBERS: usize = 50_000;
@@ -65,15 +68,39 @@ pub struct Member {
     /// Certificates that were signed and are not confirmed: it may use any of them. By whom, when, until when.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given: Vec<(IssuerId, Moment, Moment)>,
+    /// What it was handed, if it never says what it uses; the fields above are made of this.
+    #[serde(default, skip_serializing_if = "Answers::is_empty")]
+    pub answers: Answers,
     #[serde(skip)]
     pub connected: bool,
 }
 
 impl Member {
-    /// Whether it counts as live.
+    /// Whether it counts as live: whether it confirms what it is told. Who never does may come back like somebody absent.
     #[must_use]
     pub fn is_live(&self, now: Moment, absent_after: Duration) -> bool {
-        now.since(self.seen_at) <= absent_after
+        !self.is_silent() && now.since(self.seen_at) <= absent_after
+    }
+
+    /// Whether it never says what it uses.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
+    /// Makes of what it was handed what it may use.
+    fn settle(&mut self, now: Moment) {
+        let in_use = self.answers.in_use(now);
+        let Some((first, others)) = in_use.split_first() else { return };
+        self.generation = in_use.iter().map(|answer| answer.generation).min().unwrap_or_default();
+        self.issuer.clone_from(&first.issuer);
+        self.serial.clone_from(&first.serial);
+        (self.signed_at, self.not_after) = (first.at, first.until);
+        self.given = others.iter().map(|one| (one.issuer.clone(), one.at, one.until)).collect();
+        // A workload of the same name that says something is another one.
+        (self.oldest_connection, self.refused, self.mesh_address, self.clock_offset_ms) =
+            (None, None, None, 0);
+        self.connected = false;
     }
 
     /// Whether it may come back with a certificate that peers accept.
@@ -191,6 +218,11 @@ impl View {
             .iter()
             .filter(|(at, ..)| *at + BUCKET > since)
             .fold((0, 0), |(all, bad), (_, more, worse)| (all + more, bad + worse))
+    }
+
+    /// With what those may use who never say it.
+    pub(crate) fn settle(&mut self, now: Moment) {
+        self.members.iter_mut().for_each(|member| member.settle(now));
     }
 
     /// Who was seen lately.
@@ -344,6 +376,30 @@ impl Fleet {
         }
     }
 
+    /// A certificate was handed to somebody who never says what he uses. `shown` is the one by which he asked.
+    pub fn handed(&self, identity: &str, id: &str, answer: Answer, shown: Option<&str>) {
+        let mut inner = self.lock();
+        let (key, now) = (key(identity, id), answer.at);
+        if let Some(member) = inner.member(&key, identity, id, now) {
+            member.answers.add(answer, shown);
+            member.settle(now);
+            member.seen_at = now;
+            inner.touch(&key);
+        }
+    }
+
+    /// The process of an identity that was handed this certificate.
+    #[must_use]
+    pub fn holder(&self, identity: &str, serial: &str) -> Option<String> {
+        let inner = self.lock();
+        let begin = key(identity, "");
+        let own = inner.own.range(begin.clone()..).take_while(|(key, _)| key.starts_with(&begin));
+        let own = own.map(|(_, member)| member);
+        let others = inner.others.values().flat_map(|followed| &followed.part.members);
+        let mut found = own.chain(others.filter(|member| member.identity == identity));
+        found.find(|member| member.answers.has(serial)).map(|member| member.id.clone())
+    }
+
     /// Whether everybody that was known from the store has been heard.
     pub fn is_complete(&self, now: Moment) -> bool {
         let inner = self.lock();
@@ -408,7 +464,9 @@ impl Fleet {
         let mut inner = self.lock();
         for member in stored.members {
             let key = key(&member.identity, &member.id);
-            inner.awaited.insert(key.clone());
+            if !member.is_silent() {
+                inner.awaited.insert(key.clone());
+            }
             inner.own.entry(key).or_insert(member);
         }
     }
@@ -456,6 +514,10 @@ impl Fleet {
             for member in &part.members {
                 let key = key(&member.identity, &member.id);
                 match members.get_mut(&key) {
+                    Some(known) if known.is_silent() || member.is_silent() => {
+                        known.answers.join(&member.answers);
+                        known.seen_at = known.seen_at.max(member.seen_at);
+                    }
                     Some(known) if known.seen_at >= member.seen_at => {
                         // A certificate that another replica gave meanwhile may be in use all the same.
                         let new = member.given.iter().filter(|one| !known.given.contains(one)).cloned();
@@ -618,6 +680,58 @@ mod tests {
         assert_eq!(fleet.view().members.len(), 1);
         fleet.changes(&sign("ca", 1), false, Moment::from_secs(6000));
         assert!(fleet.view().members.is_empty());
+    }
+
+    #[test]
+    fn who_says_nothing_is_known_by_what_he_was_handed() {
+        let identity = "spiffe://mesh.local/ns/a/sa/b";
+        let at = Moment::from_secs;
+        let answer = |serial: &str, generation, issuer: &str, since| Answer {
+            generation,
+            issuer: issuer.into(),
+            serial: serial.to_owned(),
+            at: at(since),
+            until: at(since + 80_000),
+            ..Answer::default()
+        };
+        let fleet = Fleet::default();
+        fleet.handed(identity, "istio:a/b", answer("01", 3, "i1", 1000), None);
+        let seen = |fleet: &Fleet, now| {
+            let mut view = fleet.view();
+            view.settle(at(now));
+            view
+        };
+        let minutes = Duration::from_secs(600);
+        let view = seen(&fleet, 1001);
+        assert_eq!((view.live(at(1001), minutes).count(), view.absent(at(1001), minutes).count()), (0, 1));
+        // He does not confirm by another mouth.
+        fleet.heard(Said { issuer: "i9".into(), ..said("istio:a/b", 9, "i9", 90_000) }, at(1002));
+        let member = seen(&fleet, 1003).members.remove(0);
+        assert_eq!((member.generation, member.issuer.0.as_str()), (3, "i1"));
+
+        fleet.handed(identity, "istio:a/b", answer("02", 4, "i2", 40_000), None);
+        let early = seen(&fleet, 40_010).members.remove(0);
+        assert_eq!(early.generation, 3, "the answer may be lost");
+        assert!(early.may_hold(&"i1".into(), at(40_010)) && early.may_hold(&"i2".into(), at(40_010)));
+        let late = seen(&fleet, 40_300).members.remove(0);
+        assert_eq!(late.generation, 4);
+        assert!(!late.may_hold(&"i1".into(), at(40_300)), "it was replaced");
+        assert_eq!(fleet.holder(identity, "02").as_deref(), Some("istio:a/b"));
+        assert_eq!(fleet.holder("spiffe://mesh.local/ns/a/sa/bb", "02"), None);
+
+        // Over a restart, and for another replica.
+        let (after, other) = (Fleet::default(), Fleet::default());
+        other.handed(identity, "istio:a/b", answer("03", 4, "i2", 40_100), None);
+        for (number, bytes) in fleet.changes(&sign("ca-1", 7), true, at(40_300)) {
+            after.restore(&bytes);
+            assert!(!other.follow("ca-1", number, &bytes, at(40_300)));
+        }
+        assert!(after.is_complete(at(40_300)), "nobody waits for him to say something");
+        assert_eq!(seen(&after, 40_300).members, [late]);
+        assert_eq!(other.holder(identity, "02").as_deref(), Some("istio:a/b"));
+        let both = seen(&other, 40_200).members.remove(0);
+        assert_eq!((both.generation, both.given.len()), (3, 2), "he asked again, so both may be lost");
+        assert_eq!(seen(&other, 40_400).members.remove(0).generation, 4);
     }
 
     #[test]

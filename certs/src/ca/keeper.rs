@@ -8,11 +8,12 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::BoxFuture;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use super::authority::Authority;
-use super::fleet::{Fleet, Said};
+use super::fleet::{Answer, Fleet, Said};
 use super::foundry::Foundry;
 use super::record::{IssuerId, Moment, Record, RootState};
 use super::rotation::driver::{Clock, Driver, DriverError};
@@ -20,7 +21,7 @@ use super::rotation::forge::ForgeError;
 use super::rotation::metrics::{self, Sample};
 use super::rotation::{self, State};
 use super::store::Store;
-use super::{Ack, Acks, Bundle, BundleRoot, Current, Lifetimes, Renew};
+use super::{Ack, Acks, Bundle, BundleRoot, Current, Handed, Lifetimes, Renew};
 use crate::identity::{IdentityPattern, SpiffeId};
 use crate::trust::{Fingerprint, KeyId, Revoked, Serial};
 
@@ -266,5 +267,32 @@ impl Acks for Keeper {
     fn signed(&self, identity: &SpiffeId, proxy_id: &str, issuer: &KeyId, not_after: SystemTime) {
         let issuer = IssuerId(issuer.to_string());
         self.fleet.signed(identity.as_str(), proxy_id, &issuer, not_after.into(), self.clock.wall());
+    }
+
+    fn handed(&self, handed: Handed<'_>) {
+        let answer = Answer {
+            generation: handed.generation,
+            issuer: IssuerId(handed.issuer.to_string()),
+            serial: handed.serial.to_string(),
+            at: self.clock.wall(),
+            until: handed.not_after.into(),
+            ..Answer::default()
+        };
+        let shown = handed.shown.map(ToString::to_string);
+        self.fleet.handed(handed.identity.as_str(), handed.proxy_id, answer, shown.as_deref());
+    }
+
+    fn holder(&self, identity: &SpiffeId, serial: &Serial) -> Option<String> {
+        self.fleet.holder(identity.as_str(), &serial.to_string())
+    }
+
+    fn written(&self) -> BoxFuture<'_, Result<(), String>> {
+        // Whoever waits may go away; what is being written is written to its end.
+        let driver = Arc::clone(&self.driver);
+        let writing = tokio::spawn(async move { driver.keep_fleet().await });
+        Box::pin(async move {
+            let written = writing.await.map_err(|error| error.to_string())?;
+            written.map_err(|error| error.to_string())
+        })
     }
 }

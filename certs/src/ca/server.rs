@@ -1,22 +1,32 @@
-//! The doors of an authority: the one that workloads call at, and the socket in its data directory for operators.
+//! The doors of an authority: the one that workloads call at, the one for clients of Istio, and the socket in its data
+//! directory for operators.
 
+use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, UnixListener};
+use tokio::time::timeout;
+use tonic::Status;
+use tonic::codegen::Service as _;
 use tonic::service::Routes;
 
+use super::istio::Front;
 use super::proto::certificate_authority_server::CertificateAuthorityServer;
 use super::service::Service;
 use crate::grpc::{self, Door, Limits};
+use crate::istio::proto::istio_certificate_service_server::IstioCertificateServiceServer;
 
 /// A request for a certificate is a few kilobytes, an acknowledgement less.
 const LONGEST_MESSAGE: usize = 64 * 1024;
 const CALLS: u32 = 16;
+/// One call from its first byte to its answer, where there are no streams.
+const CALL: Duration = Duration::from_secs(60);
 /// Commands at a time.
 const OPERATORS: usize = 64;
 
@@ -33,6 +43,26 @@ pub async fn workloads(
         stop.await;
         service.stop();
     };
+    grpc::serve_until(Door::Tcp(listener, Some(tls)), limits, rpc, stop).await;
+}
+
+/// Serves clients of Istio until `stop`.
+pub async fn istio(
+    front: Front,
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    stop: impl Future<Output = ()>,
+) {
+    let limits = Limits { connections: front.service().limits().connections, calls: CALLS };
+    let rpc = IstioCertificateServiceServer::new(front).max_decoding_message_size(LONGEST_MESSAGE);
+    // There is nothing that stays open here.
+    let rpc = tower::service_fn(move |request| {
+        let mut rpc = rpc.clone();
+        async move {
+            let late = || Status::deadline_exceeded("the call took too long").into_http();
+            timeout(CALL, rpc.call(request)).await.unwrap_or_else(|_| Ok::<_, Infallible>(late()))
+        }
+    });
     grpc::serve_until(Door::Tcp(listener, Some(tls)), limits, rpc, stop).await;
 }
 

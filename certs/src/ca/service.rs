@@ -20,9 +20,9 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::{debug, warn};
 
 use super::attest::session::{Session, Sessions};
-use super::attest::{self, Attestors, Refusal, renewal};
+use super::attest::{self, Attestors, Grant, Refusal, renewal};
 use super::audit::{Audit, Entry};
-use super::authority;
+use super::authority::{self, Issued};
 use super::csr::PublicKey;
 use super::limits::{Buckets, Class, Desk, Full, Limits, Rate};
 use super::mark::Mark;
@@ -30,7 +30,7 @@ use super::proto;
 use super::proto::watch_request::Body as FromWorkload;
 use super::proto::watch_response::Body as ToWorkload;
 use super::seal::{SealError, Sealer};
-use super::{Ack, Acks, Bundle, Current, RootState};
+use super::{Ack, Acks, Bundle, Current, Handed, RootState};
 use crate::clock::Clock;
 use crate::grpc::Caller;
 use crate::identity::SpiffeId;
@@ -158,20 +158,33 @@ impl Service {
         self.0.stopping.send_replace(true);
     }
 
+    pub(super) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.0.parts.clock
+    }
+
+    /// Follows what there is.
+    pub(super) fn follow(&self) -> watch::Receiver<Arc<Current>> {
+        self.0.parts.current.clone()
+    }
+
+    pub(super) fn acks(&self) -> &Arc<dyn Acks> {
+        &self.0.parts.acks
+    }
+
     pub(super) fn limits(&self) -> Limits {
         self.0.parts.limits
     }
 
-    fn now(&self) -> SystemTime {
+    pub(super) fn now(&self) -> SystemTime {
         self.0.parts.clock.now()
     }
 
-    fn count(&self, call: &'static str, kind: &str, code: Code) {
+    pub(super) fn count(&self, call: &'static str, kind: &str, code: Code) {
         let mut counts = self.0.counts.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry((call, kind.to_owned(), code_name(code))).or_default() += 1;
     }
 
-    fn write(&self, entry: &Entry<'_>) -> Result<(), Status> {
+    pub(super) fn write(&self, entry: &Entry<'_>) -> Result<(), Status> {
         self.0.parts.audit.write(entry, self.now()).map_err(|error| {
             warn!(%error, "nothing is signed, because the audit log cannot be written");
             Status::unavailable("the audit log cannot be written")
@@ -205,13 +218,53 @@ impl Service {
         self.0.offset.store(median, Ordering::Relaxed);
     }
 
+    /// Counts a proof against the limits.
+    pub(super) fn admit(&self, caller: &Caller, kind: &'static str) -> Result<(), Status> {
+        let elapsed = self.0.parts.clock.elapsed();
+        if let Some(address) = caller.address {
+            self.0.addresses.take(address.ip(), elapsed).map_err(exhausted)?;
+        }
+        self.0.attestors.take(kind, elapsed).map_err(exhausted)
+    }
+
+    /// Waits for the judgement of a proof. A refusal is in the log.
+    pub(super) async fn prove(
+        &self,
+        caller: &Caller,
+        kind: &'static str,
+        wanted: Option<&SpiffeId>,
+        judging: impl Future<Output = Result<Grant, Refusal>>,
+    ) -> Result<Grant, Status> {
+        let judged = timeout(JUDGEMENT, judging).await;
+        let judged = judged.unwrap_or_else(|_| Err(Refusal::Unavailable("no judgement in time".to_owned())));
+        judged.map_err(|refusal| {
+            let actor = caller.address.map_or_else(String::new, |address| address.to_string());
+            let entry = Entry::refused("attest", &actor, &refusal.to_string()).with("attestor", kind);
+            let written = self.write(&entry.with("wanted", wanted.map_or("", SpiffeId::as_str)));
+            written.err().unwrap_or_else(|| refused(&refusal))
+        })
+    }
+
+    pub(super) fn judging<'a>(&'a self, caller: &'a Caller, current: &'a Current) -> attest::Judging<'a> {
+        attest::Judging { caller, current, mark: &self.0.mark, now: self.now() }
+    }
+
+    /// Writes down who somebody was found to be.
+    pub(super) fn found(&self, caller: &Caller, grant: &Grant) -> Result<(), Status> {
+        let entry = Entry::allowed("attest", grant.identity.as_str())
+            .with("attestor", grant.attestor)
+            .with("evidence", grant.evidence.as_str())
+            .with("address", caller.address.map_or(Value::Null, |address| address.to_string().into()));
+        self.write(&entry)
+    }
+
     async fn judge(
         &self,
         caller: &Caller,
         mut proofs: Streaming<proto::AttestRequest>,
     ) -> Result<(proto::Session, &'static str), (Status, &'static str)> {
         let none = "none";
-        let mut found: Option<attest::Grant> = None;
+        let mut found: Option<Grant> = None;
         for _ in 0..PROOFS {
             let next = timeout(PATIENCE, proofs.message()).await;
             let next = next.map_err(|_| (Status::deadline_exceeded("no proof within 10 s"), none))?;
@@ -221,11 +274,7 @@ impl Service {
             };
             let kind = attest::kind(&proof);
             let failed = |status: Status| (status, kind);
-            let elapsed = self.0.parts.clock.elapsed();
-            if let Some(address) = caller.address {
-                self.0.addresses.take(address.ip(), elapsed).map_err(|wait| failed(exhausted(wait)))?;
-            }
-            self.0.attestors.take(kind, elapsed).map_err(|wait| failed(exhausted(wait)))?;
+            self.admit(caller, kind).map_err(failed)?;
             let wanted = match said.identity.as_str() {
                 "" => None,
                 text => Some(text.parse::<SpiffeId>().map_err(|error| {
@@ -233,29 +282,18 @@ impl Service {
                 })?),
             };
             let current = self.current();
-            let judging = attest::Judging { caller, current: &current, mark: &self.0.mark, now: self.now() };
+            let judging = self.judging(caller, &current);
             let judged = self.0.parts.attestors.attest(&proof, wanted.as_ref(), &judging);
-            let judged = timeout(JUDGEMENT, judged).await;
-            let judged =
-                judged.unwrap_or_else(|_| Err(Refusal::Unavailable("no judgement in time".to_owned())));
-            match judged {
-                Ok(grant) => match &mut found {
-                    None => found = Some(grant),
-                    Some(before) if before.identity == grant.identity => {
-                        before.evidence = format!("{}, {}", before.evidence, grant.evidence);
-                        before.longest_ttl = before.longest_ttl.into_iter().chain(grant.longest_ttl).min();
-                        before.dns_names.retain(|name| grant.dns_names.contains(name));
-                    }
-                    Some(_) => {
-                        return Err(failed(Status::permission_denied("the proofs name two identities")));
-                    }
-                },
-                Err(refusal) => {
-                    let actor = caller.address.map_or_else(String::new, |address| address.to_string());
-                    let entry = Entry::refused("attest", &actor, &refusal.to_string()).with("attestor", kind);
-                    let entry = entry.with("wanted", said.identity.as_str());
-                    self.write(&entry).map_err(failed)?;
-                    return Err(failed(refused(&refusal)));
+            let grant = self.prove(caller, kind, wanted.as_ref(), judged).await.map_err(failed)?;
+            match &mut found {
+                None => found = Some(grant),
+                Some(before) if before.identity == grant.identity => {
+                    before.evidence = format!("{}, {}", before.evidence, grant.evidence);
+                    before.longest_ttl = before.longest_ttl.into_iter().chain(grant.longest_ttl).min();
+                    before.dns_names.retain(|name| grant.dns_names.contains(name));
+                }
+                Some(_) => {
+                    return Err(failed(Status::permission_denied("the proofs name two identities")));
                 }
             }
         }
@@ -263,11 +301,7 @@ impl Service {
         let kind = grant.attestor;
         let now = self.now();
         let current = self.current();
-        let entry = Entry::allowed("attest", grant.identity.as_str())
-            .with("attestor", kind)
-            .with("evidence", grant.evidence.as_str())
-            .with("address", caller.address.map_or(Value::Null, |address| address.to_string().into()));
-        self.write(&entry).map_err(|status| (status, kind))?;
+        self.found(caller, &grant).map_err(|status| (status, kind))?;
         let (token, session) =
             self.0.sessions.open(grant, now).map_err(|_| (Status::internal("no session"), kind))?;
         let longest = current.lifetimes.longest.as_secs();
@@ -288,6 +322,7 @@ impl Service {
         session.ok_or_else(|| Status::unauthenticated("the session is not known or has ended: attest again"))
     }
 
+    /// A certificate for somebody who says on a stream what he uses.
     async fn certificate(
         &self,
         asked: proto::SignRequest,
@@ -295,42 +330,52 @@ impl Service {
     ) -> Result<proto::SignResponse, Status> {
         let proto::SignRequest { csr_der, ttl_s, bundle_generation, proxy_id, .. } = asked;
         check_name(&proxy_id)?;
-        let elapsed = self.0.parts.clock.elapsed();
-        let process = (session.identity.clone(), proxy_id.clone());
+        let signed = self.sign(Wish { csr_der, ttl_s, proxy_id, session, hearing: Hearing::Stream }).await?;
+        let Signed { issued, current, at } = signed;
+        let life = issued.not_after.duration_since(at).unwrap_or_default();
+        let bundle = current.bundle();
+        Ok(proto::SignResponse {
+            chain_der: issued.chain.iter().map(|certificate| certificate.to_vec()).collect(),
+            issuer_id: issued.issuer.to_string(),
+            server_time_ms: millis(at),
+            renew_after_ms: millis(at + life / 2),
+            not_after_ms: millis(issued.not_after),
+            bundle: (bundle.generation != bundle_generation).then(|| bundle.into()),
+        })
+    }
+
+    /// Signs for who was attested, in his turn and within the limits.
+    pub(super) async fn sign(&self, wish: Wish) -> Result<Signed, Status> {
+        let (identity, elapsed) = (wish.session.identity.clone(), self.0.parts.clock.elapsed());
+        let process = (identity.clone(), wish.proxy_id.clone());
         self.0.processes.take(process, elapsed).map_err(exhausted)?;
-        self.0.identities.take(session.identity.clone(), elapsed).map_err(exhausted)?;
-        let class = if session.attestor == renewal::KIND { Class::Renewal } else { Class::First };
+        self.0.identities.take(identity, elapsed).map_err(exhausted)?;
+        let class = if wish.session.attestor == renewal::KIND { Class::Renewal } else { Class::First };
         let place = timeout(QUEUE, self.0.desk.place(class)).await.unwrap_or(Err(Full));
         let place = place.map_err(|Full| exhausted(Duration::from_secs(1)))?;
         let service = self.clone();
         // A signature is a fraction of a millisecond, with RSA a few.
         let signed = tokio::task::spawn_blocking(move || {
             let _place = place;
-            service.sign_now(&csr_der, ttl_s, &proxy_id, &session, bundle_generation)
+            service.sign_now(&wish)
         });
         signed.await.map_err(|_| Status::internal("signing failed"))?
     }
 
-    fn sign_now(
-        &self,
-        csr: &[u8],
-        ttl_s: u64,
-        proxy_id: &str,
-        session: &Session,
-        generation: u64,
-    ) -> Result<proto::SignResponse, Status> {
+    fn sign_now(&self, wish: &Wish) -> Result<Signed, Status> {
         let started = self.0.parts.clock.elapsed();
         let (now, current) = (self.now(), self.current());
+        let Wish { csr_der, ttl_s, proxy_id, session, hearing } = wish;
         let identity = &session.identity;
         let actor = identity.as_str();
         let refuse = |status: Status| {
             let entry =
                 Entry::refused("sign", actor, status.message()).with("attestor", session.attestor.as_str());
-            self.write(&entry.with("proxy_id", proxy_id)).err().unwrap_or(status)
+            self.write(&entry.with("proxy_id", proxy_id.as_str())).err().unwrap_or(status)
         };
         self.check_clock(&current).map_err(refuse)?;
-        let key =
-            PublicKey::from_csr(csr).map_err(|error| refuse(Status::invalid_argument(error.to_string())))?;
+        let key = PublicKey::from_csr(csr_der)
+            .map_err(|error| refuse(Status::invalid_argument(error.to_string())))?;
         // What was revoked until a time that is still to come is revoked for good.
         let until = current.bundle().revoked.identities.get(identity).copied();
         if until.is_some_and(|until| until > now) {
@@ -340,7 +385,7 @@ impl Service {
         let issuer =
             issuer.ok_or_else(|| refuse(Status::failed_precondition("there is no issuer that can sign")))?;
         let allowed = session.longest_ttl.map_or(current.lifetimes.longest, Duration::from_secs);
-        let asked = Duration::from_secs(ttl_s);
+        let asked = Duration::from_secs(*ttl_s);
         let request = authority::Request {
             key: &key,
             identity,
@@ -356,27 +401,55 @@ impl Service {
         let entry = Entry::allowed("sign", actor)
             .with("attestor", session.attestor.as_str())
             .with("evidence", session.evidence.as_str())
-            .with("proxy_id", proxy_id)
+            .with("proxy_id", proxy_id.as_str())
             .with("serial", issued.serial.to_string())
             .with("issuer", issued.issuer.to_string())
             .with("key", key.hash().to_string())
             .with("not_after", super::audit::rfc3339(issued.not_after));
         self.write(&entry)?;
-        self.0.parts.acks.signed(identity, proxy_id, &issued.issuer, issued.not_after);
-        let life = issued.not_after.duration_since(now).unwrap_or_default();
-        let bundle = current.bundle();
+        match hearing {
+            Hearing::Stream => self.0.parts.acks.signed(identity, proxy_id, &issued.issuer, issued.not_after),
+            Hearing::Nothing { shown } => self.0.parts.acks.handed(Handed {
+                identity,
+                proxy_id,
+                serial: &issued.serial,
+                issuer: &issued.issuer,
+                not_after: issued.not_after,
+                generation: current.bundle().generation,
+                shown: shown.as_ref(),
+            }),
+        }
         self.0.signed.fetch_add(1, Ordering::Relaxed);
         let took = self.0.parts.clock.elapsed().saturating_sub(started).as_micros();
         self.0.signing_micros.fetch_add(u64::try_from(took).unwrap_or(u64::MAX), Ordering::Relaxed);
-        Ok(proto::SignResponse {
-            chain_der: issued.chain.iter().map(|certificate| certificate.to_vec()).collect(),
-            issuer_id: issued.issuer.to_string(),
-            server_time_ms: millis(now),
-            renew_after_ms: millis(now + life / 2),
-            not_after_ms: millis(issued.not_after),
-            bundle: (bundle.generation != generation).then(|| bundle.into()),
-        })
+        Ok(Signed { issued, current, at: now })
     }
+}
+
+/// A certificate that somebody wants who was attested.
+pub(super) struct Wish {
+    /// PKCS #10.
+    pub csr_der: Vec<u8>,
+    /// What is allowed where it is 0.
+    pub ttl_s: u64,
+    pub proxy_id: String,
+    pub session: Session,
+    pub hearing: Hearing,
+}
+
+/// What is heard of a certificate later.
+pub(super) enum Hearing {
+    /// Its holder says on a stream what he uses.
+    Stream,
+    /// Nothing; what counts is what he is handed. `shown` is the certificate that he asked by.
+    Nothing { shown: Option<Serial> },
+}
+
+/// A certificate, and what the authority was when it was made.
+pub(super) struct Signed {
+    pub issued: Issued,
+    pub current: Arc<Current>,
+    pub at: SystemTime,
 }
 
 /// A name in a log, a map and a metric.

@@ -55,7 +55,7 @@ impl IstioCertificateService for Authority {
                 issued.chain.iter().chain([&self.ca.root_der()]).map(pem).collect()
             }
         };
-        Ok(Response::new(proto::IstioCertificateResponse { cert_chain }))
+        Ok(Response::new(proto::IstioCertificateResponse { cert_chain, root_cert: None }))
     }
 }
 
@@ -161,6 +161,27 @@ async fn an_authority_with_another_key_or_name_gets_no_token() {
 }
 
 #[test]
+fn roots_are_the_last_entry_or_named_apart() {
+    let (old, new) = (Ca::new("cluster.local"), Ca::new("cluster.local"));
+    let chain: Vec<String> = old.svid("web").chain().iter().map(pem).collect();
+    let roots = [pem(&old.root_der()), pem(&new.root_der())];
+    let last = proto::IstioCertificateResponse {
+        cert_chain: [chain.clone(), vec![roots.concat()]].concat(),
+        root_cert: None,
+    };
+    let apart = proto::IstioCertificateResponse {
+        cert_chain: chain,
+        root_cert: Some(proto::Roots { ca_cert: roots.to_vec() }),
+    };
+    let empty = proto::IstioCertificateResponse { root_cert: Some(proto::Roots::default()), ..last.clone() };
+    for answer in [last, apart, empty] {
+        let signed = read(&answer).unwrap();
+        assert_eq!(signed.chain.len(), 2);
+        assert_eq!(signed.roots, [old.root_der(), new.root_der()]);
+    }
+}
+
+#[test]
 fn settings_that_cannot_work_are_told() {
     let base = Settings {
         address: "istiod.istio-system.svc:15012".to_owned(),
@@ -187,9 +208,17 @@ fn settings_that_cannot_work_are_told() {
 
 #[test]
 fn messages_have_the_numbers_of_istio() {
-    let request =
-        proto::IstioCertificateRequest { csr: "a".into(), subject_id: "b".into(), validity_duration: 3 };
-    assert_eq!(request.encode_to_vec(), b"\x0a\x01a\x12\x01b\x18\x03");
-    let response = proto::IstioCertificateResponse { cert_chain: vec!["a".into(), "b".into()] };
-    assert_eq!(response.encode_to_vec(), b"\x0a\x01a\x0a\x01b");
+    let fields = [("k".to_owned(), proto::Value { string_value: "v".into() })].into();
+    let request = proto::IstioCertificateRequest {
+        csr: "a".into(),
+        validity_duration: 3,
+        metadata: Some(proto::Struct { fields }),
+    };
+    let struct_of_one = b"\x22\x0a\x0a\x08\x0a\x01k\x12\x03\x1a\x01v";
+    assert_eq!(request.encode_to_vec(), [b"\x0a\x01a\x18\x03".as_slice(), struct_of_one].concat());
+    let response = proto::IstioCertificateResponse {
+        cert_chain: vec!["a".into(), "b".into()],
+        root_cert: Some(proto::Roots { ca_cert: vec!["c".into()] }),
+    };
+    assert_eq!(response.encode_to_vec(), b"\x0a\x01a\x0a\x01b\x12\x03\x0a\x01c");
 }

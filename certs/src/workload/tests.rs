@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use futures_util::future::BoxFuture;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -16,10 +17,10 @@ use crate::ca::limits::Limits;
 use crate::ca::seal::Sealer;
 use crate::ca::service::{Parts, Service};
 use crate::ca::store::memory::Memory;
-use crate::ca::{Ack, Acks, BundleRoot, Current, Renew, RootState, channel, server};
+use crate::ca::{Ack, Acks, BundleRoot, Current, Handed, Renew, RootState, channel, server};
 use crate::clock::{Clock, ManualClock};
 use crate::identity::TrustDomain;
-use crate::trust::Revoked;
+use crate::trust::{Revoked, Serial};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -64,6 +65,16 @@ impl Acks for Heard {
     fn gone(&self, _: &SpiffeId, _: &str) {}
 
     fn signed(&self, _: &SpiffeId, _: &str, _: &KeyId, _: SystemTime) {}
+
+    fn handed(&self, _: Handed<'_>) {}
+
+    fn holder(&self, _: &SpiffeId, _: &Serial) -> Option<String> {
+        None
+    }
+
+    fn written(&self) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 }
 
 /// A way to the authority that can be cut.

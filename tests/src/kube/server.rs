@@ -448,7 +448,13 @@ fn review(state: &State, sent: &Value) -> Response<Body> {
     let user = kept.users.iter().find(|(known, _)| known == token);
     let said = match user {
         Some((_, name)) => {
-            json!({"authenticated": true, "user": {"username": name}, "audiences": sent["spec"]["audiences"]})
+            // Every token is bound to one pod of its service account.
+            let pod = format!("{}-0", name.rsplit(':').next().unwrap_or_default());
+            let extra = json!({"authentication.kubernetes.io/pod-name": [pod]});
+            json!({
+                "authenticated": true, "user": {"username": name, "extra": extra},
+                "audiences": sent["spec"]["audiences"],
+            })
         }
         None => json!({"authenticated": false, "error": "the token is not known"}),
     };

@@ -19,7 +19,8 @@ use tokio_rustls::TlsConnector;
 use crate::files;
 
 const DEADLINE: Duration = Duration::from_secs(5);
-const LARGEST: usize = 256 * 1024;
+/// The pods of one service account on one node are a megabyte at most.
+const LARGEST: usize = 4 * 1024 * 1024;
 
 /// Where questions go.
 #[derive(Clone, Debug)]
@@ -56,7 +57,7 @@ impl Server {
     pub(super) async fn ask(
         &self,
         method: Method,
-        path: &'static str,
+        path: &str,
         field: (HeaderName, &str),
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), String> {
@@ -68,7 +69,7 @@ impl Server {
     async fn exchange(
         &self,
         method: Method,
-        path: &'static str,
+        path: &str,
         (name, value): (HeaderName, &str),
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), String> {
@@ -76,7 +77,7 @@ impl Server {
         value.set_sensitive(true);
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
-        *request.uri_mut() = Uri::from_static(path);
+        *request.uri_mut() = path.parse().map_err(|_| format!("`{path}` is no path"))?;
         let fields = request.headers_mut();
         fields.insert(HOST, self.authority.clone());
         fields.insert(USER_AGENT, const { HeaderValue::from_static("postern") });

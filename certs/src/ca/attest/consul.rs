@@ -93,6 +93,7 @@ impl Consul {
             longest_ttl: None,
             attestor: KIND,
             evidence: format!("ACL token {}", own.accessor),
+            process: None,
         })
     }
 

@@ -4,6 +4,7 @@
 //! cluster said is kept for a minute at most.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -49,10 +50,12 @@ pub struct Kubernetes {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Reviewed {
-    namespace: String,
-    account: String,
-    pod: String,
+pub(super) struct Reviewed {
+    pub namespace: String,
+    pub account: String,
+    pub pod: String,
+    /// Of the pod; empty where the cluster does not say it.
+    pub uid: String,
 }
 
 impl Kubernetes {
@@ -71,6 +74,22 @@ impl Kubernetes {
     /// # Errors
     /// It is not good, or the cluster cannot be asked.
     pub async fn attest(&self, token: &str, domain: &TrustDomain, now: SystemTime) -> Result<Grant, Refusal> {
+        let Reviewed { namespace, account, pod, .. } = self.reviewed(token, now).await?;
+        let identity = SpiffeId::new(domain, &format!("/ns/{namespace}/sa/{account}"))
+            .map_err(|error| Refusal::Identity(error.to_string()))?;
+        let process = format!("{namespace}/{pod}");
+        Ok(Grant {
+            identity,
+            dns_names: Vec::new(),
+            longest_ttl: None,
+            attestor: KIND,
+            evidence: format!("pod {process}"),
+            process: Some(process),
+        })
+    }
+
+    /// Whose a token is.
+    pub(super) async fn reviewed(&self, token: &str, now: SystemTime) -> Result<Reviewed, Refusal> {
         if token.is_empty()
             || token.len() > LONGEST_TOKEN
             || !token.bytes().all(|byte| byte.is_ascii_graphic())
@@ -82,52 +101,55 @@ impl Kubernetes {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             known.get(&hash).filter(|(_, until)| now < *until).map(|(reviewed, _)| reviewed.clone())
         };
-        let reviewed = match known {
-            Some(reviewed) => reviewed,
-            None => {
-                let reviewed = self.review(token).await?;
-                let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-                if known.len() >= MOST {
-                    known.clear();
-                }
-                // Never longer than the token itself is good.
-                let until = now + KEPT;
-                known.insert(hash, (reviewed.clone(), expiry(token).map_or(until, |end| end.min(until))));
-                reviewed
-            }
-        };
-        let path = format!("/ns/{}/sa/{}", reviewed.namespace, reviewed.account);
-        let identity = SpiffeId::new(domain, &path).map_err(|error| Refusal::Identity(error.to_string()))?;
-        Ok(Grant {
-            identity,
-            dns_names: Vec::new(),
-            longest_ttl: None,
-            attestor: KIND,
-            evidence: format!("pod {}/{}", reviewed.namespace, reviewed.pod),
-        })
+        if let Some(reviewed) = known {
+            return Ok(reviewed);
+        }
+        let reviewed = self.review(token).await?;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MOST {
+            known.clear();
+        }
+        // Never longer than the token itself is good.
+        let until = now + KEPT;
+        known.insert(hash, (reviewed.clone(), expiry(token).map_or(until, |end| end.min(until))));
+        Ok(reviewed)
     }
 
     async fn review(&self, token: &str) -> Result<Reviewed, Refusal> {
-        let unavailable =
-            |error: String| Refusal::Unavailable(format!("the cluster cannot be asked: {error}"));
-        let own = tokio::fs::read_to_string(&self.settings.token).await;
-        let own = Zeroizing::new(own.map_err(|error| unavailable(error.to_string()))?);
-        let bearer = Zeroizing::new(format!("Bearer {}", own.trim()));
         let question = json!({
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
             "spec": {"token": token, "audiences": [self.settings.audience]},
         });
         let body = Bytes::from(question.to_string());
-        let asked = self.server.ask(Method::POST, PATH, (AUTHORIZATION, &bearer), body).await;
-        let (status, body) = asked.map_err(unavailable)?;
-        if !matches!(status, StatusCode::OK | StatusCode::CREATED) {
-            return Err(unavailable(format!("it answered {status}")));
-        }
-        let answer: Value =
-            serde_json::from_slice(&body).map_err(|_| unavailable("its answer is not JSON".to_owned()))?;
+        let answer = self.ask(Method::POST, PATH, body).await?;
+        let answer = answer.ok_or_else(|| unavailable("it has no TokenReviews"))?;
         read(&answer, &self.settings.audience)
     }
+
+    /// An object of the cluster; none where it says that there is none.
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Option<Value>, Refusal> {
+        let own = tokio::fs::read_to_string(&self.settings.token).await;
+        let own = Zeroizing::new(own.map_err(unavailable)?);
+        let bearer = Zeroizing::new(format!("Bearer {}", own.trim()));
+        let asked = self.server.ask(method, path, (AUTHORIZATION, &bearer), body).await;
+        let (status, body) = asked.map_err(unavailable)?;
+        match status {
+            StatusCode::OK | StatusCode::CREATED => {}
+            StatusCode::NOT_FOUND => return Ok(None),
+            other => return Err(unavailable(format!("it answered {other}"))),
+        }
+        serde_json::from_slice(&body).map(Some).map_err(|_| unavailable("its answer is not JSON"))
+    }
+}
+
+fn unavailable(problem: impl Display) -> Refusal {
+    Refusal::Unavailable(format!("the cluster cannot be asked: {problem}"))
 }
 
 fn read(answer: &Value, audience: &str) -> Result<Reviewed, Refusal> {
@@ -152,7 +174,12 @@ fn read(answer: &Value, audience: &str) -> Result<Reviewed, Refusal> {
     let Some(pod) = pod.and_then(Value::as_str).filter(|pod| !pod.is_empty()) else {
         return Err(refused("the token is not bound to a pod; mount it as a projected volume"));
     };
-    Ok(Reviewed { namespace: namespace.to_owned(), account: account.to_owned(), pod: pod.to_owned() })
+    Ok(Reviewed {
+        namespace: namespace.to_owned(),
+        account: account.to_owned(),
+        pod: pod.to_owned(),
+        uid: text("/status/user/extra/authentication.kubernetes.io~1pod-uid/0").to_owned(),
+    })
 }
 
 /// When a token ends, as it says itself.
@@ -184,7 +211,12 @@ mod tests {
 
     #[test]
     fn only_a_bound_token_for_this_audience_counts() {
-        let good = Reviewed { namespace: "shop".into(), account: "orders".into(), pod: "orders-1".into() };
+        let good = Reviewed {
+            namespace: "shop".into(),
+            account: "orders".into(),
+            pod: "orders-1".into(),
+            uid: String::new(),
+        };
         assert_eq!(read(&answer(|_| {}), "postern-ca"), Ok(good));
         type Case = (&'static str, fn(&mut Value));
         let cases: [Case; 8] = [

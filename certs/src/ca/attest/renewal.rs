@@ -32,6 +32,7 @@ pub fn attest(judging: &Judging<'_>) -> Result<Grant, Refusal> {
         longest_ttl: None,
         attestor: KIND,
         evidence: format!("certificate {}", peer.serial),
+        process: None,
     })
 }
 

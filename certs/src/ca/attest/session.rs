@@ -32,6 +32,21 @@ pub struct Session {
     pub expires: u64,
 }
 
+impl Session {
+    /// For who has shown this.
+    pub fn of(grant: Grant, now: SystemTime) -> Self {
+        let expires = now.duration_since(UNIX_EPOCH).unwrap_or_default() + LIFE;
+        Self {
+            identity: grant.identity,
+            dns_names: grant.dns_names,
+            longest_ttl: grant.longest_ttl.map(|ttl| ttl.as_secs()),
+            attestor: grant.attestor.to_owned(),
+            evidence: grant.evidence,
+            expires: expires.as_secs(),
+        }
+    }
+}
+
 impl Sessions {
     /// With a key made of the one that seals everything.
     ///
@@ -46,15 +61,7 @@ impl Sessions {
     /// # Errors
     /// The library fails.
     pub fn open(&self, grant: Grant, now: SystemTime) -> Result<(String, Session), SealError> {
-        let expires = now.duration_since(UNIX_EPOCH).unwrap_or_default() + LIFE;
-        let session = Session {
-            identity: grant.identity,
-            dns_names: grant.dns_names,
-            longest_ttl: grant.longest_ttl.map(|ttl| ttl.as_secs()),
-            attestor: grant.attestor.to_owned(),
-            evidence: grant.evidence,
-            expires: expires.as_secs(),
-        };
+        let session = Session::of(grant, now);
         let text = serde_json::to_vec(&session).map_err(|_| SealError::Library)?;
         Ok((self.0.seal(PURPOSE, &text)?, session))
     }

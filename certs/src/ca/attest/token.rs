@@ -58,6 +58,11 @@ pub struct NewToken {
 /// Makes and redeems tokens, which all replicas of an authority have in common.
 pub struct JoinTokens(Arc<dyn Store>);
 
+/// Whether somebody who shows this means a join token.
+pub(crate) fn looks_like_one(secret: &str) -> bool {
+    secret.starts_with(PREFIX)
+}
+
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
@@ -179,7 +184,7 @@ impl JoinTokens {
         domain: &TrustDomain,
         now: SystemTime,
     ) -> Result<Grant, Refusal> {
-        if !secret.starts_with(PREFIX) || secret.len() > 100 {
+        if !looks_like_one(secret) || secret.len() > 100 {
             return Err(Refusal::Malformed(format!("this is not a join token, which begins with {PREFIX}")));
         }
         let hash = Fingerprint::of(secret.as_bytes()).to_string();
@@ -235,6 +240,7 @@ impl JoinTokens {
                     longest_ttl: token.longest_ttl.map(Duration::from_secs),
                     attestor: KIND,
                     evidence: format!("join token {id}"),
+                    process: None,
                 });
             }
         }

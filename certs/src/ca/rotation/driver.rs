@@ -360,6 +360,7 @@ impl Driver {
         let record = self.now();
         let now = self.clock.wall();
         let mut view = self.fleet.view();
+        view.settle(now);
         view.forget(&record.record.forgotten);
         let local = self.local();
         let up = self.clock.steady().saturating_sub(local.started);
@@ -467,6 +468,15 @@ impl Driver {
             let mut local = self.local();
             (local.stopped, local.leads, local.shown) = (true, false, None);
         }
+        self.write_fleet().await
+    }
+
+    /// Writes down at once what this replica heard, for those who cannot be asked again.
+    ///
+    /// # Errors
+    /// The store cannot be used.
+    pub async fn keep_fleet(&self) -> Result<(), DriverError> {
+        let _turn = self.turn.lock().await;
         self.write_fleet().await
     }
 

@@ -136,6 +136,10 @@ pub(crate) fn ago(span: Duration) -> String {
 }
 
 fn seen(member: &Member, now: Moment) -> String {
+    if member.is_silent() {
+        let (generation, since) = (member.generation, ago(now.since(member.seen_at)));
+        return format!("never confirms (Istio's API), has generation {generation}, renewed {since} ago");
+    }
     let version =
         if member.version.is_empty() { String::new() } else { format!(", version {}", member.version) };
     let refused = member.refused.as_ref().map_or_else(String::new, |why| format!(", says: {why}"));
@@ -277,6 +281,13 @@ fn absent(situation: &Situation<'_>) -> Vec<Blocker> {
                 })
                 .collect(),
         ),
+        // Others are told the root when they come back; these learn of it when they renew.
+        State::RollingBack if rotation.back == Some(Back::Trusting) => (
+            "workloads that never confirm do not have the old root again",
+            view.absent(now, absent_after)
+                .filter(|member| member.is_silent() && member.generation < rotation.generation)
+                .collect(),
+        ),
         State::RollingBack if rotation.back == Some(Back::Migrating) => (
             "absent workloads may come back with certificates of the root that is taken back",
             view.absent(now, absent_after)
@@ -301,7 +312,7 @@ fn absent(situation: &Situation<'_>) -> Vec<Blocker> {
     vec![blocker(
         what,
         culprits,
-        "wait until these certificates end, or `postern certs advance --waive NAME --reason TEXT`",
+        "wait until they renew or these certificates end, or `postern certs advance --waive NAME --reason TEXT`",
     )]
 }
 

@@ -99,7 +99,8 @@ pub fn decide(record: &Record, view: &View, now: Moment) -> Decision {
 /// Without a rotation there is little to do.
 fn steady(record: &Record, view: &View, now: Moment) -> Decision {
     if let Some(rehearsal) = &record.rehearsal {
-        let confirmed = view.settled && view.members.iter().all(|one| one.generation >= rehearsal.generation);
+        let confirmed = view.settled
+            && view.members.iter().all(|one| one.is_silent() || one.generation >= rehearsal.generation);
         if confirmed && now.since(rehearsal.started_at) > REHEARSED {
             return Decision::Next(Box::new(Record { rehearsal: None, ..record.clone() }));
         }

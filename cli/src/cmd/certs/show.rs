@@ -87,6 +87,9 @@ pub fn status(status: &StatusReply) {
         "  {} live, {} absent with a valid certificate, {} with generation {}",
         fleet.live, fleet.absent, fleet.current, status.generation
     ));
+    if fleet.silent > 0 {
+        line(format_args!("  {} of the absent never confirm: they speak Istio's API", fleet.silent));
+    }
     if let [fresh, first, second, last] = fleet.by_age.as_slice()
         && fleet.live > 0
     {

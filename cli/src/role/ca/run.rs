@@ -16,6 +16,8 @@ use certs::ca::audit::{Audit, Entry};
 use certs::ca::authority::KeyKind;
 use certs::ca::channel::{self, Pin};
 use certs::ca::foundry::Foundry;
+use certs::ca::istio::Front;
+use certs::ca::istio::door::{Door, Origin};
 use certs::ca::keeper::Keeper;
 use certs::ca::limits::{Limits, Rate};
 use certs::ca::operators::Operators;
@@ -87,15 +89,45 @@ fn sealer(settings: &Settings) -> Result<Sealer> {
     Ok(Sealer::key_file(&file)?)
 }
 
-fn attestors(settings: &Settings, tokens: &Arc<JoinTokens>) -> Result<Attestors> {
-    let kubernetes = settings.kubernetes.as_ref().map(|given| {
+/// The cluster that is asked for tokens, if there is one; `audience` is whom they have to be for.
+fn kubernetes(settings: &Settings, audience: Option<&str>) -> Result<Option<Kubernetes>> {
+    let asked = settings.kubernetes.as_ref().map(|given| {
         Kubernetes::new(kubernetes::Settings {
             server: given.server.clone(),
             ca: given.ca_file.clone(),
             token: given.token_file.clone(),
-            audience: given.audience.clone(),
+            audience: audience.unwrap_or(&given.audience).to_owned(),
         })
     });
+    asked.transpose().map_err(|problem| anyhow!("kubernetes: {problem}"))
+}
+
+/// The door for clients of Istio, with its certificate.
+async fn istio(
+    settings: &Settings,
+    given: &config::ca::Istio,
+    service: &Service,
+    tokens: &Arc<JoinTokens>,
+) -> Result<(Front, Door, TcpListener)> {
+    let attestors = Attestors {
+        tokens: Some(Arc::clone(tokens)),
+        kubernetes: kubernetes(settings, Some(&given.audience))?,
+        consul: None,
+    };
+    let front = Front::new(service.clone(), attestors, given.node_accounts.iter().cloned().collect());
+    let origin = match (&given.cert_file, &given.key_file) {
+        (Some(certificate), Some(key)) => {
+            Origin::Files { certificate: certificate.clone(), key: key.clone() }
+        }
+        _ => Origin::Names(given.names.clone()),
+    };
+    let door = Door::open(origin, service.clone()).await.map_err(|problem| anyhow!("istio: {problem}"))?;
+    let listen = given.listen().context("istio.listen")?;
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+    Ok((front, door, listener))
+}
+
+fn attestors(settings: &Settings, tokens: &Arc<JoinTokens>) -> Result<Attestors> {
     let consul = settings.consul.as_ref().map(|given| {
         Consul::new(consul::Settings {
             server: given.server.clone(),
@@ -106,7 +138,7 @@ fn attestors(settings: &Settings, tokens: &Arc<JoinTokens>) -> Result<Attestors>
     });
     Ok(Attestors {
         tokens: Some(Arc::clone(tokens)),
-        kubernetes: kubernetes.transpose().map_err(|problem| anyhow!("kubernetes: {problem}"))?,
+        kubernetes: kubernetes(settings, None)?,
         consul: consul.transpose().map_err(|problem| anyhow!("consul: {problem}"))?,
     })
 }
@@ -173,6 +205,10 @@ async fn serve(settings: Settings) -> Result<()> {
     let listen = settings.listen().context("listen")?;
     let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
     let listen = listener.local_addr()?;
+    let istio = match &settings.istio {
+        None => None,
+        Some(given) => Some(istio(&settings, given, &service, &tokens).await?),
+    };
     let watched = match settings.status() {
         None => None,
         Some(address) => {
@@ -196,6 +232,9 @@ async fn serve(settings: Settings) -> Result<()> {
     output::note(&format!("{:<10} {listen}", "workloads"));
     output::note(&format!("{:<10} {pin}", "pin"));
     output::note(&format!("{:<10} {}", "operators", socket.display()));
+    if let Some((_, _, listener)) = &istio {
+        output::note(&format!("{:<10} {}", "istio", listener.local_addr()?));
+    }
     if let Some(listener) = &watched {
         output::note(&format!("{:<10} http://{}/status", "status", listener.local_addr()?));
     }
@@ -225,14 +264,25 @@ async fn serve(settings: Settings) -> Result<()> {
     let until = |mut stopped: watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stopped| *stopped).await;
     };
+    let serving_istio = async {
+        let Some((front, door, listener)) = istio else { return anyhow::Ok(()) };
+        let tls = door.config().map_err(|problem| anyhow!("istio: {problem}"))?;
+        tokio::select! {
+            () = server::istio(front, listener, tls, until(stopped.clone())) => Ok(()),
+            // The state that it follows has ended with everything.
+            () = door.keep() => Ok(()),
+        }
+    };
     let serving = async {
-        tokio::join!(
+        let (_, _, istio) = tokio::join!(
             server::workloads(service, listener, tls, until(stopped.clone())),
             server::operators(routes, operators, until(stopped.clone())),
+            serving_istio,
         );
+        istio
     };
     tokio::select! {
-        () = serving => {}
+        served = serving => served?,
         () = Arc::clone(&keeper).run() => {}
         () = observing => {}
     }
