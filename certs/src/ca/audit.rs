@@ -9,11 +9,15 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use time::PrimitiveDateTime;
+use time::format_description::BorrowedFormatItem;
+use time::macros::format_description;
 
+use super::record::Moment;
 use crate::trust::Fingerprint;
 
 /// `{"hash":"`, 64 digits, `",`.
@@ -21,6 +25,10 @@ const HASH_FIELD: &str = "{\"hash\":\"";
 const DIGITS: usize = 64;
 /// A line is a few hundred bytes; a longer one is no line of this log.
 const LONGEST: u64 = 64 * 1024;
+/// How far back [`Audit::signed_since`] looks: 20,000 signatures.
+const LOOKED_AT: u64 = 8 * 1024 * 1024;
+const TIME: &[BorrowedFormatItem<'_>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
 const FIRST: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
 /// What was decided.
@@ -160,9 +168,61 @@ impl Audit {
         state.file.sync_data().map_err(|error| AuditError::File { path: self.path.clone(), error })
     }
 
+    /// The signatures that were written down since a time, of those that fit in the last megabytes of the log.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn signed_since(&self, since: SystemTime) -> Result<Vec<Signature>, AuditError> {
+        let wrong = |error| AuditError::File { path: self.path.clone(), error };
+        let length = self.state.lock().unwrap_or_else(PoisonError::into_inner).length;
+        let mut file = File::open(&self.path).map_err(wrong)?;
+        let start = length.saturating_sub(LOOKED_AT);
+        file.seek(SeekFrom::Start(start)).map_err(wrong)?;
+        let mut tail = Vec::new();
+        file.take(length - start).read_to_end(&mut tail).map_err(wrong)?;
+        // The line that it begins within is not one that can be read.
+        let lines =
+            tail.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Line>(line).ok());
+        let signatures = lines.filter(|line| line.action == "sign" && line.decision == "allowed");
+        Ok(signatures.filter_map(Line::signature).filter(|signature| signature.at >= since).collect())
+    }
+
     /// How far the log is.
     pub fn head(&self) -> Head {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).head.clone()
+    }
+}
+
+/// A certificate that was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signature {
+    pub identity: String,
+    pub proxy_id: String,
+    /// Who signed.
+    pub issuer: String,
+    pub at: SystemTime,
+    pub not_after: SystemTime,
+}
+
+/// What a line about a signature says.
+#[derive(Deserialize)]
+struct Line {
+    time: String,
+    action: String,
+    actor: String,
+    decision: String,
+    #[serde(default)]
+    proxy_id: String,
+    #[serde(default)]
+    issuer: String,
+    #[serde(default)]
+    not_after: String,
+}
+
+impl Line {
+    fn signature(self) -> Option<Signature> {
+        let (at, not_after) = (read_time(&self.time)?, read_time(&self.not_after)?);
+        Some(Signature { identity: self.actor, proxy_id: self.proxy_id, issuer: self.issuer, at, not_after })
     }
 }
 
@@ -234,27 +294,16 @@ pub fn verify(path: &Path, expected: Option<&str>) -> Result<Head, AuditError> {
 
 /// `2026-11-21T13:05:00.123Z`.
 pub(crate) fn rfc3339(time: SystemTime) -> String {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Days since 1 March of year 0, in eras of 400 years (the proleptic Gregorian calendar).
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hours, minutes, seconds) = (rest / 3_600, rest % 3_600 / 60, rest % 60);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}.{:03}Z",
-        since.subsec_millis()
-    )
+    Moment::from(time).utc().format(TIME).unwrap_or_default()
+}
+
+fn read_time(text: &str) -> Option<SystemTime> {
+    PrimitiveDateTime::parse(text, TIME).ok().map(|time| time.assume_utc().into())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use super::*;
 
@@ -274,6 +323,37 @@ mod tests {
         for (seconds, text) in cases {
             assert_eq!(rfc3339(at(seconds)), text);
         }
+    }
+
+    #[test]
+    fn signatures_since_a_time_are_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(&dir.path().join("audit.log"), at(1)).unwrap();
+        let sign = |id: &'static str| {
+            let entry = Entry::allowed("sign", "spiffe://td/a").with("proxy_id", id).with("issuer", "i1");
+            entry.with("not_after", rfc3339(at(90_000)))
+        };
+        audit.write(&sign("early"), at(10)).unwrap();
+        audit.write(&Entry::refused("sign", "spiffe://td/b", "no"), at(20)).unwrap();
+        audit.write(&Entry::allowed("token.create", "root"), at(20)).unwrap();
+        audit.write(&sign("late"), at(20)).unwrap();
+        let late = Signature {
+            identity: "spiffe://td/a".into(),
+            proxy_id: "late".into(),
+            issuer: "i1".into(),
+            at: at(20),
+            not_after: at(90_000),
+        };
+        assert_eq!(audit.signed_since(at(20)).unwrap(), [late]);
+        assert_eq!(audit.signed_since(at(10)).unwrap().len(), 2);
+        // Of a long log the end is read, and the line that it begins within is passed over.
+        let long = "x".repeat(30_000);
+        for _ in 0..300 {
+            audit.write(&Entry::allowed("fill", "root").with("long", long.as_str()), at(30)).unwrap();
+        }
+        audit.write(&sign("last"), at(40)).unwrap();
+        let found = audit.signed_since(at(0)).unwrap();
+        assert_eq!(found.iter().map(|one| &*one.proxy_id).collect::<Vec<_>>(), ["last"]);
     }
 
     fn log(dir: &Path) -> PathBuf {

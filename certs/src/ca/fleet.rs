@@ -388,6 +388,22 @@ impl Fleet {
         }
     }
 
+    /// A certificate was signed before this process began, and may not have been written down with its workload.
+    pub fn signed_before(&self, identity: &str, id: &str, issuer: &IssuerId, not_after: Moment, at: Moment) {
+        let mut inner = self.lock();
+        let key = key(identity, id);
+        let Some(member) = inner.member(&key, identity, id, at) else { return };
+        let same =
+            |(by, _, until): &(IssuerId, Moment, Moment)| by == issuer && until.secs() == not_after.secs();
+        // What somebody silent was handed was written down before he had it.
+        if at > member.signed_at && !member.is_silent() && !member.given.iter().any(same) {
+            member.give(issuer, at, not_after);
+            member.seen_at = member.seen_at.max(at);
+            inner.awaited.insert(key.clone());
+            inner.touch(&key);
+        }
+    }
+
     /// The process of an identity that was handed this certificate.
     #[must_use]
     pub fn holder(&self, identity: &str, serial: &str) -> Option<String> {
@@ -607,6 +623,23 @@ mod tests {
             not_after: Moment::from_secs(not_after),
             ..Said::default()
         }
+    }
+
+    #[test]
+    fn what_the_audit_log_knows_better_is_taken_from_it() {
+        let fleet = Fleet::default();
+        let (one, end) = ("spiffe://mesh.local/ns/a/sa/b", Moment::from_secs(90_000));
+        let at = Moment::from_secs(3_000);
+        fleet.signed_before(one, "b", &"i1".into(), end, at);
+        let known = fleet.view();
+        let member = &known.members[0];
+        assert!(member.may_hold(&"i1".into(), at));
+        assert_eq!(member.seen_at, at, "it was not seen when the log was read");
+        assert!(!fleet.is_complete(at), "it has to be heard first");
+        // The log says it a second time, with the moment in which the line was written.
+        fleet.signed(one, "b", &"i2".into(), end, Moment(3_500_004));
+        fleet.signed_before(one, "b", &"i2".into(), end, Moment(3_500_000));
+        assert_eq!(fleet.view().members[0].given.len(), 2);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use futures_util::future::BoxFuture;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
+use super::audit::Signature;
 use super::authority::Authority;
 use super::fleet::{Answer, Fleet, Said};
 use super::foundry::Foundry;
@@ -91,6 +92,14 @@ impl Keeper {
         let first = assemble(&foundry, &known.record, true, &opened)?;
         let current = watch::Sender::new(Arc::new(first));
         Ok(Some(Arc::new(Self { driver, fleet, foundry, clock, current, opened })))
+    }
+
+    /// Takes in what the audit log knows of the seconds before this process began: who was given a certificate counts, even
+    /// if the process before was killed before it could write so into the store.
+    pub fn remember(&self, signatures: Vec<Signature>) {
+        for Signature { identity, proxy_id, issuer, at, not_after } in signatures {
+            self.fleet.signed_before(&identity, &proxy_id, &IssuerId(issuer), not_after.into(), at.into());
+        }
     }
 
     /// What drives rotations.

@@ -11,6 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, PrimitiveDateTime};
 
 use super::rotation::Rotation;
 
@@ -51,6 +53,12 @@ impl Moment {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }
 
+    /// As a date. What is after the year 9999 is its end.
+    pub(super) fn utc(self) -> OffsetDateTime {
+        let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1_000_000);
+        time.unwrap_or(PrimitiveDateTime::MAX.assume_utc())
+    }
+
     /// The later of two.
     #[must_use]
     pub fn or_later(self, other: Self) -> Self {
@@ -87,20 +95,8 @@ impl From<Moment> for SystemTime {
 /// `2026-11-21T13:05:00Z`.
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.secs();
-        let (days, rest) = (seconds / 86_400, seconds % 86_400);
-        // Civil date of a day count, after Howard Hinnant.
-        let z = days + 719_468;
-        let era = z / 146_097;
-        let doe = z % 146_097;
-        let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-        let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-        let mp = (5 * doy + 2) / 153;
-        let day = doy - (153 * mp + 2) / 5 + 1;
-        let month = if mp < 10 { mp + 3 } else { mp - 9 };
-        let year = yoe + era * 400 + u64::from(month <= 2);
-        let (hour, minute, second) = (rest / 3600, rest % 3600 / 60, rest % 60);
-        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+        let whole = Self::from_secs(self.secs());
+        f.write_str(&whole.utc().format(&Rfc3339).map_err(|_| fmt::Error)?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
 use certs::ca::admin::Operator;
@@ -47,6 +47,9 @@ use crate::output::{self, Colour};
 
 /// What is said to the other replicas at the end is not waited for longer.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// For how long the store may have been away before the process before this one was killed, and nobody is forgotten to whom
+/// it gave a certificate.
+const REMEMBERED: Duration = Duration::from_hours(1);
 
 /// Arguments of `postern ca run`.
 #[derive(Args)]
@@ -188,6 +191,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let domain: TrustDomain = settings.trust_domain.parse()?;
     let shared = store::open(&settings)?;
     let keeper = open(&settings, &shared, &sealer, &audit, &domain, now).await?;
+    keeper.remember(audit.signed_since(now.checked_sub(REMEMBERED).unwrap_or(UNIX_EPOCH))?);
     let key = channel::key(&*shared, &sealer).await?;
     let pin = Pin::of(&key);
     let tls = channel::server(&key, now)?;
