@@ -56,6 +56,7 @@ use crate::listeners;
 use crate::live::Live;
 use crate::lookup::LookupLayer;
 use crate::outbound::Carrier;
+use crate::pages;
 use crate::policy::{PolicyTable, Sight};
 use crate::running::{Parts, Running};
 use crate::snapshot::{Passthrough, Ports, Rest, Snapshot};
@@ -423,7 +424,7 @@ fn start(command: &[String]) -> Result<Child, StartError> {
     let (program, arguments) = command
         .split_first()
         .ok_or_else(|| StartError::Setting("no command: write it behind `--`".to_owned()))?;
-    let child = Command::new(program).args(arguments).kill_on_drop(true).spawn();
+    let child = pages::start(|| Command::new(program).args(arguments).kill_on_drop(true).spawn());
     child.map_err(StartError::system(format!("{program} cannot be started")))
 }
 

@@ -26,6 +26,7 @@ pub mod live;
 mod lookup;
 pub mod matcher;
 pub mod outbound;
+pub mod pages;
 pub mod policy;
 pub mod probes;
 mod recent;

@@ -361,6 +361,19 @@ async fn a_drain_lets_requests_end_and_the_application_call_others_to_the_last()
 }
 
 #[tokio::test]
+async fn a_sidecar_does_without_huge_pages_and_its_application_does_not() {
+    let mesh = Mesh::new();
+    let script = "for pid in $$ $PPID; do echo pages $(grep THP_enabled: /proc/$pid/status); done";
+    let mut sidecar = mesh.sidecar("job").exec(&["sh", "-c", script]).launch();
+    assert!(sidecar.wait().await.success(), "{}", sidecar.output());
+    let output = sidecar.output();
+    let told: Vec<_> = output.lines().filter_map(|line| line.strip_prefix("pages THP_enabled: ")).collect();
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let own = own.lines().find_map(|line| line.strip_prefix("THP_enabled:\t")).unwrap();
+    assert_eq!(told, [own, "0"]);
+}
+
+#[tokio::test]
 async fn an_application_runs_behind_its_sidecar_and_its_end_is_the_end() {
     let mesh = Mesh::new();
     let mut sidecar = mesh.sidecar("job").exec(&["sh", "-c", "echo at work; exit 7"]).launch();

@@ -110,16 +110,13 @@ fn load(file: &std::path::Path) -> Result<Option<Settings>> {
 }
 
 fn serve(file: PathBuf, command: Vec<String>) -> Result<ExitCode> {
+    sidecar::pages::be_small();
     let file = if file.is_dir() { file.join(config::sidecar::SIDECAR_FILE) } else { file };
     let Some(config) = load(&file)? else {
         output::problem("nothing was started");
         return Ok(ExitCode::from(output::FOUND));
     };
     crate::logging::start_at("info");
-    // A sidecar is small, and there is one for each workload: pages of 2 MB would be most of what it takes.
-    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
-        tracing::debug!(%error, "huge pages stay");
-    }
     let code = app::run(Options { file, config, command }, |addresses| {
         for (key, address) in &addresses.0 {
             output::note(&format!("{key:<32} {address}"));
