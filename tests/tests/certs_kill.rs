@@ -57,3 +57,17 @@ async fn an_authority_killed_at_every_write_of_a_rotation_ends_it() {
         .await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_given_a_certificate_in_the_last_second_is_known_again() {
+    let mut authority = Authority::start(json!({})).await;
+    let token = authority.token("spiffe://mesh.local/ns/shop/sa/last");
+    let member = authority.join(Proof::JoinToken(token.into()), "last");
+    member.until(1).await;
+    authority.kill();
+    // It has gone too, and confirms nothing.
+    drop(member);
+    authority.run().await;
+    let fleet = &authority.certs_status().await["fleet"];
+    assert_eq!((&fleet["workloads"], &fleet["listed"][0]["id"]), (&json!(1), &json!("last")), "{fleet}");
+}
