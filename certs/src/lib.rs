@@ -23,6 +23,7 @@ pub mod svid;
 pub mod token;
 pub mod trust;
 pub mod unverified;
+pub mod vault;
 pub mod vault_pki;
 pub mod verify;
 pub mod workload;

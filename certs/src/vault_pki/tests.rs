@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use rustls::pki_types::CertificateSigningRequestDer;
 use rustls::pki_types::pem::PemObject;
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 
@@ -17,6 +18,7 @@ use crate::mesh::MeshIdentity;
 use crate::renewing::Renewing;
 use crate::source::Following;
 use crate::testing::{Ca, until, until_is};
+use crate::token::Token;
 use crate::workload::time::MeshTime;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -184,7 +186,7 @@ async fn a_root_that_the_engine_does_not_hold_comes_from_a_file() {
 async fn refusals_are_told_with_what_to_look_at_and_repeated() {
     for (answer, expected) in [
         ((403, json!({"errors": ["permission denied"]})), "may the token update mesh/pki/sign/web?"),
-        ((404, json!({"errors": []})), "the mount and the role?"),
+        ((404, json!({"errors": []})), "is mesh/pki/sign/web there?"),
         ((400, json!({"errors": ["URI SAN not allowed by this role"]})), "not allowed by this role"),
         ((503, json!({"errors": ["Vault is sealed"]})), "Vault is sealed"),
         ((200, json!({"data": {}})), "cannot be read"),
