@@ -49,6 +49,15 @@ if ! .cache/venv/bin/python -c 'import spiffe' 2>/dev/null; then
         echo "it cannot be had here: the Workload API is tested with our own client alone"
 fi
 
+# A reader of trust stores of Java. What it needs for another form, and would have to compile, is left out.
+if ! .cache/venv/bin/python -c 'import jks' 2>/dev/null; then
+    need_venv
+    echo "installing pyjks"
+    .cache/venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
+        pyjks==20.0.0 javaobj-py3==0.4.4 pyasn1==0.6.1 pyasn1-modules==0.4.2 pycryptodomex==3.23.0 ||
+        echo "it cannot be had here: trust stores of Java are read by keytool, where that is"
+fi
+
 # The last Consul in Debian.
 if [ ! -x .cache/bin/consul ] && ! command -v consul >/dev/null; then
     echo "unpacking consul"

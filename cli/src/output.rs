@@ -36,6 +36,12 @@ pub fn line(text: fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// Prints what need not be text.
+pub fn bytes(bytes: &[u8]) {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(bytes).and_then(|()| out.flush());
+}
+
 /// Prints what went wrong, with its causes, and gives the exit code.
 pub fn failure(error: &anyhow::Error) -> ExitCode {
     let mut err = std::io::stderr();

@@ -1,11 +1,14 @@
 //! `postern certs` against a running authority, with workloads that do what it tells them.
 
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use certs::trust::Usage;
 use certs::workload::Proof;
 use e2e::ca::{Authority, Member, Watcher};
 use e2e::{Value, eventually_within, json};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 
 const LIMITS: &str = r#"{"certificates_per_second": 1000.0, "certificates_burst": 1000}"#;
 
@@ -177,4 +180,45 @@ async fn it_tells_what_ends_and_gets_out_of_trouble() {
     }
     let (code, _, err) = e2e::edge::run(&["certs", "status", "--socket", "/nowhere"]);
     assert_eq!((code, err.contains("postern ca run")), (1, true), "{err}");
+}
+
+/// Prints the certificates of a trust store in hexadecimal digits.
+const READ_JKS: &str = "import sys, jks\nfor one in jks.KeyStore.load(sys.argv[1], sys.argv[2]).certs.values(): print(one.cert.hex())";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn java_and_python_read_the_roots_as_a_trust_store() {
+    let authority = authority().await;
+    let file = authority.folder().join("roots.jks").display().to_string();
+    let export = ["export-bundle", "--format", "jks", "--file", &file];
+    let (code, out, err) = authority.certs(&[&export[..], &["--password", "short"]].concat()).await;
+    assert_eq!((code, out.as_str(), err.contains("6 characters")), (1, "", true), "{err}");
+    let (code, out, err) = authority.certs(&[&export[..], &["--password", "im Gänsemarsch"]].concat()).await;
+    assert_eq!((code, out.as_str()), (0, ""), "{err}");
+    let (_, pem, _) = authority.certs(&["export-bundle"]).await;
+    let root = CertificateDer::from_pem_slice(pem.as_bytes()).expect("a certificate");
+
+    let mut readers = 0;
+    let python = concat!(env!("CARGO_MANIFEST_DIR"), "/../.cache/venv/bin/python");
+    let imported = Command::new(python).args(["-c", "import jks"]).output();
+    if imported.is_ok_and(|imported| imported.status.success()) {
+        readers += 1;
+        let read =
+            |password| Command::new(python).args(["-c", READ_JKS, &file, password]).output().expect("Python");
+        let hex: String = root.iter().map(|byte| format!("{byte:02x}")).collect();
+        let told = read("im Gänsemarsch");
+        assert_eq!(String::from_utf8_lossy(&told.stdout).trim(), hex, "{told:?}");
+        assert!(!read("changeit").status.success(), "the password is looked at");
+    }
+    let (code, _, err) = authority.certs(&export).await;
+    assert_eq!(code, 0, "{err}");
+    let keytool = ["-list", "-rfc", "-storetype", "JKS", "-storepass", "changeit", "-keystore", &file];
+    if let Ok(told) = Command::new("keytool").args(keytool).output() {
+        readers += 1;
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        let there = CertificateDer::from_pem_slice(told.as_bytes()).unwrap_or_else(|_| panic!("{told}"));
+        assert!(there == root && told.contains("postern-"), "{told}");
+    }
+    if readers == 0 {
+        eprintln!("skipped: neither pyjks nor keytool is installed (tests/needs.sh)");
+    }
 }

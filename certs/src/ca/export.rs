@@ -1,5 +1,7 @@
 //! The bundle in the forms that others read.
 
+pub mod jks;
+
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::{Value, json};

@@ -1,9 +1,11 @@
 //! Whom the mesh trusts, for others; and who gets it.
 
-use std::time::{Duration, Instant};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Result, anyhow};
-use certs::ca::export;
+use anyhow::{Context, Result, anyhow, bail};
+use certs::ca::export::{self, jks};
 use certs::ca::proto::{ExportBundleRequest, ForgetRequest, ObserveRequest, RehearseRequest};
 use certs::ca::record::Der;
 use certs::ca::rotation::driver::pem;
@@ -15,10 +17,19 @@ use crate::output::{self, Colour, Format, line, painted};
 
 /// Arguments of `postern certs export-bundle`.
 #[derive(Args)]
+#[command(after_help = "Examples:\n  postern certs export-bundle > roots.pem\n  \
+                        postern certs export-bundle --format jks --file truststore.jks\n  \
+                        keytool -list -keystore truststore.jks -storepass changeit")]
 pub struct ExportBundle {
-    /// PEM, a SPIFFE bundle (JWK set), or a ConfigMap for Kubernetes. Java reads PEM: `keytool -importcert -file`.
+    /// PEM, a SPIFFE bundle (JWK set), a trust store of Java, or a ConfigMap for Kubernetes.
     #[arg(long, value_enum, default_value_t)]
     format: Form,
+    /// Where to write it; what was there is replaced. To where output goes if it is absent.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// The password of a trust store of Java; it protects against accidents, not against readers.
+    #[arg(long, value_name = "TEXT", default_value = jks::PASSWORD)]
+    password: String,
     /// The name of the ConfigMap.
     #[arg(long, value_name = "NAME", default_value = "postern-ca-bundle")]
     name: String,
@@ -26,11 +37,12 @@ pub struct ExportBundle {
     asked: Asked,
 }
 
-#[derive(Clone, Copy, Default, ValueEnum)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 enum Form {
     #[default]
     Pem,
     Spiffe,
+    Jks,
     Cm,
 }
 
@@ -38,17 +50,33 @@ impl ExportBundle {
     pub async fn run(self) -> Result<u8> {
         let bundle = answer(self.asked.client().await?.export_bundle(request(ExportBundleRequest {})).await)?;
         let text = pem(&bundle.roots.iter().map(|root| Der(root.clone())).collect::<Vec<_>>());
-        match self.format {
-            Form::Pem => line(format_args!("{}", text.trim_end())),
+        let made = match self.format {
+            Form::Pem => text.into_bytes(),
             Form::Spiffe => {
-                output::json(
-                    &export::spiffe(&bundle.roots, bundle.generation).map_err(|error| anyhow!(error))?,
-                );
+                let made =
+                    export::spiffe(&bundle.roots, bundle.generation).map_err(|error| anyhow!(error))?;
+                serde_json::to_vec_pretty(&made)?.into_iter().chain(*b"\n").collect()
             }
-            Form::Cm => line(format_args!("{}", export::config_map(&self.name, &text).trim_end())),
+            Form::Jks => jks::store(&bundle.roots, &self.password, SystemTime::now())
+                .map_err(|error| anyhow!(error))?,
+            Form::Cm => export::config_map(&self.name, &text).into_bytes(),
+        };
+        match &self.file {
+            Some(file) => write(file, &made)?,
+            None if self.format == Form::Jks && std::io::stdout().is_terminal() => {
+                bail!("a trust store is not text: write it into a file with --file truststore.jks")
+            }
+            None => output::bytes(&made),
         }
         Ok(OK)
     }
+}
+
+/// In one piece: whoever reads the file meanwhile has the old one or the new one.
+fn write(file: &Path, bytes: &[u8]) -> Result<()> {
+    let beside = file.with_extension("new");
+    std::fs::write(&beside, bytes).with_context(|| format!("{} cannot be written", beside.display()))?;
+    std::fs::rename(&beside, file).with_context(|| format!("{} cannot be written", file.display()))
 }
 
 /// Arguments of `postern certs rehearse`.
