@@ -20,6 +20,7 @@ mod keeper_tests;
 pub mod limits;
 pub mod mark;
 pub mod operators;
+pub mod outside;
 pub mod probe;
 pub mod record;
 pub mod rotation;

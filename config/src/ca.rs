@@ -2,6 +2,8 @@
 //!
 //! Paths are taken from the directory of the file. All errors are told at once, with file and line.
 
+pub mod root;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -48,6 +50,10 @@ pub struct Ca {
     /// The longest life of certificates, in seconds.
     #[schemars(range(min = 60, max = 7_776_000))]
     pub longest_ttl: u64,
+    /// Who has the key of the root, where that is somebody else. At the first start it is asked for an issuer; later
+    /// `postern certs rotate root` goes over to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root: Option<root::Root>,
     /// Proof by service-account tokens of Kubernetes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubernetes: Option<Kubernetes>,
@@ -364,6 +370,7 @@ impl Default for Ca {
             visits: true,
             bundle_files: Vec::new(),
             longest_ttl: 24 * 3600,
+            root: None,
             kubernetes: None,
             consul: None,
             istio: None,
@@ -456,6 +463,9 @@ impl Ca {
             );
         }
         self.check_store(&mut wrong, seals.contains(&true));
+        if let Some(root) = &self.root {
+            root.check(&mut wrong);
+        }
         if let Some(consul) = &self.consul
             && !consul.path.contains("{service}")
         {
@@ -561,6 +571,9 @@ impl Ca {
         for path in paths {
             *path = dir.join(&*path);
         }
+        if let Some(root) = &mut self.root {
+            root.resolve(dir);
+        }
     }
 }
 
@@ -616,6 +629,16 @@ mod tests {
         let shared =
             read("seal: {key_file: k}\nstore: {etcd: {ca_file: e.pem}}\nbundle_files: [b.pem]\n").unwrap();
         assert_eq!(shared.bundle_files, [PathBuf::from("/etc/postern/b.pem")]);
+        let outside =
+            read("root: {vault: {address: 'http://v', approle: {role_id: r, secret_id_file: s}}}").unwrap();
+        let vault = outside.root.unwrap().vault.unwrap();
+        assert_eq!(vault.approle.unwrap().secret_id_file, PathBuf::from("/etc/postern/s"));
+        let outside =
+            read("root: {cert_manager: {namespace: mesh, issuer: {name: root}, roots_file: r}}").unwrap();
+        let given = outside.root.unwrap().cert_manager.unwrap();
+        assert_eq!((&*given.issuer.kind, given.wait), ("Issuer", 60));
+        assert!(given.token_file.starts_with("/var/run/secrets"));
+        assert_eq!(given.roots_file, Some(PathBuf::from("/etc/postern/r")));
         let etcd = shared.store.etcd.unwrap();
         assert_eq!((etcd.timeout, etcd.ca_file), (5, Some(PathBuf::from("/etc/postern/e.pem"))));
     }
@@ -648,6 +671,18 @@ mod tests {
             ("istio: {audience: ''}", "audience"),
             ("istio: {node_accounts: [ztunnel]}", "NAMESPACE/NAME"),
             ("istio: {ca_file: a}", "ca_file"),
+            ("root: {}", "who has the key of the root"),
+            (
+                "root: {vault: {address: 'http://a', token_file: t}, cert_manager: {namespace: a, issuer: {name: b}}}",
+                "not both",
+            ),
+            ("root: {vault: {address: 'http://a'}}", "token_env"),
+            ("root: {vault: {address: 'http://a', token_file: t, token_env: T}}", "token_env"),
+            ("root: {vault: {address: 'a:8200', token_file: t}}", "address"),
+            ("root: {vault: {address: 'http://a', token_file: t, timeout: 0}}", "timeout"),
+            ("root: {cert_manager: {namespace: A/b, issuer: {name: b}}}", "namespace"),
+            ("root: {cert_manager: {namespace: a, issuer: {name: a/b}}}", "name"),
+            ("root: {cert_manager: {namespace: a, issuer: {name: b}, wait: 601}}", "wait"),
         ];
         for (text, place) in cases {
             let errors = read(text).unwrap_err().join("\n");

@@ -39,6 +39,22 @@ impl Authority {
 
     /// The same with more in its environment.
     pub async fn start_with(more: Value, env: Vec<(String, String)>) -> Authority {
+        let mut authority = Authority::prepare(more, env);
+        authority.run().await;
+        authority
+    }
+
+    /// With settings that need to know its folder.
+    pub async fn found(more: Value, settings: impl FnOnce(&Authority) -> Value) -> Authority {
+        let mut authority = Authority::prepare(more, Vec::new());
+        for (key, value) in settings(&authority).as_object().into_iter().flatten() {
+            authority.configure(key, value.clone());
+        }
+        authority.run().await;
+        authority
+    }
+
+    fn prepare(more: Value, env: Vec<(String, String)>) -> Authority {
         let folder = tempfile::Builder::new().prefix("postern-ca-").tempdir().expect("a folder");
         let ports = [Port::free(), Port::free()];
         let mut settings =
@@ -48,9 +64,35 @@ impl Authority {
         }
         std::fs::write(folder.path().join("ca.yaml"), settings.to_string()).expect("ca.yaml");
         let [addr, status] = [ports[0].addr(), ports[1].addr()];
-        let mut authority = Authority { addr, status, process: None, env, folder, _ports: ports };
-        authority.run().await;
-        authority
+        Authority { addr, status, process: None, env, folder, _ports: ports }
+    }
+
+    /// Sets a key of its file, for the next start.
+    pub fn configure(&self, key: &str, value: Value) {
+        let file = self.folder.path().join("ca.yaml");
+        let text = std::fs::read_to_string(&file).expect("ca.yaml");
+        let mut settings: Value = serde_json::from_str(&text).expect("JSON");
+        settings[key] = value;
+        std::fs::write(file, settings.to_string()).expect("ca.yaml");
+    }
+
+    /// All that it has written down: its store and its audit log.
+    pub fn written(&self) -> String {
+        let mut folders = vec![self.data()];
+        let mut written = String::new();
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+                match entry.file_type().expect("a kind of file") {
+                    kind if kind.is_dir() => folders.push(entry.path()),
+                    kind if kind.is_file() => {
+                        let bytes = std::fs::read(entry.path()).unwrap_or_default();
+                        written.push_str(&String::from_utf8_lossy(&bytes));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        written
     }
 
     /// Starts it again, after [`kill`](Self::kill) or [`stop`](Self::stop).
@@ -241,6 +283,10 @@ impl Watcher {
                     let svid = shows.svid().ok_or("a certificate is gone")?;
                     for sees in &identities {
                         let trust = sees.trust().ok_or("a bundle is gone")?;
+                        // This thread may have stood still meanwhile: what counts is what both have at one moment.
+                        if !shows.svid().is_some_and(|now| Arc::ptr_eq(&now, &svid)) {
+                            break;
+                        }
                         trust
                             .verify(svid.chain(), Usage::Server, SystemTime::now())
                             .map_err(|error| format!("{} is refused: {error}", svid.id()))?;

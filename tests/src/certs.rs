@@ -2,7 +2,9 @@
 //! settings made of them.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
+use certs::ca::csr::PublicKey;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256, RsaKeySize, SanType,
@@ -10,7 +12,7 @@ use rcgen::{
 use rustls::crypto::aws_lc_rs;
 use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
 
 /// The kind of key of a leaf certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,20 @@ impl Authority {
         let issuer = CertifiedIssuer::signed_by(params, ecdsa(), &self.issuer).expect("an intermediate");
         let chain = format!("{}{}", issuer.pem(), self.chain);
         Authority { issuer, chain }
+    }
+
+    /// A certificate of an authority below this one, for the key of a request in PEM.
+    pub fn sign_issuer(&self, request: &str, name: &str, path_length: Option<u8>, life: Duration) -> String {
+        let request = CertificateSigningRequestDer::from_pem_slice(request.as_bytes()).expect("a request");
+        let key = PublicKey::from_csr(&request).expect("a request with a key that can be used");
+        let mut params = authority_params(name);
+        params.is_ca =
+            IsCa::Ca(path_length.map_or(BasicConstraints::Unconstrained, BasicConstraints::Constrained));
+        let now = SystemTime::now();
+        params.not_before = (now - Duration::from_secs(30)).into();
+        params.not_after = (now + life).into();
+        params.use_authority_key_identifier_extension = true;
+        params.signed_by(&key, &self.issuer).expect("a signed certificate").pem()
     }
 
     /// The authority's own certificate as PEM.

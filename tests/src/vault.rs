@@ -1,38 +1,45 @@
-//! A small Vault: the reading half of its KV engine, versions 1 and 2, over HTTP.
+//! A small Vault: the reading half of its KV engine, versions 1 and 2, and of its PKI engine what signs authorities, over HTTP.
 //!
 //! No package registry holds the real one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 
+use crate::certs::Authority;
 use crate::origin::Origin;
 
-/// The token that may read.
+/// The token that may do everything.
 pub const TOKEN: &str = "root-of-tests";
+/// The token that may do nothing.
+pub const POOR_TOKEN: &str = "poor-of-tests";
 
-/// The engine of version 1 is at `kv`, that of version 2 at `secret`.
+/// KV of version 1 is at `kv`, that of version 2 at `secret`, and PKI at `pki`.
 pub struct Vault {
     origin: Origin,
     kept: Arc<Mutex<Kept>>,
 }
 
-#[derive(Default)]
 struct Kept {
     /// By path, with `/v1/` in front.
     secrets: BTreeMap<String, Value>,
     sealed: bool,
+    root: Authority,
+    signed: usize,
 }
 
 impl Vault {
     pub async fn start() -> Vault {
-        let kept = Arc::new(Mutex::new(Kept::default()));
+        let root = Authority::new("root 1");
+        let kept = Kept { secrets: BTreeMap::new(), sealed: false, root, signed: 0 };
+        let kept = Arc::new(Mutex::new(kept));
         let shared = Arc::clone(&kept);
         let origin = Origin::http(move |request| {
-            let answer = answer(&shared.lock().unwrap_or_else(PoisonError::into_inner), &request);
+            let answer = answer(&mut shared.lock().unwrap_or_else(PoisonError::into_inner), &request);
             async move { answer }
         })
         .await;
@@ -54,6 +61,16 @@ impl Vault {
         self.kept().sealed = sealed;
     }
 
+    /// The PKI engine has a new root from now on.
+    pub fn replace_root(&self, name: &str) {
+        self.kept().root = Authority::new(name);
+    }
+
+    /// How many authorities it has signed.
+    pub fn signed(&self) -> usize {
+        self.kept().signed
+    }
+
     /// How often it was asked.
     pub fn requests(&self) -> usize {
         self.origin.requests()
@@ -64,18 +81,57 @@ impl Vault {
     }
 }
 
-fn answer(kept: &Kept, request: &Request<Bytes>) -> Response<Bytes> {
+fn answer(kept: &mut Kept, request: &Request<Bytes>) -> Response<Bytes> {
     let path = request.uri().path();
-    let token = request.headers().get("x-vault-token").and_then(|token| token.to_str().ok());
-    let (status, body) = match kept.secrets.get(path) {
+    let field = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let (status, body) = match (path, field("x-vault-token")) {
         _ if kept.sealed => (StatusCode::SERVICE_UNAVAILABLE, json!({"errors": ["Vault is sealed"]})),
-        _ if token != Some(TOKEN) => (StatusCode::FORBIDDEN, json!({"errors": ["permission denied"]})),
-        None => (StatusCode::NOT_FOUND, json!({"errors": []})),
-        Some(fields) if path.starts_with("/v1/secret/data/") => {
-            (StatusCode::OK, json!({"data": {"data": fields, "metadata": {"version": 1}}}))
+        // Whom to believe is no secret.
+        ("/v1/pki/cert/ca_chain", _) => {
+            let root = kept.root.pem();
+            (StatusCode::OK, json!({"data": {"certificate": root, "ca_chain": root}}))
         }
-        Some(fields) => (StatusCode::OK, json!({"data": fields})),
+        ("/v1/pki/issuer/default/json", _) => {
+            let root = kept.root.pem();
+            (StatusCode::OK, json!({"data": {"certificate": root, "ca_chain": [root]}}))
+        }
+        ("/v1/sys/capabilities-self", Some(token)) => {
+            let sent: Value = serde_json::from_slice(request.body()).unwrap_or_default();
+            let path = sent["paths"][0].as_str().unwrap_or_default();
+            let may = if token == TOKEN { "root" } else { "deny" };
+            (StatusCode::OK, json!({"data": {path: [may], "capabilities": [may]}}))
+        }
+        (_, token) if token != Some(TOKEN) => {
+            (StatusCode::FORBIDDEN, json!({"errors": ["permission denied"]}))
+        }
+        ("/v1/pki/root/sign-intermediate" | "/v1/pki/issuer/default/sign-intermediate", _)
+            if request.method() == Method::POST =>
+        {
+            sign(kept, request.body())
+        }
+        (path, _) => match kept.secrets.get(path) {
+            None => (StatusCode::NOT_FOUND, json!({"errors": []})),
+            Some(fields) if path.starts_with("/v1/secret/data/") => {
+                (StatusCode::OK, json!({"data": {"data": fields, "metadata": {"version": 1}}}))
+            }
+            Some(fields) => (StatusCode::OK, json!({"data": fields})),
+        },
     };
     let response = Response::builder().status(status).header("content-type", "application/json");
     response.body(body.to_string().into()).expect("an answer")
+}
+
+fn sign(kept: &mut Kept, body: &[u8]) -> (StatusCode, Value) {
+    let sent: Value = serde_json::from_slice(body).unwrap_or_default();
+    let text = |name: &str| sent[name].as_str().unwrap_or_default();
+    let path_length = sent["max_path_length"].as_u64().and_then(|length| u8::try_from(length).ok());
+    let Ok(seconds) = text("ttl").trim_end_matches('s').parse() else {
+        return (StatusCode::BAD_REQUEST, json!({"errors": ["no ttl"]}));
+    };
+    let (name, life) = (text("common_name"), Duration::from_secs(seconds));
+    let certificate = kept.root.sign_issuer(text("csr"), name, path_length, life);
+    kept.signed += 1;
+    let root = kept.root.pem();
+    let data = json!({"certificate": certificate, "issuing_ca": root, "ca_chain": [certificate, root]});
+    (StatusCode::OK, json!({"data": data}))
 }

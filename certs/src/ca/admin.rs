@@ -14,9 +14,10 @@ use tonic::{Code, Request, Response, Status};
 use super::audit::{Audit, Entry};
 use super::fleet::{Member, View};
 use super::keeper::Keeper;
+use super::outside;
 use super::proto::{self, StatusReply};
 use super::record::{IssuerState, Moment, Record, RootState};
-use super::rotation::command::{Command, Refusal, Rotate};
+use super::rotation::command::{Command, NewRoot, Refusal, Rotate};
 use super::rotation::driver::CommandError;
 use super::rotation::interlocks::{self, Blocker};
 use super::rotation::machine::{self, Waiting};
@@ -53,6 +54,8 @@ impl Operator {
         let driver = self.keeper.driver();
         let known = driver.now();
         let mut reply = status(&known.record, &driver.view(), &driver.waiting(), driver.wall(), all);
+        (reply.due, reply.due_kind) = due(&known.record, driver.outside().is_some(), driver.wall());
+        reply.overdue = driver.overdue().unwrap_or_default();
         driver.replica().clone_into(&mut reply.replica);
         reply.leads = driver.leads();
         reply.problem = driver.problem().unwrap_or_default();
@@ -111,8 +114,25 @@ impl Operator {
             ..usual
         };
         let policy = if asked.compress { plan::compressed(&policy) } else { policy };
-        let import = (!asked.import.trim().is_empty()).then(|| asked.import.clone());
-        Ok(Rotate { kind, policy, import, reason: asked.reason.clone() })
+        let root = match asked.source.as_str() {
+            "" if asked.import.trim().is_empty() => NewRoot::Usual,
+            "" => NewRoot::Pem(asked.import.clone()),
+            "own" => NewRoot::Own,
+            source => self.source(source).map(|()| NewRoot::Outside)?,
+        };
+        Ok(Rotate { kind, policy, root, reason: asked.reason.clone() })
+    }
+
+    /// Whether somebody of that kind can be asked.
+    fn source(&self, wanted: &str) -> Result<(), Status> {
+        let configured = self.keeper.driver().outside().map(outside::Elsewhere::kind);
+        if configured.is_some_and(|kind| kind.as_str() == wanted) {
+            return Ok(());
+        }
+        let there = configured.map_or("nothing of the kind", outside::Kind::as_str);
+        Err(Status::invalid_argument(format!(
+            "`root` in ca.yaml has no `{wanted}`, it has {there}: write root: {{{wanted}: {{...}}}} and start the authority again"
+        )))
     }
 }
 
@@ -120,7 +140,17 @@ impl Operator {
 fn described(command: &Command) -> Vec<(&'static str, String)> {
     match command {
         Command::Rotate(rotate) => {
-            vec![("kind", rotate.kind.as_str().to_owned()), ("because", rotate.reason.clone())]
+            let root = match &rotate.root {
+                NewRoot::Usual => "as before",
+                NewRoot::Own => "own",
+                NewRoot::Pem(_) => "a file",
+                NewRoot::Outside => "outside",
+            };
+            vec![
+                ("kind", rotate.kind.as_str().to_owned()),
+                ("root", root.to_owned()),
+                ("because", rotate.reason.clone()),
+            ]
         }
         Command::Advance { force, waive, compress, reason } => vec![
             ("force", force.to_string()),
@@ -193,10 +223,11 @@ impl proto::admin_server::Admin for Operator {
         request: Request<proto::RotateRequest>,
     ) -> Result<Response<proto::PlanReply>, Status> {
         let rotate = self.rotate(request.get_ref())?;
-        let (stages, blockers) = self.keeper.driver().plan(&rotate).await.map_err(|error| refusal(&error))?;
+        let planned = self.keeper.driver().plan(&rotate).await.map_err(|error| refusal(&error))?;
         Ok(Response::new(proto::PlanReply {
-            stages: stages.iter().map(proto::Stage::from).collect(),
-            blockers: blockers.iter().map(proto::Blocker::from).collect(),
+            stages: planned.stages.iter().map(proto::Stage::from).collect(),
+            blockers: planned.blockers.iter().map(proto::Blocker::from).collect(),
+            outside: planned.outside,
         }))
     }
 
@@ -349,6 +380,7 @@ pub fn status(record: &Record, view: &View, waiting: &Waiting, now: Moment, all:
         not_after: root.not_after.secs(),
         key: root.key.is_some(),
         note: root.note.clone(),
+        kept: root.kept.clone(),
     });
     let issuers = record.issuers.iter().map(|issuer| proto::IssuerStatus {
         id: issuer.id.0.clone(),
@@ -359,7 +391,7 @@ pub fn status(record: &Record, view: &View, waiting: &Waiting, now: Moment, all:
         leaves: leaves.get(issuer.id.0.as_str()).copied().unwrap_or_default(),
     });
     let revocations = record.revocations.serials.iter().chain(&record.revocations.identities);
-    let (due, due_kind) = due(record, now);
+    let (due, due_kind) = due(record, false, now);
     StatusReply {
         trust_domain: record.trust_domain.clone(),
         now: now.secs(),
@@ -436,9 +468,9 @@ pub fn status(record: &Record, view: &View, waiting: &Waiting, now: Moment, all:
 }
 
 /// When what is in use has reached the age at which it is exchanged.
-fn due(record: &Record, now: Moment) -> (u64, String) {
+fn due(record: &Record, asks: bool, now: Moment) -> (u64, String) {
     let found = [Kind::Root, Kind::Issuer].into_iter().filter_map(|kind| {
-        let at = machine::due_at(record, kind)?;
+        let at = machine::due_at(record, kind, asks)?;
         Some((at.max(now).secs(), kind.as_str().to_owned()))
     });
     found.min().unwrap_or_default()
@@ -565,6 +597,9 @@ pub fn ending(status: &StatusReply, within: u64) -> Vec<String> {
     let soon = status.now.saturating_add(within);
     let at = |seconds| Moment::from_secs(seconds);
     let mut found = Vec::new();
+    if !status.overdue.is_empty() {
+        found.push(status.overdue.clone());
+    }
     let signing = status.issuers.iter().find(|issuer| issuer.state == IssuerState::Signing.as_str());
     // What counts is the chain in use: an old root in the bundle that ends harms nobody.
     let root = signing.and_then(|issuer| status.roots.iter().find(|root| root.fingerprint == issuer.root));

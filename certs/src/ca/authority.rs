@@ -522,6 +522,11 @@ impl Authority {
         &self.certificate
     }
 
+    /// The certificates between it and its root.
+    pub fn above(&self) -> &[CertificateDer<'static>] {
+        &self.above
+    }
+
     /// Its certificate and those that are handed out beside it.
     pub fn presented(&self) -> impl Iterator<Item = CertificateDer<'static>> {
         let root = self.facts.self_signed;
@@ -566,6 +571,8 @@ pub struct Rules {
     pub longest_leaf: Duration,
     /// Hashes of keys that were distrusted.
     pub distrusted: Vec<Fingerprint>,
+    /// It was signed by somebody who cannot limit the length of paths.
+    pub unlimited: bool,
 }
 
 /// What is wrong with an authority.
@@ -605,7 +612,8 @@ impl Authority {
         if facts.key_id.is_none() {
             found.push(Finding::NoKeyId);
         }
-        if !facts.self_signed && facts.path_length != Some(0) {
+        let limited = facts.path_length == Some(0) || (rules.unlimited && facts.path_length.is_none());
+        if !facts.self_signed && !limited {
             found.push(Finding::PathLength);
         }
         if facts.not_before > now {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 
-use super::authority::{Authority, AuthorityError, Key, KeyKind, Rules, pem_certificates, pem_key};
+use super::authority::{Authority, AuthorityError, Facts, Key, KeyKind, Rules, pem_certificates, pem_key};
 use super::record::{Cross, Der, Issuer, IssuerState, Lifetimes, Moment, Record, Root, RootState, SealedKey};
 use super::rotation::forge::{Forge, ForgeError, Request};
 use super::seal::{SealError, Sealer};
@@ -78,22 +78,11 @@ impl Foundry {
             return Ok(Record::new(trust_domain, lifetimes, root, issuer, now));
         }
         let top = certificates.last().cloned().unwrap_or_else(|| CertificateDer::from(Vec::new()));
-        let facts = super::authority::Facts::read(&top).map_err(ForgeError)?;
+        let facts = Facts::read(&top).map_err(ForgeError)?;
         if !facts.self_signed {
             return Err(ForgeError("the root's certificate is not among them: put it last".to_owned()));
         }
-        let root = Root {
-            id: Fingerprint::of(&top).to_string().as_str().into(),
-            state: RootState::Staged,
-            certificate: Der(top.to_vec()),
-            spki: facts.key_hash.to_string(),
-            not_before: facts.not_before.into(),
-            not_after: facts.not_after.into(),
-            key: None,
-            made_at: now,
-            changed_at: now,
-            note: "its key is kept elsewhere".to_owned(),
-        };
+        let root = kept_root(&top, &facts, "elsewhere", now);
         let issuer = self.issuer_of(&authority, &root, now)?;
         self.prove(&request(lifetimes.leaf()), &issuer, &[&root])?;
         Ok(Record::new(trust_domain, lifetimes, root, issuer, now))
@@ -104,14 +93,67 @@ impl Foundry {
     /// # Errors
     /// Its key is gone, or sealed by another key.
     pub fn open(&self, record: &Record, issuer: &Issuer) -> Result<Authority, ForgeError> {
-        let chain = vec![CertificateDer::from(issuer.certificate.0.clone())];
-        let above = record.intermediates(issuer).into_iter().skip(1).map(|der| CertificateDer::from(der.0));
+        let mut chain: Vec<_> =
+            record.intermediates(issuer).into_iter().map(|der| CertificateDer::from(der.0)).collect();
+        let cross = chain.split_off(chain.len().min(1 + issuer.above.len()));
         let key = self.key(&format!("issuer {}", issuer.id), issuer.key.as_ref())?;
-        let authority = Authority::load(chain, above.collect(), key)?;
+        let authority = Authority::load(chain, cross, key)?;
         Ok(match record.root(&issuer.root) {
             Some(root) => authority.ending_with(root.not_after.into()),
             None => authority,
         })
+    }
+
+    /// What keys are sealed with.
+    pub(super) fn sealer(&self) -> &Sealer {
+        &self.sealer
+    }
+
+    /// Of which kind new keys are.
+    pub(super) fn kind(&self) -> KeyKind {
+        self.kind
+    }
+
+    /// A root that is known by its certificate alone: `kept` says who has the key.
+    ///
+    /// # Errors
+    /// It is none.
+    pub(super) fn root_elsewhere(
+        certificate: &CertificateDer<'_>,
+        kept: &str,
+        now: Moment,
+    ) -> Result<Root, ForgeError> {
+        let facts = Facts::read(certificate).map_err(ForgeError)?;
+        if !(facts.self_signed && facts.is_ca) {
+            return Err(ForgeError(format!("{} is no root: a root signs itself and is a CA", facts.subject)));
+        }
+        Ok(kept_root(certificate, &facts, kept, now))
+    }
+
+    /// An issuer that was signed elsewhere, and its root. `chain` begins with it and ends with the root; the key has to be
+    /// its own.
+    ///
+    /// # Errors
+    /// It is not what was asked for, or its certificates would not be believed.
+    pub(super) fn accept(
+        &self,
+        request: &Request<'_>,
+        key: Key,
+        chain: &[CertificateDer<'static>],
+        kept: &str,
+        unlimited: bool,
+    ) -> Result<(Root, Issuer), ForgeError> {
+        let Some((top, below)) = chain.split_last() else {
+            return Err(ForgeError("no certificate came back".to_owned()));
+        };
+        let root = Self::root_elsewhere(top, kept, request.now)?;
+        let made = Authority::load(below.to_vec(), Vec::new(), key)?.ending_with(root.not_after.into());
+        if !unlimited && made.facts().path_length != Some(0) {
+            return Err(ForgeError("it was asked for with path length 0 and has another".to_owned()));
+        }
+        let issuer = self.issuer_of(&made, &root, request.now)?;
+        self.prove(request, &issuer, &[&root])?;
+        Ok((root, issuer))
     }
 
     fn key(&self, purpose: &str, sealed: Option<&SealedKey>) -> Result<Key, ForgeError> {
@@ -141,6 +183,7 @@ impl Foundry {
             not_before: facts.not_before.into(),
             not_after: facts.not_after.into(),
             key: Some(self.seal(&format!("root {id}"), authority.key())?),
+            kept: String::new(),
             made_at: now,
             changed_at: now,
             note: String::new(),
@@ -155,14 +198,33 @@ impl Foundry {
             state: IssuerState::Staged,
             root: root.id.clone(),
             certificate: Der(authority.certificate().to_vec()),
+            above: authority.above().iter().map(|above| Der(above.to_vec())).collect(),
             cross: None,
             not_before: facts.not_before.into(),
-            not_after: facts.not_after.into(),
+            // What is signed by it ends with the first that ends above it.
+            not_after: Moment::from(authority.ends()).min(root.not_after),
             key: Some(self.seal(&format!("issuer {id}"), authority.key())?),
             made_at: now,
             changed_at: now,
             id: id.as_str().into(),
         })
+    }
+}
+
+/// A root whose key somebody else has.
+fn kept_root(certificate: &CertificateDer<'_>, facts: &Facts, kept: &str, now: Moment) -> Root {
+    Root {
+        id: Fingerprint::of(certificate).to_string().as_str().into(),
+        state: RootState::Staged,
+        certificate: Der(certificate.to_vec()),
+        spki: facts.key_hash.to_string(),
+        not_before: facts.not_before.into(),
+        not_after: facts.not_after.into(),
+        key: None,
+        kept: kept.to_owned(),
+        made_at: now,
+        changed_at: now,
+        note: String::new(),
     }
 }
 
@@ -202,7 +264,7 @@ impl Forge for Foundry {
         let signer = self.root_authority(by)?;
         let signed =
             signer.cross_sign(&CertificateDer::from(root.certificate.0.clone()), request.now.into())?;
-        let facts = super::authority::Facts::read(&signed).map_err(ForgeError)?;
+        let facts = Facts::read(&signed).map_err(ForgeError)?;
         Ok(Cross {
             root: by.id.clone(),
             certificate: Der(signed.to_vec()),
@@ -213,10 +275,13 @@ impl Forge for Foundry {
     fn prove(&self, request: &Request<'_>, issuer: &Issuer, roots: &[&Root]) -> Result<(), ForgeError> {
         let domain = domain(request)?;
         let key = self.key(&format!("issuer {}", issuer.id), issuer.key.as_ref())?;
-        let chain = vec![CertificateDer::from(issuer.certificate.0.clone())];
+        let chain = std::iter::once(&issuer.certificate).chain(&issuer.above);
+        let chain = chain.map(|one| CertificateDer::from(one.0.clone())).collect();
         let cross = issuer.cross.iter().map(|cross| CertificateDer::from(cross.certificate.0.clone()));
         let authority = Authority::load(chain, cross.collect(), key)?;
-        let rules = Rules { longest_leaf: Duration::ZERO, distrusted: Vec::new() };
+        // Who signs elsewhere may be unable to limit the length of paths; nothing but leaves is signed here.
+        let unlimited = roots.iter().any(|root| !root.kept.is_empty());
+        let rules = Rules { longest_leaf: Duration::ZERO, distrusted: Vec::new(), unlimited };
         for root in roots {
             let certificate = CertificateDer::from(root.certificate.0.clone());
             let trust = Trust::new(domain.clone(), 1)

@@ -55,7 +55,7 @@ pub struct Keeper {
     foundry: Arc<Foundry>,
     clock: Arc<dyn Clock>,
     current: watch::Sender<Arc<Current>>,
-    opened: Mutex<BTreeMap<(IssuerId, bool), Arc<Authority>>>,
+    opened: Mutex<BTreeMap<(IssuerId, usize), Arc<Authority>>>,
 }
 
 impl std::fmt::Debug for Keeper {
@@ -118,7 +118,15 @@ impl Keeper {
     #[must_use]
     pub fn metrics(&self) -> Vec<Sample> {
         let known = self.driver.now();
-        metrics::samples(&known.record, &self.driver.view(), &self.driver.waiting(), self.clock.wall())
+        let mut samples =
+            metrics::samples(&known.record, &self.driver.view(), &self.driver.waiting(), self.clock.wall());
+        samples.push(Sample {
+            name: "mesh_rotation_overdue",
+            help: "1 while something is due to be exchanged by its age and that cannot begin.",
+            labels: Vec::new(),
+            value: f64::from(u8::from(self.driver.overdue().is_some())),
+        });
+        samples
     }
 
     /// Drives and publishes until it is dropped.
@@ -157,10 +165,10 @@ fn open(
     foundry: &Foundry,
     record: &Record,
     id: &IssuerId,
-    opened: &Mutex<BTreeMap<(IssuerId, bool), Arc<Authority>>>,
+    opened: &Mutex<BTreeMap<(IssuerId, usize), Arc<Authority>>>,
 ) -> Result<Arc<Authority>, ForgeError> {
     let issuer = record.issuer(id).ok_or_else(|| ForgeError("it is not listed".to_owned()))?;
-    let key = (id.clone(), record.intermediates(issuer).len() > 1);
+    let key = (id.clone(), record.intermediates(issuer).len());
     let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(authority) = opened.get(&key) {
         return Ok(Arc::clone(authority));
@@ -177,7 +185,7 @@ fn assemble(
     foundry: &Foundry,
     record: &Record,
     may_sign: bool,
-    opened: &Mutex<BTreeMap<(IssuerId, bool), Arc<Authority>>>,
+    opened: &Mutex<BTreeMap<(IssuerId, usize), Arc<Authority>>>,
 ) -> Result<Current, ForgeError> {
     let broken = |error: &dyn std::fmt::Display| ForgeError(error.to_string());
     let signing = record.signing();

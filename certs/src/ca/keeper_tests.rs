@@ -19,7 +19,7 @@ use super::keeper::Keeper;
 use super::limits::{Limits, Rate};
 use super::probe::Visitor;
 use super::record::Lifetimes;
-use super::rotation::command::{Command, Rotate};
+use super::rotation::command::{Command, NewRoot, Rotate};
 use super::rotation::driver::{self, Driver};
 use super::rotation::{Kind, Policy, State, plan};
 use super::seal::Sealer;
@@ -190,7 +190,12 @@ async fn who_renews_first_is_visited_before_everybody_follows() {
     let driver = Arc::clone(ca.keeper.driver());
     let rotate = |reason: &str| {
         let policy = Policy { soak_ms: 1, spread_ms: 1, ..plan::policy(&driver.now().record) };
-        Command::Rotate(Rotate { kind: Kind::Issuer, policy, import: None, reason: reason.to_owned() })
+        Command::Rotate(Rotate {
+            kind: Kind::Issuer,
+            policy,
+            root: NewRoot::Usual,
+            reason: reason.to_owned(),
+        })
     };
     let old = driver.now().record.signing().unwrap().id.clone();
 

@@ -216,6 +216,9 @@ pub struct Root {
     /// None: kept elsewhere, or destroyed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<SealedKey>,
+    /// Who has its key, if that is not this authority.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kept: String,
     pub made_at: Moment,
     pub changed_at: Moment,
     /// Why it is what it is.
@@ -273,6 +276,9 @@ pub struct Issuer {
     /// The root below which it stands.
     pub root: RootId,
     pub certificate: Der,
+    /// Between it and its root.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub above: Vec<Der>,
     /// Its root signed by another one, for peers that know only that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cross: Option<Cross>,
@@ -606,11 +612,12 @@ impl Record {
         self.issuers.iter().find(|issuer| issuer.state == IssuerState::Signing)
     }
 
-    /// The certificates between a leaf of `issuer` and the roots, as leaves carry them: the issuer's own, and while
-    /// somebody may know only the other root, its root as that signed it.
+    /// The certificates between a leaf of `issuer` and the roots, as leaves carry them: the issuer's own, those above it,
+    /// and while somebody may know only the other root, its root as that signed it.
     #[must_use]
     pub fn intermediates(&self, issuer: &Issuer) -> Vec<Der> {
         let mut chain = vec![issuer.certificate.clone()];
+        chain.extend(issuer.above.iter().cloned());
         if let Some(cross) = &issuer.cross
             && self.rotation.is_some()
         {

@@ -1,6 +1,7 @@
 //! `postern ca`: the certificate authority of a mesh, and its join tokens.
 
 mod audit;
+mod outside;
 mod run;
 mod status;
 mod store;

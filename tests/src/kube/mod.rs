@@ -5,6 +5,7 @@
 //! misbehaves on request: see [`KubeApi::behave`] and the functions beside it. It can be ended and started again on the
 //! same port, with or without its memory.
 
+mod cert_manager;
 mod objects;
 mod server;
 pub mod slices;

@@ -27,7 +27,13 @@ impl Kind {
         name: "MutatingWebhookConfiguration",
     };
 
-    const ALL: [Kind; 7] = [
+    pub const CERTIFICATE_REQUEST: Kind =
+        Kind { group: "/apis/cert-manager.io/v1", plural: "certificaterequests", name: "CertificateRequest" };
+    pub const CLUSTER_ISSUER: Kind =
+        Kind { group: "/apis/cert-manager.io/v1", plural: "clusterissuers", name: "ClusterIssuer" };
+    pub const ISSUER: Kind = Kind { group: "/apis/cert-manager.io/v1", plural: "issuers", name: "Issuer" };
+
+    const ALL: [Kind; 10] = [
         Self::SLICE,
         Self::ENDPOINTS,
         Self::SERVICE,
@@ -35,6 +41,9 @@ impl Kind {
         Self::SECRET,
         Self::CONFIG_MAP,
         Self::WEBHOOK,
+        Self::CERTIFICATE_REQUEST,
+        Self::CLUSTER_ISSUER,
+        Self::ISSUER,
     ];
 
     pub(super) fn find(group: &str, plural: &str) -> Option<Kind> {

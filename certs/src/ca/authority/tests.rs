@@ -183,7 +183,7 @@ fn pem_is_read_whatever_was_done_to_its_spaces() {
 fn what_is_wrong_with_an_authority_is_found_before_it_signs() {
     let old = root(KeyKind::P256, 3650 * DAY);
     let good = old.intermediate(&domain(), KeyKind::P256, 365 * DAY, now()).unwrap();
-    let rules = |distrusted: Vec<Fingerprint>| Rules { longest_leaf: DAY, distrusted };
+    let rules = |distrusted: Vec<Fingerprint>| Rules { longest_leaf: DAY, distrusted, unlimited: false };
     let whole = trust(&[&old]);
     assert_eq!(good.lint(&whole, &rules(Vec::new()), now()), []);
 

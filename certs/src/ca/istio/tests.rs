@@ -23,7 +23,7 @@ use crate::ca::foundry::Foundry;
 use crate::ca::keeper::Keeper;
 use crate::ca::limits::{Limits, Rate};
 use crate::ca::record::Lifetimes;
-use crate::ca::rotation::command::{Command, Rotate};
+use crate::ca::rotation::command::{Command, NewRoot, Rotate};
 use crate::ca::rotation::{Kind, Policy, State, driver, plan};
 use crate::ca::seal::Sealer;
 use crate::ca::service::Parts;
@@ -188,7 +188,7 @@ impl Ca {
 
     async fn begin_root(&self) {
         let policy = Policy { soak_ms: 1000, ..plan::policy(&self.keeper.driver().now().record) };
-        let rotate = Rotate { kind: Kind::Root, policy, import: None, reason: "test".to_owned() };
+        let rotate = Rotate { kind: Kind::Root, policy, root: NewRoot::Usual, reason: "test".to_owned() };
         self.keeper.driver().command(&Command::Rotate(rotate), "test").await.unwrap();
     }
 

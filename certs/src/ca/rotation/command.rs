@@ -74,9 +74,23 @@ pub enum Command {
 pub struct Rotate {
     pub kind: Kind,
     pub policy: Policy,
-    /// PEM of a root and its key from elsewhere.
-    pub import: Option<String>,
+    /// Where a new root comes from.
+    pub root: NewRoot,
     pub reason: String,
+}
+
+/// Where a new root comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NewRoot {
+    /// From where the present one is from.
+    #[default]
+    Usual,
+    /// It is made here.
+    Own,
+    /// PEM of a root and its key.
+    Pem(String),
+    /// Somebody else has its key, and signs an issuer.
+    Outside,
 }
 
 /// Why a command does nothing.
@@ -113,12 +127,21 @@ impl Command {
                 idle(record)?;
                 match rotate.kind {
                     Kind::Leaf => Wanted::Nothing,
+                    Kind::Issuer if is_elsewhere(record) => Wanted::Outside { new_root: false },
                     Kind::Issuer => Wanted::Issuer,
-                    Kind::Root => Wanted::Root {
-                        same_key: rotate.policy.same_key,
-                        import: rotate.import.clone(),
-                        cross: true,
-                    },
+                    Kind::Root => {
+                        let same_key = rotate.policy.same_key;
+                        match &rotate.root {
+                            NewRoot::Outside => Wanted::Outside { new_root: true },
+                            NewRoot::Usual if is_elsewhere(record) => Wanted::Outside { new_root: true },
+                            NewRoot::Pem(pem) => {
+                                Wanted::Root { same_key, import: Some(pem.clone()), cross: true }
+                            }
+                            NewRoot::Own | NewRoot::Usual => {
+                                Wanted::Root { same_key, import: None, cross: true }
+                            }
+                        }
+                    }
                 }
             }
             Self::Distrust { root, .. } => {
@@ -236,6 +259,11 @@ fn idle(record: &Record) -> Result<(), Refusal> {
     }
 }
 
+/// Whether somebody else has the key of the root in use.
+fn is_elsewhere(record: &Record) -> bool {
+    record.current_root().is_some_and(|root| root.key.is_none())
+}
+
 fn find_root<'a>(record: &'a Record, start: &str) -> Result<&'a Root, Refusal> {
     let wanted = start.to_ascii_lowercase().replace(':', "");
     let mut found = record.roots.iter().filter(|root| !wanted.is_empty() && root.id.0.starts_with(&wanted));
@@ -313,6 +341,9 @@ fn begin(
         Kind::Leaf => from.clone(),
         Kind::Issuer => {
             let issuer = material.issuer.ok_or_else(|| short_of("an issuer"))?;
+            if issuer.root != from.root {
+                return Err(Refusal::Busy("the root was exchanged meanwhile: try again".to_owned()));
+            }
             stage(&mut next, issuer, from.root.clone())
         }
         Kind::Root => {

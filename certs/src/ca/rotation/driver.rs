@@ -15,10 +15,11 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, watch};
 
 use super::super::fleet::{Fleet, Member, Sign, Source, View};
+use super::super::outside::{self, Elsewhere};
 use super::super::probe::{Host, Prober};
 use super::super::record::{Der, LEASE, Lease, Moment, Record, RecordError, Root};
 use super::super::store::{FLEET, RECORD, Store, StoreError, SwapError, Version};
-use super::command::{Command, Refusal, Rotate};
+use super::command::{Command, NewRoot, Refusal, Rotate};
 use super::forge::{self, Forge, ForgeError, Material, Wanted};
 use super::machine::{self, Decision, Waiting};
 use super::{Kind, Rotation, State, interlocks, plan};
@@ -35,6 +36,8 @@ const STEPS: usize = 12;
 const TRIES: usize = 16;
 /// Who has not read the record for so long does not sign any more: the others go on without him.
 const SIGNS_UNREAD: Duration = Duration::from_secs(300);
+/// Between attempts to begin what is due and cannot begin, growing.
+const RETRIES: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3600));
 /// Visits at a time.
 const VISITS: usize = 16;
 /// How long a store is asked to wait for a change.
@@ -148,6 +151,15 @@ pub enum DriverError {
     Exists,
 }
 
+/// What a rotation would do.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    pub stages: Vec<plan::Stage>,
+    pub blockers: Vec<interlocks::Blocker>,
+    /// Who would be asked to sign, and what is known of it.
+    pub outside: String,
+}
+
 /// Why a command was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -178,6 +190,15 @@ struct Local {
     parts: BTreeMap<u8, Version>,
     sources: Vec<Source>,
     problem: Option<String>,
+    /// Why what is due by its age is not begun, and when that is tried again.
+    overdue: Option<Overdue>,
+}
+
+/// Something that is due and cannot begin.
+struct Overdue {
+    why: String,
+    pause: Duration,
+    again: Duration,
 }
 
 /// Drives one authority on one replica.
@@ -189,6 +210,8 @@ pub struct Driver {
     replica: String,
     copies: Vec<Arc<dyn BundleCopy>>,
     prober: Option<Arc<dyn Prober>>,
+    /// Who has the key of the root, where that is somebody else.
+    outside: Option<Elsewhere>,
     /// How visits ended, of the present rotation.
     visits: Mutex<BTreeMap<(String, String), Result<(), String>>>,
     scheduled: bool,
@@ -258,6 +281,7 @@ impl Driver {
             replica: replica.to_owned(),
             copies: Vec::new(),
             prober: None,
+            outside: None,
             visits: Mutex::default(),
             scheduled: false,
             settle: SETTLE,
@@ -288,6 +312,13 @@ impl Driver {
     #[must_use]
     pub fn with_prober(mut self, prober: Arc<dyn Prober>) -> Self {
         self.prober = Some(prober);
+        self
+    }
+
+    /// Asks somebody else for issuers, who has the key of the root.
+    #[must_use]
+    pub fn with_outside(mut self, outside: Option<Elsewhere>) -> Self {
+        self.outside = outside;
         self
     }
 
@@ -327,6 +358,18 @@ impl Driver {
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         self.local().problem.clone()
+    }
+
+    /// Who else has the key of a root, if anybody can be asked.
+    #[must_use]
+    pub fn outside(&self) -> Option<&Elsewhere> {
+        self.outside.as_ref()
+    }
+
+    /// Why what is due by its age is not exchanged, if it should have been.
+    #[must_use]
+    pub fn overdue(&self) -> Option<String> {
+        self.local().overdue.as_ref().map(|overdue| overdue.why.clone())
     }
 
     /// Whether this replica leads.
@@ -381,7 +424,31 @@ impl Driver {
 
     /// Ticks until it is dropped.
     pub async fn run(self: Arc<Self>) {
-        tokio::join!(self.keep_ticking(), self.watch(), self.keep_visiting());
+        tokio::join!(self.keep_ticking(), self.watch(), self.keep_visiting(), self.keep_asking());
+    }
+
+    /// Exchanges what is due and has to be asked for elsewhere. That may take its time, so it holds up nothing else.
+    async fn keep_asking(&self) {
+        while self.outside.is_some() {
+            self.ask_for_what_is_due().await;
+            tokio::time::sleep(PACE.0).await;
+        }
+    }
+
+    /// Asks once, if something is due and its time has come. Gives whether a rotation has begun.
+    pub async fn ask_for_what_is_due(&self) -> bool {
+        let record = self.now().record.clone();
+        let due = machine::due(&record, true, self.clock.wall());
+        let elsewhere = record.current_root().is_some_and(|root| root.key.is_none());
+        match due {
+            None => {
+                self.local().overdue = None;
+                false
+            }
+            Some(kind) if elsewhere && self.scheduled && self.leads() => self.on_schedule(kind).await,
+            // That is made here, at a tick, or by who leads.
+            Some(_) => false,
+        }
     }
 
     /// Visits those who renew first, as long as a rotation waits for them.
@@ -538,10 +605,13 @@ impl Driver {
             }
         }
         drop(_turn);
-        if self.scheduled
-            && let Some(kind) = machine::due(&self.now().record, self.clock.wall())
-        {
-            changed |= self.on_schedule(kind).await;
+        if self.scheduled {
+            // What has to be asked for elsewhere is not waited for here.
+            match machine::due(&self.now().record, false, self.clock.wall()) {
+                Some(kind) => changed |= self.on_schedule(kind).await,
+                None if self.outside.is_none() => self.local().overdue = None,
+                None => {}
+            }
         }
         Ok(changed)
     }
@@ -551,16 +621,26 @@ impl Driver {
     }
 
     async fn on_schedule(&self, kind: Kind) -> bool {
+        let now = self.clock.steady();
+        let last = self.local().overdue.as_ref().map(|overdue| (overdue.pause, overdue.again));
+        if last.is_some_and(|(_, again)| now < again) {
+            return false;
+        }
         let policy = plan::policy(&self.now().record);
         let reason = "half of its life is over".to_owned();
-        let rotate = Command::Rotate(Rotate { kind, policy, import: None, reason });
-        match self.command(&rotate, "schedule").await {
-            Ok(_) => true,
+        let rotate = Command::Rotate(Rotate { kind, policy, root: NewRoot::Usual, reason });
+        let begun = self.command(&rotate, "schedule").await;
+        let (now, mut local) = (self.clock.steady(), self.local());
+        match begun {
+            Ok(_) => local.overdue = None,
             Err(error) => {
                 tracing::warn!(%error, %kind, "a rotation is due and cannot begin");
-                false
+                let pause = last.map_or(RETRIES.0, |(pause, _)| (pause * 2).min(RETRIES.1));
+                let why = format!("the {kind} is due to be exchanged, and that cannot begin: {error}");
+                local.overdue = Some(Overdue { why, pause, again: now + pause });
             }
         }
+        local.overdue.is_none()
     }
 
     /// Does what somebody asks for, and gives the record after it.
@@ -568,8 +648,9 @@ impl Driver {
     /// # Errors
     /// It is refused, nothing could be made for it, or the store cannot be used.
     pub async fn command(&self, command: &Command, by: &str) -> Result<Arc<Known>, CommandError> {
+        let mut made = self.asked_for(command).await?;
+        let is_from_outside = made.is_some();
         let _turn = self.turn.lock().await;
-        let mut made: Option<(Wanted, Material)> = None;
         for _ in 0..TRIES {
             self.read().await?;
             let known = self.now();
@@ -587,6 +668,9 @@ impl Driver {
             match self.swap(&known, next).await {
                 Ok(()) => {
                     tracing::info!(command = command.word(), by, "done");
+                    if is_from_outside {
+                        outside::forget(&*self.store).await;
+                    }
                     self.wake.notify_one();
                     return Ok(self.now());
                 }
@@ -597,19 +681,39 @@ impl Driver {
         Err(CommandError::Contended)
     }
 
-    /// What a rotation would do and run into, without writing anything.
+    /// What somebody else has to sign for a command. The record stays as it is and everything goes on meanwhile.
+    async fn asked_for(&self, command: &Command) -> Result<Option<(Wanted, Material)>, CommandError> {
+        {
+            let _turn = self.turn.lock().await;
+            self.read().await?;
+        }
+        let known = self.now();
+        let wanted = command.wanted(&known.record)?;
+        let Wanted::Outside { new_root } = wanted else { return Ok(None) };
+        let outside = self.elsewhere()?;
+        let material = outside.make(&*self.store, &known.record, new_root, self.clock.wall()).await?;
+        Ok(Some((wanted, material)))
+    }
+
+    fn elsewhere(&self) -> Result<&Elsewhere, ForgeError> {
+        let problem = "the root's key is not here, and nobody is named who has it: write `root` in ca.yaml, \
+                       or make a root here with `postern certs rotate root --own`";
+        self.outside.as_ref().ok_or_else(|| ForgeError(problem.to_owned()))
+    }
+
+    /// What a rotation would do and run into, without writing anything or having anything signed.
     ///
     /// # Errors
     /// As for beginning it.
-    pub async fn plan(
-        &self,
-        rotate: &Rotate,
-    ) -> Result<(Vec<plan::Stage>, Vec<interlocks::Blocker>), CommandError> {
+    pub async fn plan(&self, rotate: &Rotate) -> Result<Planned, CommandError> {
         let known = self.now();
         let now = self.clock.wall();
-        let wanted = Command::Rotate(rotate.clone()).wanted(&known.record)?;
-        let material = self.make(&known.record, &wanted, now).await?;
-        Ok(super::command::plan(&known.record, rotate, material, &self.view(), now)?)
+        let (material, outside) = match Command::Rotate(rotate.clone()).wanted(&known.record)? {
+            Wanted::Outside { new_root } => self.elsewhere()?.plan(&known.record, new_root, now).await?,
+            wanted => (self.make(&known.record, &wanted, now).await?, String::new()),
+        };
+        let (stages, blockers) = super::command::plan(&known.record, rotate, material, &self.view(), now)?;
+        Ok(Planned { stages, blockers, outside })
     }
 
     async fn make(&self, record: &Record, wanted: &Wanted, now: Moment) -> Result<Material, ForgeError> {

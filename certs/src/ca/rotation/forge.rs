@@ -64,6 +64,11 @@ pub enum Wanted {
         /// Not signed over: nobody shall trust what the old key says.
         cross: bool,
     },
+    /// An issuer that somebody else signs, who has the root's key: below the current root, or below a new one. It is not
+    /// made here; see [`Elsewhere`](super::super::outside::Elsewhere).
+    Outside {
+        new_root: bool,
+    },
     /// A root that is used for nothing.
     Rehearsal,
 }
@@ -94,6 +99,7 @@ pub fn make(
     let request = |life| Request { trust_domain: &record.trust_domain, now, life };
     match wanted {
         Wanted::Nothing => Ok(Material::default()),
+        Wanted::Outside { .. } => Err(ForgeError("the root's key is not here".to_owned())),
         Wanted::Rehearsal => {
             let root = forge.root(&request(Duration::from_secs(86_400)), None)?;
             Ok(Material { root: Some(Root { key: None, ..root }), ..Material::default() })

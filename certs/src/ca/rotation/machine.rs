@@ -108,23 +108,27 @@ fn steady(record: &Record, view: &View, now: Moment) -> Decision {
     Decision::Steady
 }
 
-/// What has to be exchanged because of its age.
+/// What has to be exchanged because of its age. `asks`: somebody else who has the root's key can be asked for issuers.
 #[must_use]
-pub fn due(record: &Record, now: Moment) -> Option<Kind> {
+pub fn due(record: &Record, asks: bool, now: Moment) -> Option<Kind> {
     if record.rotation.is_some() {
         return None;
     }
-    [Kind::Root, Kind::Issuer].into_iter().find(|kind| due_at(record, *kind).is_some_and(|at| at <= now))
+    [Kind::Root, Kind::Issuer]
+        .into_iter()
+        .find(|kind| due_at(record, *kind, asks).is_some_and(|at| at <= now))
 }
 
 /// When something is exchanged because of its age: at half of its life, a root after a year at the latest. None: a person
 /// has to do it, who has the root's key.
 #[must_use]
-pub fn due_at(record: &Record, kind: Kind) -> Option<Moment> {
+pub fn due_at(record: &Record, kind: Kind, asks: bool) -> Option<Moment> {
     const YEAR: Duration = Duration::from_secs(365 * 86_400);
     let issuer = record.signing()?;
     let root = record.root(&issuer.root)?;
-    root.key.as_ref()?;
+    if root.key.is_none() && !(asks && kind == Kind::Issuer) {
+        return None;
+    }
     let half = |not_before: Moment, not_after: Moment| not_after.since(not_before) / 2;
     match kind {
         Kind::Root => Some(root.not_before + half(root.not_before, root.not_after).min(YEAR)),

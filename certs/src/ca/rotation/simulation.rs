@@ -21,7 +21,7 @@ use super::super::record::{IssuerId, Lifetimes, Moment, Record, RootId};
 use super::super::seal::Sealer;
 use super::super::store::memory::Memory;
 use super::super::store::{RECORD, Store, StoreError, Stored, SwapError, Version};
-use super::command::{Command, Rotate};
+use super::command::{Command, NewRoot, Rotate};
 use super::driver::{Clock, Driver, found};
 use super::forge::Forge;
 use super::{Kind, Policy, State, model, plan, renewal};
@@ -511,7 +511,7 @@ impl<W: World> Mesh<W> {
 
     pub(crate) fn rotate(&self, kind: Kind) -> Command {
         let policy = policy(&self.record().unwrap());
-        Command::Rotate(Rotate { kind, policy, import: None, reason: "test".to_owned() })
+        Command::Rotate(Rotate { kind, policy, root: NewRoot::Usual, reason: "test".to_owned() })
     }
 
     async fn rotation(&mut self, kind: Kind) {
@@ -816,8 +816,12 @@ async fn of_two_replicas_one_leads_and_the_other_takes_over_when_it_is_silent() 
         assert!(one.leads() && !two.leads());
     }
     // Whoever is asked does it; who leads drives it. The other is where the record is.
-    let rotate =
-        Rotate { kind: Kind::Issuer, policy: policy(&one.now().record), import: None, reason: String::new() };
+    let rotate = Rotate {
+        kind: Kind::Issuer,
+        policy: policy(&one.now().record),
+        root: NewRoot::Usual,
+        reason: String::new(),
+    };
     two.command(&Command::Rotate(rotate), "sre").await.unwrap();
     for _ in 0..12 {
         clock.pass(STEP);

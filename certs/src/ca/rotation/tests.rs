@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::super::fleet::{Member, Replica, Source, View};
 use super::super::record::{IssuerState, Lifetimes, Moment, Observer, Record, RootState};
-use super::command::{Command, Refusal, Rotate};
+use super::command::{Command, NewRoot, Refusal, Rotate};
 use super::forge::make;
 use super::interlocks::Blocker;
 use super::machine::{Decision, decide};
@@ -70,7 +70,7 @@ impl Bench {
     }
 
     fn rotate(&self, kind: Kind) -> Rotate {
-        Rotate { kind, policy: plan::policy(&self.record), import: None, reason: "test".to_owned() }
+        Rotate { kind, policy: plan::policy(&self.record), root: NewRoot::Usual, reason: "test".to_owned() }
     }
 
     fn begin(&mut self, kind: Kind) -> Result<(), Refusal> {
@@ -614,7 +614,7 @@ fn a_plan_names_who_would_be_waited_for_and_writes_nothing() {
 #[test]
 fn what_is_old_is_exchanged_by_itself() {
     let bench = Bench::new();
-    let due = |at: Duration| super::machine::due(&bench.record, bench.now + at);
+    let due = |at: Duration| super::machine::due(&bench.record, false, bench.now + at);
     assert_eq!(due(Duration::from_secs(30 * DAY)), None);
     assert_eq!(due(Duration::from_secs(183 * DAY)), Some(Kind::Issuer));
     assert_eq!(due(Duration::from_secs(366 * DAY)), Some(Kind::Root));

@@ -16,6 +16,9 @@ use crate::output::Format;
 /// How long an answer may take: making keys is the longest.
 const DEADLINE: Duration = Duration::from_secs(30);
 
+/// The same where somebody outside may have to sign, and may have to be waited for.
+const SIGNING: Duration = Duration::from_secs(660);
+
 /// Where the authority is, and the form of what is printed.
 #[derive(Args, Clone)]
 pub struct Asked {
@@ -87,6 +90,13 @@ pub fn request<T>(message: T) -> Request<T> {
     if let Ok(value) = user.parse() {
         request.metadata_mut().insert(ACTOR, value);
     }
+    request
+}
+
+/// A request that may need a signature of somebody outside.
+pub fn request_to_sign<T>(message: T) -> Request<T> {
+    let mut request = request(message);
+    request.set_timeout(SIGNING);
     request
 }
 

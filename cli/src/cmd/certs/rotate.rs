@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use certs::ca::proto::RotateRequest;
 use clap::{Args, Subcommand};
 
-use super::ask::{Asked, answer, request};
+use super::ask::{Asked, answer, request_to_sign};
 use super::steer::follow;
 use super::{BLOCKED, IN_PROGRESS, OK, show};
 use crate::output::{self, Format, line};
@@ -17,6 +17,7 @@ use crate::output::{self, Format, line};
 #[command(
     after_help = "Examples:\n  postern certs rotate root --plan\n  postern certs rotate root --reason 'yearly' --soak 2m --spread 30m\n  \
                         postern certs rotate root --step          then `postern certs advance` after each state\n  \
+                        postern certs rotate root --vault --plan  who would sign, and whether it could be asked\n  \
                         postern certs rotate issuer\n  \
                         postern certs rotate leaf 'spiffe://mesh.local/ns/shop/*'\n\n\
                         The command shows how far it is and may be interrupted: the rotation goes on in the authority.\n\n\
@@ -49,8 +50,17 @@ struct Leaf {
 #[derive(Args)]
 struct Root {
     /// A root from elsewhere: a file with its certificate and its key in PEM.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "source")]
     from_file: Option<PathBuf>,
+    /// A root whose key Vault or OpenBao has, which signs an issuer: `root.vault` in ca.yaml.
+    #[arg(long, group = "source")]
+    vault: bool,
+    /// A root whose key an issuer of cert-manager has, which signs an issuer: `root.cert_manager` in ca.yaml.
+    #[arg(long, group = "source")]
+    cert_manager: bool,
+    /// A root that is made here, where the key of the present one is elsewhere.
+    #[arg(long, group = "source")]
+    own: bool,
     /// `--rekey=false` keeps the key of the old root: no remedy for a key that others know.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     rekey: bool,
@@ -107,10 +117,13 @@ impl Rotate {
                 message.kind = "issuer".to_owned();
                 common
             }
-            What::Root(Root { from_file, rekey, common }) => {
+            What::Root(Root { from_file, vault, cert_manager, own, rekey, common }) => {
                 message.kind = "root".to_owned();
                 message.same_key = !rekey;
                 message.import = read(from_file.as_ref())?;
+                let sources = [("vault", vault), ("cert_manager", cert_manager), ("own", own)];
+                let source = sources.iter().find(|(_, asked)| *asked);
+                message.source = source.map_or_else(String::new, |(name, _)| (*name).to_owned());
                 common
             }
         };
@@ -122,10 +135,13 @@ impl Rotate {
         message.compress = common.compress;
         let mut client = common.asked.client().await?;
         if common.plan {
-            let plan = answer(client.plan(request(message)).await)?;
+            let plan = answer(client.plan(request_to_sign(message)).await)?;
             match common.asked.output {
                 Format::Json => output::json(&plan),
                 Format::Text => {
+                    if !plan.outside.is_empty() {
+                        line(format_args!("  {}", plan.outside));
+                    }
                     let begins = plan.stages.first().map_or(0, |stage| stage.begins);
                     for stage in &plan.stages {
                         let (from, to) = (stage.begins - begins, stage.ends - begins);
@@ -145,7 +161,7 @@ impl Rotate {
             }
             return Ok(if plan.blockers.is_empty() { OK } else { BLOCKED });
         }
-        let status = answer(client.rotate(request(message)).await)?;
+        let status = answer(client.rotate(request_to_sign(message)).await)?;
         if common.no_wait {
             match common.asked.output {
                 Format::Json => output::json(&status),

@@ -42,6 +42,9 @@ pub fn status(status: &StatusReply) {
     if !status.problem.is_empty() {
         line(format_args!("  {}", painted(&status.problem, Colour::Red)));
     }
+    if !status.overdue.is_empty() {
+        line(format_args!("  {}", painted(&status.overdue, Colour::Red)));
+    }
     for one in &status.replicas {
         let level = match one.ahead {
             0 => "level".to_owned(),
@@ -61,7 +64,11 @@ pub fn status(status: &StatusReply) {
             "distrusted" | "active" => Colour::Red,
             _ => Colour::Dim,
         };
-        let key = if root.key { "" } else { ", key not here" };
+        let key = match root.kept.as_str() {
+            _ if root.key => String::new(),
+            "" => ", key not here".to_owned(),
+            kept => format!(", key at {kept}"),
+        };
         let note = if root.note.is_empty() { String::new() } else { format!("  ({})", root.note) };
         line(format_args!(
             "  {}  {}  {}{key}{note}",
@@ -219,7 +226,7 @@ fn has_ended(status: &StatusReply) -> bool {
 
 /// The exit code of a status.
 pub fn code(status: &StatusReply) -> u8 {
-    if !status.problem.is_empty() || has_ended(status) {
+    if !status.problem.is_empty() || !status.overdue.is_empty() || has_ended(status) {
         return ATTENTION;
     }
     match &status.rotation {

@@ -41,7 +41,7 @@ use tokio::time::timeout;
 use tonic::service::Routes;
 
 use super::status::Told;
-use super::{AUDIT, Place, SOCKET, settings, store};
+use super::{AUDIT, Place, SOCKET, outside, settings, store};
 use crate::observed;
 use crate::output::{self, Colour};
 
@@ -318,21 +318,31 @@ async fn open(
         let copies = settings.bundle_files.iter().cloned();
         let copies = copies.map(|path| Arc::new(PemFile::new(path)) as Arc<dyn BundleCopy>).collect();
         let unread = Duration::from_secs(settings.store.signs_unread.into());
+        let outside = outside::open(settings.root.as_ref(), &foundry)?;
         let prober = Arc::new(Visitor::new(Arc::clone(&foundry), Arc::clone(audit), clock.clone()));
         Keeper::open(store, foundry, clock, &replica, |driver| {
-            let driver = driver.scheduled(true).with_copies(copies).signing_unread(unread);
+            let driver =
+                driver.scheduled(true).with_copies(copies).signing_unread(unread).with_outside(outside);
             if settings.visits { driver.with_prober(prober) } else { driver }
         })
         .await
+        .map_err(anyhow::Error::from)
     };
     let keeper = match opened().await? {
         Some(keeper) => keeper,
         None => {
             let lifetimes = Lifetimes { leaf_s: settings.longest_ttl, ..Lifetimes::default() };
-            let record = foundry.found(domain.as_str(), lifetimes, now.into())?;
+            let record = match outside::open(settings.root.as_ref(), &foundry)? {
+                None => foundry.found(domain.as_str(), lifetimes, now.into())?,
+                Some(outside) => {
+                    output::note(&format!("{:<10} its key is at {}", "root", outside.name()));
+                    let made = outside.found(&**store, domain, lifetimes, now.into()).await;
+                    made.map_err(|error| anyhow!("the first issuer cannot be had: {error}"))?
+                }
+            };
             match driver::found(&**store, &record).await {
                 // Another replica that began at the same time was faster.
-                Ok(()) | Err(DriverError::Exists) => {}
+                Ok(()) | Err(DriverError::Exists) => certs::ca::outside::forget(&**store).await,
                 Err(error) => return Err(error.into()),
             }
             opened().await?.with_context(|| format!("{} is empty again", store.name()))?
