@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
-use super::super::fleet::{Member, Replica, Source, View};
+use super::super::fleet::{Answer, Answers, Member, Replica, Source, View};
 use super::super::record::{IssuerState, Lifetimes, Moment, Observer, Record, RootState};
 use super::command::{Command, NewRoot, Refusal, Rotate};
 use super::forge::make;
 use super::interlocks::Blocker;
 use super::machine::{Decision, decide};
-use super::{Kind, Policy, State, model, plan};
+use super::{Back, Kind, Policy, State, model, plan};
 
 /// A record and three workloads that do what they are told.
 struct Bench {
@@ -231,6 +231,54 @@ fn interlock_2_does_not_hold_up_the_cutover_while_the_old_root_vouches_for_the_n
     assert_eq!(bench.state(), Some(State::Cutover));
     bench.record = without;
     held(&bench.settle(), 2, "p3");
+}
+
+#[test]
+fn interlock_2_waits_for_who_never_confirms_however_lately_he_was_seen() {
+    let silent = |bench: &mut Bench, generation| {
+        let now = bench.now;
+        let member = bench.member("p3");
+        member.answers = Answers::default();
+        member
+            .answers
+            .add(Answer { at: now, until: now + Duration::from_secs(DAY), ..Answer::default() }, None);
+        (member.generation, member.seen_at) = (generation, now);
+    };
+    // Where nothing leads from the old root to the new one, he has to have it before it signs.
+    let mut bench = Bench::new();
+    bench.begin(Kind::Root).unwrap();
+    bench.go(State::Trusting);
+    let to = bench.record.rotation.as_ref().unwrap().to.issuer.clone();
+    bench.record.issuer_mut(&to).unwrap().cross = None;
+    silent(&mut bench, 1);
+    let blockers = bench.settle();
+    held(&blockers, 2, "p3");
+    assert!(blockers.iter().all(|blocker| blocker.interlock == 2), "{blockers:#?}");
+    bench.member("p3").generation = bench.record.bundle.generation;
+    bench.settle();
+    assert_eq!(bench.state(), Some(State::Cutover));
+
+    // On the way back he has to have the old root again before it signs, and then a certificate below it.
+    let mut bench = Bench::new();
+    bench.begin(Kind::Root).unwrap();
+    bench.go(State::Retiring);
+    let only_new = bench.record.bundle.generation;
+    bench.command(&Command::Rollback { reason: "test".to_owned() }).unwrap();
+    bench.please();
+    silent(&mut bench, only_new);
+    held(&bench.settle(), 2, "p3");
+    let rotation = bench.record.rotation.clone().unwrap();
+    assert_eq!(rotation.back, Some(Back::Trusting));
+    bench.member("p3").generation = rotation.generation;
+    bench.settle();
+    assert_eq!(bench.record.rotation.as_ref().unwrap().back, Some(Back::Migrating));
+    let with_new = bench.member("p3").issuer.clone();
+    bench.please();
+    bench.member("p3").issuer = with_new;
+    held(&bench.settle(), 2, "p3");
+    bench.please();
+    bench.settle();
+    assert_eq!(bench.state(), None);
 }
 
 #[test]
