@@ -3,7 +3,7 @@
 //! What the service signs with follows from the record that was read last. A replica that cannot read it for a while
 //! stops signing, because the others may go on without it.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -16,7 +16,7 @@ use super::audit::Signature;
 use super::authority::Authority;
 use super::fleet::{Answer, Fleet, Said};
 use super::foundry::Foundry;
-use super::record::{IssuerId, Moment, Record, RootState};
+use super::record::{Der, IssuerId, Moment, Record, RootState};
 use super::rotation::driver::{Clock, Driver, DriverError};
 use super::rotation::forge::ForgeError;
 use super::rotation::metrics::{self, Sample};
@@ -48,6 +48,9 @@ impl From<ForgeError> for KeeperError {
     }
 }
 
+/// Issuers with their keys, by what they hand out with a certificate.
+type Opened = HashMap<(IssuerId, Vec<Der>), Arc<Authority>>;
+
 /// One authority on one replica.
 pub struct Keeper {
     driver: Arc<Driver>,
@@ -55,7 +58,7 @@ pub struct Keeper {
     foundry: Arc<Foundry>,
     clock: Arc<dyn Clock>,
     current: watch::Sender<Arc<Current>>,
-    opened: Mutex<BTreeMap<(IssuerId, usize), Arc<Authority>>>,
+    opened: Mutex<Opened>,
 }
 
 impl std::fmt::Debug for Keeper {
@@ -165,10 +168,10 @@ fn open(
     foundry: &Foundry,
     record: &Record,
     id: &IssuerId,
-    opened: &Mutex<BTreeMap<(IssuerId, usize), Arc<Authority>>>,
+    opened: &Mutex<Opened>,
 ) -> Result<Arc<Authority>, ForgeError> {
     let issuer = record.issuer(id).ok_or_else(|| ForgeError("it is not listed".to_owned()))?;
-    let key = (id.clone(), record.intermediates(issuer).len());
+    let key = (id.clone(), record.intermediates(issuer));
     let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(authority) = opened.get(&key) {
         return Ok(Arc::clone(authority));
@@ -185,7 +188,7 @@ fn assemble(
     foundry: &Foundry,
     record: &Record,
     may_sign: bool,
-    opened: &Mutex<BTreeMap<(IssuerId, usize), Arc<Authority>>>,
+    opened: &Mutex<Opened>,
 ) -> Result<Current, ForgeError> {
     let broken = |error: &dyn std::fmt::Display| ForgeError(error.to_string());
     let signing = record.signing();

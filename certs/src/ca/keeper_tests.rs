@@ -18,7 +18,7 @@ use super::foundry::Foundry;
 use super::keeper::Keeper;
 use super::limits::{Limits, Rate};
 use super::probe::Visitor;
-use super::record::Lifetimes;
+use super::record::{Der, Lifetimes};
 use super::rotation::command::{Command, NewRoot, Rotate};
 use super::rotation::driver::{self, Driver};
 use super::rotation::{Kind, Policy, State, plan};
@@ -238,4 +238,48 @@ async fn who_renews_first_is_visited_before_everybody_follows() {
     let mut expected = [old, new].map(|issuer| format!("spiffe://mesh.local/postern/canary by {issuer}"));
     expected.sort();
     assert_eq!(guests, expected, "in the name of those who have renewed, and of those who have not");
+}
+
+#[tokio::test]
+async fn an_issuer_hands_out_what_the_present_rotation_gave_it_and_not_what_a_former_one_did() {
+    let ca = Authority::start(Lifetimes::default()).await;
+    let driver = Arc::clone(ca.keeper.driver());
+    let rotate = || {
+        let policy = Policy { soak_ms: 1, spread_ms: 1, step: true, ..plan::policy(&driver.now().record) };
+        Command::Rotate(Rotate { kind: Kind::Root, policy, root: NewRoot::Usual, reason: String::new() })
+    };
+    let on_to = async |state: Option<State>| {
+        let reason = String::new();
+        let advance = Command::Advance { force: false, waive: Vec::new(), compress: false, reason };
+        for _ in 0..3000 {
+            let rotation = driver.now().record.rotation.clone();
+            if rotation.as_ref().map(|rotation| rotation.state) == state {
+                return;
+            }
+            if rotation.is_some_and(|rotation| !rotation.allowed) {
+                // It may have gone on meanwhile.
+                let _ = driver.command(&advance, "sre").await;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            ca.clock.advance(Duration::from_millis(100));
+        }
+        panic!("never: {state:?}");
+    };
+    let handed = || {
+        let current = ca.keeper.current().borrow().clone();
+        current
+            .issuer
+            .as_ref()
+            .map(|issuer| issuer.presented().skip(1).map(|one| Der(one.to_vec())).collect())
+    };
+    let given = || {
+        let record = driver.now().record.clone();
+        record.signing().and_then(|issuer| Some(vec![issuer.cross.as_ref()?.certificate.clone()]))
+    };
+    driver.command(&rotate(), "sre").await.unwrap();
+    on_to(Some(State::Cutover)).await;
+    ca.until("the new issuer is signed over", || given().is_some() && handed() == given()).await;
+    on_to(None).await;
+    driver.command(&rotate(), "sre").await.unwrap();
+    ca.until("it is signed over for the way back", || given().is_some() && handed() == given()).await;
 }
