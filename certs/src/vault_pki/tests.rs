@@ -1,9 +1,11 @@
-//! Against a small PKI engine over HTTP that signs as Vault does. No registry holds the real one ready to run.
+//! Against a small PKI engine over HTTP that signs as Vault does. No registry holds the real one ready to run; where
+//! `POSTERN_TEST_VAULT` and `POSTERN_TEST_VAULT_TOKEN` name one, it is asked, too.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::sync::{Arc, Mutex};
 
+use http::HeaderValue;
 use rustls::pki_types::CertificateSigningRequestDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::Value;
@@ -14,6 +16,7 @@ use super::*;
 use crate::ca::authority::pem;
 use crate::ca::csr::PublicKey;
 use crate::clock::SystemClock;
+use crate::http::{Question, Server};
 use crate::mesh::MeshIdentity;
 use crate::renewing::Renewing;
 use crate::source::Following;
@@ -156,6 +159,63 @@ async fn a_role_signs_for_a_token_and_for_an_app_role() {
         assert_eq!(identity.trust().unwrap().roots("mesh.test").count(), 1);
         assert_eq!(following.standing().borrow().notice, None);
     }
+}
+
+/// Asks the real one for something to be done, as an administrator.
+async fn administer(url: &str, path: &str, body: Value) -> Value {
+    let server = Server::new(url, Arc::new(rustls::RootCertStore::empty())).unwrap();
+    let token = HeaderValue::from_str(&std::env::var("POSTERN_TEST_VAULT_TOKEN").unwrap()).unwrap();
+    let target = format!("/v1/{path}");
+    let question = Question::post(&target, &body, HOUR).with("x-vault-token", Some(token));
+    let answer = server.ask(question).await.unwrap();
+    serde_json::from_slice(answer.body()).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_real_vault_signs_by_a_role_as_it_is_written_down() {
+    let Ok(url) = std::env::var("POSTERN_TEST_VAULT") else {
+        return eprintln!("skipped: POSTERN_TEST_VAULT names no Vault");
+    };
+    let id = std::process::id();
+    let (mount, auth) = (format!("postern-pki-{id}"), format!("postern-approle-{id}"));
+    let root = json!({"common_name": "mesh root", "ttl": "87600h", "key_type": "ec"});
+    let role = json!({
+        "key_type": "ec", "require_cn": false, "allowed_uri_sans": "spiffe://mesh.test/ns/default/sa/web",
+        "key_usage": "DigitalSignature", "ext_key_usage": "", "server_flag": true, "client_flag": true,
+        "max_ttl": "24h",
+    });
+    let policy = format!("path \"{mount}/sign/web\" {{ capabilities = [\"update\"] }}");
+    let may = json!({"token_policies": format!("postern-{id}")});
+    for (path, body) in [
+        (format!("sys/mounts/{mount}"), json!({"type": "pki", "config": {"max_lease_ttl": "87600h"}})),
+        (format!("{mount}/root/generate/internal"), root),
+        (format!("{mount}/roles/web"), role),
+        (format!("sys/policies/acl/postern-{id}"), json!({"policy": policy})),
+        (format!("sys/auth/{auth}"), json!({"type": "approle"})),
+        (format!("auth/{auth}/role/web"), may),
+    ] {
+        administer(&url, &path, body).await;
+    }
+    let secret = administer(&url, &format!("auth/{auth}/role/web/secret-id"), json!({})).await;
+    let server = Server::new(&url, Arc::new(rustls::RootCertStore::empty())).unwrap();
+    let token = HeaderValue::from_str(&std::env::var("POSTERN_TEST_VAULT_TOKEN").unwrap()).unwrap();
+    let target = format!("/v1/auth/{auth}/role/web/role-id");
+    let role = server.ask(Question::get(&target, HOUR).with("x-vault-token", Some(token))).await.unwrap();
+    let role: Value = serde_json::from_slice(role.body()).unwrap();
+    let text = |value: &Value, name: &str| value["data"][name].as_str().unwrap().to_owned();
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("secret");
+    std::fs::write(&file, text(&secret, "secret_id")).unwrap();
+    let role = AppRole { role_id: text(&role, "role_id"), secret_id: Token::File(file), mount: auth };
+    let by_role = Settings { mount, auth: Auth::AppRole(role), ..settings(&url, folder.path()) };
+    let (identity, _following) = follow(by_role.clone());
+    until_is(&identity, "an identity", |it| it.svid().is_some()).await;
+    assert_eq!(identity.svid().unwrap().chain().len(), 1, "the root is no part of the chain");
+    assert!(identity.svid().unwrap().left(SystemTime::now()) <= HOUR);
+    let (_, following) = follow(Settings { role: "other".to_owned(), ..by_role });
+    let problem = until(&mut following.standing(), "a refusal", |it| it.problem.clone()).await;
+    assert!(problem.contains("may the token update") && problem.contains("sign/other?"), "{problem}");
 }
 
 #[tokio::test]
