@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 
-from measure import pinned, wait_until
+from measure import MemoryGroup, pinned, wait_until
 
 NGINX = "/usr/sbin/nginx" if os.path.exists("/usr/sbin/nginx") else "nginx"
 BODY = "x" * 1024
@@ -324,7 +324,7 @@ class Sidecar(Subject):
 
     def __init__(self, name, folder, cores, program, source, forward=None, node=None):
         super().__init__(name, folder, cores)
-        self.inbound, self.admin = free_port(), free_port()
+        self.inbound, self.admin, self.memory = free_port(), free_port(), MemoryGroup(name)
         config = {"trust_domain": "mesh.local", "ca": source, "workload": {"service": name},
                   "admin": {"listen": f"127.0.0.1:{self.admin}"}, "drain": {"propagation": 0, "grace": 1}}
         if forward:
@@ -335,5 +335,9 @@ class Sidecar(Subject):
                                    "upstream": {"type": "roundrobin", "nodes": {f"127.0.0.1:{node}": 1}}}]
             config["outbound"] = {"listeners": [{"listen": f"127.0.0.1:{self.http}", "service": "callee"}]}
         path = write(self.folder, "sidecar.yaml", json.dumps(config))
-        self.launch([program, "sidecar", "-c", path])
+        self.launch(self.memory.entered([program, "sidecar", "-c", path]))
         wait_until(lambda: get(self.admin, "/status/ready") == 200, what=f"the sidecar {name} is ready")
+
+    def stop(self):
+        super().stop()
+        self.memory.remove()
