@@ -62,13 +62,13 @@ def cpu_micros(root):
     return total * TICK
 
 
-def memory_mb(root):
-    """Resident memory of a process tree in MB."""
+def memory_mb(root, field="VmRSS"):
+    """Resident memory of a process tree in MB; with `RssAnon` without what is mapped of files."""
     total = 0
     for pid in tree(root):
         try:
             with open(f"/proc/{pid}/status") as status:
-                found = re.search(r"VmRSS:\s+(\d+)", status.read())
+                found = re.search(rf"{field}:\s+(\d+)", status.read())
         except OSError:
             continue
         total += int(found.group(1)) if found else 0
@@ -107,6 +107,7 @@ class MemoryGroup:
     def remove(self):
         if self.works:
             os.rmdir(self.path)
+            self.works = False
 
 
 def wrk(cores, url, seconds, connections=64, headers=(), script=None, env=None):

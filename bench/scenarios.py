@@ -6,7 +6,7 @@ import threading
 import time
 
 from measure import cost, cpu_micros, memory_mb, own_load, wait_until, wrk
-from subjects import (Authority, Certificates, Envoy, Haproxy, Nginx, Postern, Sidecar, Signer, get, identity,
+from subjects import (Authority, Certificates, Envoy, Haproxy, Nginx, NginxPair, Postern, Sidecar, Signer, get, identity,
                       upstream_object, write)
 
 KEY = "bench-consumer-key"
@@ -110,6 +110,13 @@ class Bench:
 
     def wrk(self, subject, url, **more):
         return wrk(self.cores.load, url.format(http=subject.http, https=subject.https), self.options.seconds, **more)
+
+    def rate(self, port, path, seconds):
+        """1,000 requests a second on 32 connections: their latencies in microseconds."""
+        result = own_load(self.options.load, self.cores.load, "rate", f"127.0.0.1:{port}", path, 32, 1000, seconds)
+        if result["bad"] or result["died"]:
+            raise SystemExit(f"requests failed: {result}")
+        return result
 
     def compare(self, scenario, names, load, goals, reference="nginx"):
         """One row for the cost of each subject, one for each ratio: to the reference, and those with a goal."""
@@ -282,8 +289,7 @@ def added_latency(bench, subject, admin, count):
     seconds = max(5, bench.options.seconds)
 
     def rate():
-        return own_load(bench.options.load, bench.cores.load, "rate", f"127.0.0.1:{subject.http}",
-                        "/service-1/items", 32, 1000, seconds)
+        return bench.rate(subject.http, "/service-1/items", seconds)
 
     quiet, busy = [], []
     for turn in range(bench.options.rounds):
@@ -295,8 +301,8 @@ def added_latency(bench, subject, admin, count):
             admin.put(f"routes/added-{turn}-{number}", bench.route(f"added-{turn}-{number}", f"/added-{turn}-{number}"))
             time.sleep(seconds / 1200)
         load.join()
-        if result["bad"] or result["died"]:
-            raise SystemExit(f"requests failed while routes were added: {result}")
+        if not result:
+            raise SystemExit("requests failed while routes were added")
         busy.append(result["p99"])
         bench.say(f"routes: round {turn + 1}: p99 {quiet[-1]} µs quiet, {busy[-1]} µs while 1,000 are added")
     return [
@@ -319,55 +325,86 @@ def start(bench):
 
 
 def mesh(bench):
-    """A pair of sidecars with mTLS: what it adds at 1,000 requests a second, and what each of them takes."""
+    """A pair of sidecars with mTLS beside a pair of nginx: what it adds at 1,000 requests a second, and what it takes."""
     program = bench.options.postern
     authority = bench.running["ca"] = Authority(bench.folder, bench.cores.load, program)
     callee = bench.running["callee"] = Sidecar("callee", bench.folder, bench.cores.upstream, program,
                                                authority.source("callee"), forward=bench.upstream.http)
     caller = bench.running["caller"] = Sidecar("caller", bench.folder, bench.cores.proxy, program,
                                                authority.source("caller"), node=callee.inbound)
-    pair = {"caller": caller, "callee": callee}
-    seconds = max(5, bench.options.seconds)
+    nginx = NginxPair(bench.folder, bench.cores, bench.upstream.http, bench.certificates)
+    bench.running |= {"nginx-caller": nginx.caller, "nginx-callee": nginx.callee}
+    ours, theirs = {"caller": caller, "callee": callee}, {"caller": nginx.caller, "callee": nginx.callee}
     wait_until(lambda: get(caller.http) == 200, what="a call through both sidecars")
-    rows = [Row("sidecar", f"memory of the {name}, idle", [memory_mb(subject.pid)], 10, " MB")
-            for name, subject in pair.items()]
-
-    def rate(port):
-        result = own_load(bench.options.load, bench.cores.load, "rate", f"127.0.0.1:{port}", "/", 32, 1000, seconds)
-        if result["bad"] or result["died"]:
-            raise SystemExit(f"requests failed: {result}")
-        return result
-
-    added = {"p50": [], "p99": []}
-    cores = {name: [] for name in pair}
+    rows = memory_rows(ours, "idle", 10)
+    pairs = {"sidecars": Pair(ours), "nginx": Pair(theirs)}
+    seconds = max(5, bench.options.seconds)
     for number in range(bench.options.rounds + 1):
-        direct = rate(bench.upstream.http)
-        before = {name: cpu_micros(subject.pid) for name, subject in pair.items()}
-        through = rate(caller.http)
-        # Round 0 makes connections.
-        if number == 0:
-            continue
-        for name, subject in pair.items():
-            cores[name].append((cpu_micros(subject.pid) - before[name]) / (seconds * 1_000_000))
-        for part, values in added.items():
-            values.append((through[part] - direct[part]) / 1000)
-        bench.say(f"sidecar: round {number}: p50 {direct['p50']} to {through['p50']} µs, "
-                  f"p99 {direct['p99']} to {through['p99']} µs")
-    rows += [Row("sidecar", "p50 that a pair adds at 1,000/s", added["p50"], 0.3, " ms"),
-             Row("sidecar", "p99 that a pair adds at 1,000/s", added["p99"], 0.8, " ms")]
-    rows += [Row("sidecar", f"cores of the {name} at 1,000/s", values, 0.1) for name, values in cores.items()]
-    rows += [Row("sidecar", f"memory of the {name}, under load", [memory_mb(subject.pid)], 20, " MB")
-             for name, subject in pair.items()]
-    costs = {name: [] for name in pair}
-    for number in range(bench.options.rounds + 1):
-        before = {name: cpu_micros(subject.pid) for name, subject in pair.items()}
-        count = bench.wrk(caller, "http://localhost:{http}/")
-        for name, subject in pair.items():
+        direct = bench.rate(bench.upstream.http, "/", seconds)
+        for name, pair in pairs.items():
+            through = pair.rate(bench, direct, seconds, counts=number > 0)
+            # Round 0 makes connections.
             if number > 0:
-                costs[name].append((cpu_micros(subject.pid) - before[name]) / count)
-    rows += [Row("sidecar", f"{name}: a request", values, unit=" µs") for name, values in costs.items()]
-    return rows + [Row("sidecar", f"{name}: requests a second and core", [1_000_000 / one for one in values])
-                   for name, values in costs.items()]
+                bench.say(f"mesh: round {number}: {name}: p50 {direct['p50']} to {through['p50']} µs, "
+                          f"p99 {direct['p99']} to {through['p99']} µs")
+    for name, pair in pairs.items():
+        goals = {"p50": 0.3, "p99": 0.8, "cores": 0.1} if name == "sidecars" else {}
+        rows += [Row(name, f"{part} that the pair adds at 1,000/s", values, goals.get(part), " ms")
+                 for part, values in pair.added.items()]
+        rows += [Row(name, f"cores of the {one} at 1,000/s", values, goals.get("cores"))
+                 for one, values in pair.cores.items()]
+    rows += memory_rows(ours, "under load", 20)
+    for number in range(bench.options.rounds + 1):
+        for name, pair in pairs.items():
+            pair.wrk(bench, counts=number > 0)
+    for name, pair in pairs.items():
+        for one, values in pair.costs.items():
+            rows += [Row(name, f"{one}: a request", values, unit=" µs"),
+                     Row(name, f"{one}: requests a second and core", [1_000_000 / value for value in values])]
+    return rows
+
+
+def memory_rows(pair, when, goal):
+    """As Kubernetes counts it, and as `ps` does: with pages of the program that are mapped and that all processes share."""
+    rows = []
+    for name, subject in pair.items():
+        if subject.memory.works:
+            rows.append(Row("sidecars", f"working set of the {name}, {when}", [subject.memory.working_set_mb()], goal, " MB"))
+        rows += [Row("sidecars", f"resident memory of the {name}, {when}", [memory_mb(subject.pid)], unit=" MB"),
+                 Row("sidecars", "of that its own, not the program's", [memory_mb(subject.pid, "RssAnon")], unit=" MB")]
+    return rows
+
+
+class Pair:
+    """Two proxies on the way of a request, and what they took."""
+
+    def __init__(self, pair):
+        self.pair = pair
+        self.added = {"p50": [], "p99": []}
+        self.cores = {name: [] for name in pair}
+        self.costs = {name: [] for name in pair}
+
+    def spent(self):
+        return {name: cpu_micros(subject.pid) for name, subject in self.pair.items()}
+
+    def rate(self, bench, direct, seconds, counts):
+        """At 1,000 requests a second; `direct` is how it is without the pair."""
+        before = self.spent()
+        through = bench.rate(self.pair["caller"].http, "/", seconds)
+        if counts:
+            for name, micros in self.spent().items():
+                self.cores[name].append((micros - before[name]) / (seconds * 1_000_000))
+            for part, values in self.added.items():
+                values.append((through[part] - direct[part]) / 1000)
+        return through
+
+    def wrk(self, bench, counts):
+        """As many requests as they can."""
+        before = self.spent()
+        count = bench.wrk(self.pair["caller"], "http://localhost:{http}/")
+        if counts:
+            for name, micros in self.spent().items():
+                self.costs[name].append((micros - before[name]) / count)
 
 
 SCENARIOS = {"http": http1, "tls": tls, "handshake": handshake, "mutual": mutual, "signer": signer, "plugins": plugins,

@@ -140,6 +140,32 @@ class Nginx(Subject):
         self.wait()
 
 
+class NginxPair:
+    """Two of nginx with mTLS between them, as a pair of sidecars is: plain in, plain out."""
+
+    def __init__(self, folder, cores, upstream, certificates):
+        caller, callee = Subject("nginx-caller", folder, cores.proxy), Subject("nginx-callee", folder, cores.upstream)
+        tls = f"{certificates.cert}; proxy_ssl_certificate_key {certificates.key}"
+        pool = "keepalive 320; keepalive_requests 1000000000;"
+        headers = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+        write(caller.folder, "nginx.conf", nginx_config(f"""
+            upstream up {{ server 127.0.0.1:{callee.https}; {pool} }}
+            proxy_ssl_certificate {tls}; proxy_ssl_protocols TLSv1.3; proxy_ssl_session_reuse off;
+            proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificates.ca}; proxy_ssl_name localhost;
+            server {{ listen 127.0.0.1:{caller.http}; location / {{ proxy_pass https://up; {headers} }} }}
+        """))
+        write(callee.folder, "nginx.conf", nginx_config(f"""
+            upstream up {{ server 127.0.0.1:{upstream}; {pool} }}
+            ssl_certificate {certificates.cert}; ssl_certificate_key {certificates.key}; ssl_protocols TLSv1.3;
+            ssl_client_certificate {certificates.ca}; ssl_verify_client on; ssl_session_tickets off; ssl_session_cache off;
+            server {{ listen 127.0.0.1:{callee.https} ssl; location / {{ proxy_pass http://up; {headers} }} }}
+        """))
+        for one in callee, caller:
+            one.launch([NGINX, "-p", one.folder, "-c", "nginx.conf", "-e", "stderr"])
+        caller.wait()
+        self.caller, self.callee = caller, callee
+
+
 class Haproxy(Subject):
     def __init__(self, folder, cores, upstream, certificates):
         super().__init__("haproxy", folder, cores)
