@@ -590,15 +590,19 @@ fn is_control(byte: u8) -> bool {
     (byte < b' ' && byte != b'\t') || byte == 0x7f
 }
 
-/// How many control bytes there are. In blocks that a byte can count, so that the compiler looks at sixteen at once.
+/// How many control bytes there are. In blocks that a byte can count and whose size is known, so that the compiler looks
+/// at sixteen at once; the last one is filled up with spaces.
 fn controls(bytes: &[u8]) -> usize {
-    fn count(block: &[u8]) -> u8 {
-        block
-            .iter()
-            .fold(0u8, |count, byte| count + u8::from(((*byte < b' ') & (*byte != b'\t')) | (*byte == 0x7f)))
+    const BLOCK: usize = 32;
+    fn count(block: &[u8; BLOCK]) -> usize {
+        let count =
+            |count, byte: &u8| count + u8::from(((*byte < b' ') & (*byte != b'\t')) | (*byte == 0x7f));
+        usize::from(block.iter().fold(0u8, count))
     }
-    let (blocks, rest) = bytes.as_chunks::<32>();
-    blocks.iter().map(|block| usize::from(count(block))).sum::<usize>() + usize::from(count(rest))
+    let (blocks, rest) = bytes.as_chunks::<BLOCK>();
+    let mut last = [b' '; BLOCK];
+    last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+    blocks.iter().map(count).sum::<usize>() + count(&last)
 }
 
 /// A byte that a method or field name may have (`tchar` of RFC 9110).
