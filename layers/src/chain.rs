@@ -426,6 +426,7 @@ fn respond(x: &mut Exchange) {
 
 /// Runs the response, body and encode phases of these plans on the answer.
 fn answer_passes(x: &mut Exchange, plans: &[Option<&Plan>]) {
+    // An upstream that was asked has said so already.
     x.responded.get_or_insert_with(std::time::Instant::now);
     let early = std::mem::take(&mut x.response_headers);
     for (name, value) in early {

@@ -26,6 +26,7 @@ use crate::chain::Plan;
 use crate::consumer::Consumer;
 use crate::error::{Error, Reason};
 use crate::route::Params;
+use crate::spare;
 use crate::stack::Requests;
 use crate::target::{Destination, Target};
 use crate::upgrade::Upgrade;
@@ -236,7 +237,7 @@ pub struct State {
     pub nested: bool,
     /// When the head was complete.
     pub started: Instant,
-    /// When the head of the answer was there, before response phases.
+    /// When the head of the answer was there, before response phases; or when the upstream was known to give none.
     pub responded: Option<Instant>,
     /// The matched route and its upstream.
     pub target: Option<Arc<Target>>,
@@ -465,6 +466,7 @@ impl Drop for Exchange {
         while let Some(hook) = self.0.finish.pop() {
             hook.finish(self);
         }
+        spare::give_back(std::mem::take(&mut self.0.request.headers));
     }
 }
 

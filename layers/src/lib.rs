@@ -20,6 +20,7 @@ pub mod plugin;
 pub mod plugin_layer;
 pub mod rescue;
 pub mod route;
+mod spare;
 pub mod stack;
 pub mod target;
 pub mod telemetry;

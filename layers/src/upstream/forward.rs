@@ -24,7 +24,7 @@ use super::health::Report;
 use super::http1::connection::{Http1, Upgraded};
 use super::http1::head::Head;
 use super::mesh::{self, By, Carries, MeshPeer};
-use super::picker::{PickKey, Tried};
+use super::picker::{Algorithm, PickKey, Tried};
 use super::pool::{Claim, Key, Pool};
 use super::request_body::Outgoing;
 use super::response_body::{self, Home};
@@ -297,6 +297,7 @@ impl UpstreamService {
         let endpoint = peer.picked.endpoint();
         let now = Instant::now();
         let took = now - started;
+        x.responded = Some(now);
         let status = result.as_ref().ok().map(|answer| answer.status().as_u16());
         let failed = result.as_ref().err().map(Error::reason);
         x.attempts.push(Attempt { address: endpoint.addr(), status, started, took, connect, failed });
@@ -304,7 +305,9 @@ impl UpstreamService {
         match result {
             Ok(answer) => {
                 let status = answer.status().as_u16();
-                endpoint.latency.observe(took, now);
+                if state.settings.algorithm == Algorithm::Ewma {
+                    endpoint.latency.observe(took, now);
+                }
                 job.cluster.report_status(state, endpoint, status);
                 if let Some(leave) = leave {
                     job.cluster.breaker_status(endpoint, leave, status, now);
@@ -473,6 +476,7 @@ impl UpstreamService {
         answer: Answer,
         timeouts: &Timeouts,
     ) {
+        let now = x.responded.unwrap_or_else(Instant::now);
         x.answered = Answered::Upstream;
         x.response = Response::new(Body::Empty);
         *x.response.status_mut() = answer.status();
@@ -493,7 +497,7 @@ impl UpstreamService {
                         keepalive: state.settings.keepalive,
                     };
                     *x.response.body_mut() =
-                        response_body::http1(connection, peer.picked, home, timeouts.read);
+                        response_body::http1(connection, peer.picked, home, timeouts.read, now);
                 }
             }
             Answer::Http2 { response, stream } => {

@@ -203,7 +203,7 @@ impl Pool {
         None
     }
 
-    /// Keep a connection whose request and response are finished. It is closed instead when it is not ready for
+    /// Keep a connection whose request and response are finished `now`. It is closed instead when it is not ready for
     /// another request, has served its share, the pool is full of younger ones, or its endpoint takes no more requests.
     pub(crate) fn put(
         &self,
@@ -211,6 +211,7 @@ impl Pool {
         key: Key<'_>,
         connection: Http1,
         keepalive: Keepalive,
+        now: Instant,
     ) {
         if endpoint.has_left()
             || connection.is_stale()
@@ -220,7 +221,6 @@ impl Pool {
         {
             return connection.part();
         }
-        let now = Instant::now();
         let limit = [keepalive.idle, connection.idle_limit()].into_iter().flatten().min();
         let idle = Idle {
             name: key.name.map(Into::into),
@@ -359,7 +359,7 @@ mod tests {
             let keepalive = Keepalive { size: 2, idle: None, requests: 10 };
             let key = |name| Key { endpoint: 1, transport: 1, name: Some(name) };
             for name in ["a", "b", "c"] {
-                pool.put(&endpoint(), key(name), connection(&listener).await, keepalive);
+                pool.put(&endpoint(), key(name), connection(&listener).await, keepalive, Instant::now());
             }
             assert!(pool.take(key("a"), now, cx).is_none(), "the oldest had to go");
             assert!(
@@ -384,7 +384,7 @@ mod tests {
             let kept = || pool.0.borrow().idle.values().map(|resting| resting.list.len()).sum::<usize>();
             let mut peers = Vec::new();
             for _ in 0..300 {
-                pool.put(&endpoint(), key, connection(&listener).await, keepalive);
+                pool.put(&endpoint(), key, connection(&listener).await, keepalive, Instant::now());
                 peers.push(listener.accept().await.unwrap());
             }
             pool.0.borrow_mut().expire(Instant::now());
@@ -408,9 +408,9 @@ mod tests {
             let keepalive = Keepalive { size: 4, idle: None, requests: 10 };
             let key = Key { endpoint: 1, transport: 1, name: None };
             let endpoint = endpoint();
-            pool.put(&endpoint, key, connection(&listener).await, keepalive);
+            pool.put(&endpoint, key, connection(&listener).await, keepalive, Instant::now());
             endpoint.leave();
-            pool.put(&endpoint, key, connection(&listener).await, keepalive);
+            pool.put(&endpoint, key, connection(&listener).await, keepalive, Instant::now());
             assert_eq!(pool.0.borrow().idle.values().map(|resting| resting.list.len()).sum::<usize>(), 1);
             pool.0.borrow_mut().expire(Instant::now());
             assert!(pool.0.borrow().idle.is_empty(), "the one that idled is closed too");

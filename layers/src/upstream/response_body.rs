@@ -32,9 +32,9 @@ pub(crate) struct Home {
 
 impl Home {
     /// Both messages are complete, as far as the answer tells.
-    fn take_back(&self, connection: Http1, picked: &Picked) {
+    fn take_back(&self, connection: Http1, picked: &Picked, now: std::time::Instant) {
         let key = Key { endpoint: picked.id(), transport: self.transport, name: self.name.as_deref() };
-        self.pool.put(picked.endpoint(), key, connection, self.keepalive);
+        self.pool.put(picked.endpoint(), key, connection, self.keepalive, now);
     }
 }
 
@@ -75,7 +75,9 @@ impl Source {
     /// Both messages are complete.
     fn finish(&mut self) {
         match std::mem::replace(self, Self::Ended) {
-            Self::Http1 { connection, picked, home } => home.take_back(connection, &picked),
+            Self::Http1 { connection, picked, home } => {
+                home.take_back(connection, &picked, std::time::Instant::now());
+            }
             Self::Http2 { stream, .. } => stream.finish(),
             Self::Ended => {}
         }
@@ -90,11 +92,17 @@ struct UpstreamBody {
     deadline: Option<Instant>,
 }
 
-/// The body of the answer on `connection`; each wait for more of it may take `limit`.
-pub(crate) fn http1(mut connection: Http1, picked: Picked, home: Home, limit: Duration) -> Body {
+/// The body of the answer whose head came `now` on `connection`; each wait for more of it may take `limit`.
+pub(crate) fn http1(
+    mut connection: Http1,
+    picked: Picked,
+    home: Home,
+    limit: Duration,
+    now: std::time::Instant,
+) -> Body {
     match connection.whole_body() {
         Some(bytes) => {
-            home.take_back(connection, &picked);
+            home.take_back(connection, &picked, now);
             bytes.into()
         }
         None => UpstreamBody::boxed(Source::Http1 { connection, picked, home }, limit),

@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 
 use super::Defect;
 use super::lines::{self, Lines};
+use crate::spare;
 use crate::upstream::fields::{self, Own};
 
 /// Fields of one head at most.
@@ -83,7 +84,7 @@ pub fn parse(bytes: &Bytes, asked: Asked<'_>, room: usize) -> Result<Option<(Hea
     let Some(line) = lines.next() else { return unfinished(bytes) };
     let (status, http10, reason) = status_line(line)?;
     let mut said = Said::default();
-    let mut headers = HeaderMap::with_capacity(room);
+    let mut headers = spare::fields(room);
     let mut fields = 0;
     loop {
         let Some(line) = lines.next() else { return unfinished(bytes) };

@@ -14,7 +14,6 @@ use tokio::io::AsyncWrite;
 use crate::body::Body;
 use crate::error::{Error, Fault};
 use crate::exchange::{Exchange, ResponseBody};
-use crate::rescue;
 use crate::stack::HttpService;
 use crate::transport::framing::{Chunks, Facts, HeadLimits, HeadReader, Violation};
 use crate::upgrade::{self, Grant};
@@ -26,13 +25,12 @@ use crate::worker::http1::request;
 use crate::worker::http1::wire::{BodyFailure, Length, Standing, Wire};
 use crate::worker::io::Stream;
 use crate::worker::serve::{PREFACE, QUIET, SCRATCH, Server, Shared, Speaks};
+use crate::{rescue, spare};
 
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 /// Requests of one connection that are answered before others have their turn.
 const TURN: usize = 16;
-/// Fields of a map whose memory is used again.
-const SPARE: usize = 64;
 
 /// What a connection has while a request is at work, and the worker keeps between requests.
 pub(crate) struct Engine<F> {
@@ -48,8 +46,6 @@ pub(crate) struct Engine<F> {
     grant: Option<Grant>,
     /// The head was refused: nothing is known of what is behind it.
     refused: bool,
-    /// The memory of an earlier answer's fields.
-    spare: HeaderMap,
 }
 
 impl<F> Engine<F> {
@@ -64,7 +60,6 @@ impl<F> Engine<F> {
             body: None,
             grant: None,
             refused: false,
-            spare: HeaderMap::new(),
         }
     }
 }
@@ -312,7 +307,7 @@ impl<S: HttpService> Connection<S> {
     fn head(&mut self, bytes: Bytes) {
         let engine = self.engine.get_or_insert_with(|| self.server.engine());
         let facts = *engine.reader.facts();
-        let request = request::request(&engine.reader, &bytes, std::mem::take(&mut engine.spare));
+        let request = request::request(&engine.reader, &bytes);
         match request {
             Ok(request) => self.begin(request, &facts, None),
             Err(violation) => {
@@ -469,7 +464,7 @@ impl<S: HttpService> Connection<S> {
         });
         // Who has not taken it by now does not want it.
         x.request_body = Body::Empty;
-        let (mut head, mut body) = x.leave().into_parts();
+        let (head, mut body) = x.leave().into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             engine.asked.keep_alive = false;
         } else {
@@ -488,10 +483,7 @@ impl<S: HttpService> Connection<S> {
         engine.framing = server
             .date(|date| answer::write_head(&head, &length, &mut engine.asked, date, engine.out.text()));
         body.head_left(engine.out.text().len() - before);
-        if head.headers.capacity() <= SPARE {
-            head.headers.clear();
-            engine.spare = head.headers;
-        }
+        spare::give_back(head.headers);
         if empty || engine.framing == Framing::Nothing {
             drop(body);
             let _ = engine.framing.end(None, &mut engine.out);

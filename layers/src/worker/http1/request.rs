@@ -1,26 +1,26 @@
 //! From a head that was read to a request: one copy of its bytes, which the target and all values share.
 
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderName, HeaderValue};
 use http::{Method, Request, Uri, Version};
 
 use crate::body::Body;
+use crate::spare;
 use crate::transport::framing::{HeadReader, Violation, encoded};
 
-/// The request whose head is `bytes`, as `reader` has read it. `fields` is empty and lends its memory.
+/// Room for the fields that the gateway and its plugins add: without it nearly every map would grow once.
+const ADDED: usize = 8;
+
+/// The request whose head is `bytes`, as `reader` has read it.
 ///
 /// # Errors
 /// The target is no URI.
-pub(crate) fn request(
-    reader: &HeadReader,
-    bytes: &Bytes,
-    mut fields: HeaderMap,
-) -> Result<Request<Body>, Violation> {
+pub(crate) fn request(reader: &HeadReader, bytes: &Bytes) -> Result<Request<Body>, Violation> {
     let (method, target) = reader.request_line().ok_or(Violation::RequestLine)?;
     let method = bytes.get(method).and_then(|method| Method::from_bytes(method).ok());
     let target = bytes.get(target.clone()).map(|_| bytes.slice(target)).unwrap_or_default();
     let facts = reader.facts();
-    fields.reserve(reader.fields().len());
+    let mut fields = spare::fields(reader.fields().len() + ADDED);
     for place in reader.fields() {
         let name = bytes.get(place.name()).and_then(field_name).ok_or(Violation::FieldName)?;
         let value = bytes.get(place.value()).map(|_| bytes.slice(place.value())).unwrap_or_default();
@@ -78,6 +78,7 @@ fn field_name(name: &[u8]) -> Option<HeaderName> {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderMap;
     use proptest::prelude::*;
 
     use super::*;
@@ -86,7 +87,7 @@ mod tests {
     fn read(text: &str) -> Result<Request<Body>, Violation> {
         let mut reader = HeadReader::new(HeadLimits::default());
         let length = reader.read(text.as_bytes())?.expect("a whole head");
-        request(&reader, &Bytes::copy_from_slice(&text.as_bytes()[..length]), HeaderMap::new())
+        request(&reader, &Bytes::copy_from_slice(&text.as_bytes()[..length]))
     }
 
     #[test]
