@@ -366,7 +366,7 @@ fn replied(x: &mut Exchange, by: &Instance, mut response: http::Response<Body>) 
         response.headers_mut().remove(header::CONTENT_LENGTH);
     }
     x.reply(response, Reason::Plugin);
-    x.error = Some(Error::new(Reason::Plugin).detail(by.name));
+    x.error = Some(Box::new(Error::new(Reason::Plugin).detail(by.name)));
 }
 
 /// The plugins around the upstream call, the innermost first.

@@ -204,6 +204,25 @@ pub struct Forward {
     pub method: Option<http::Method>,
 }
 
+/// A [`Forward`] that takes no room in an exchange until somebody changes something.
+#[derive(Debug, Default)]
+pub struct Forwards(Option<Box<Forward>>);
+
+impl Deref for Forwards {
+    type Target = Forward;
+
+    fn deref(&self) -> &Forward {
+        static NOTHING: Forward = Forward { uri: None, host: None, method: None };
+        self.0.as_deref().unwrap_or(&NOTHING)
+    }
+}
+
+impl DerefMut for Forwards {
+    fn deref_mut(&mut self) -> &mut Forward {
+        self.0.get_or_insert_default()
+    }
+}
+
 /// Told when an exchange is over.
 pub trait Finish {
     /// The response has left, or the exchange was given up.
@@ -213,7 +232,7 @@ pub trait Finish {
 /// One request and its answer.
 pub struct Exchange(Box<State>);
 
-/// The fields of an [`Exchange`].
+/// The fields of an [`Exchange`]. What few requests have is boxed: up to 1,024 bytes the allocator is five times as quick.
 pub struct State {
     /// The request's head as it is now: the URI in its normal form, the header fields as plugins changed them.
     pub request: request::Parts,
@@ -222,7 +241,7 @@ pub struct State {
     /// Present if the client asks for a switch of protocols. Taken by whoever grants it.
     pub upgrade: Option<Upgrade>,
     /// The target as the client wrote it (`request_uri`), where it differs from the normal form.
-    pub original_uri: Option<Uri>,
+    pub original_uri: Option<Box<Uri>>,
     /// The percent-decoded path (`uri`), where it differs from the path of `request.uri`.
     pub decoded_path: Option<Box<str>>,
     /// The host asked for, in lower case, without port and trailing dot.
@@ -256,7 +275,7 @@ pub struct State {
     /// The authenticated consumer.
     pub consumer: Option<Arc<Consumer>>,
     /// What plugins changed for the upstream.
-    pub forward: Forward,
+    pub forward: Forwards,
     /// Fields that plugins add to whatever answer is sent. Each replaces a field of the same name.
     pub response_headers: Vec<(HeaderName, HeaderValue)>,
     /// The answer.
@@ -264,9 +283,9 @@ pub struct State {
     /// Who gave the answer.
     pub answered: Answered,
     /// The failure behind the answer, with words for the log.
-    pub error: Option<Error>,
+    pub error: Option<Box<Error>>,
     /// Set by the connection for a request whose bytes are refused: `sanitize` answers it.
-    pub refused: Option<Error>,
+    pub refused: Option<Box<Error>>,
     /// Attempts to reach the upstream, in order.
     pub attempts: SmallVec<[Attempt; 1]>,
     /// Bytes of the response body that were handed to the connection.
@@ -283,8 +302,8 @@ pub struct State {
     pub plan: Option<Arc<Plan>>,
     /// The plans of plugins that are layers of the stack, the outermost first.
     pub(crate) layered: SmallVec<[Arc<Plan>; 2]>,
-    slots: SmallVec<[(TypeId, Box<dyn Any>); 2]>,
-    finish: SmallVec<[Rc<dyn Finish>; 4]>,
+    slots: SmallVec<[(TypeId, Box<dyn Any>); 1]>,
+    finish: SmallVec<[Rc<dyn Finish>; 3]>,
     kept: Vec<Box<dyn Any>>,
 }
 
@@ -314,7 +333,7 @@ impl Exchange {
             uri_params: Params::default(),
             policy: None,
             consumer: None,
-            forward: Forward::default(),
+            forward: Forwards::default(),
             response_headers: Vec::new(),
             response: Response::new(Body::Empty),
             answered: Answered::No,

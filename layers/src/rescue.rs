@@ -27,7 +27,7 @@ pub fn rescue(x: &mut Exchange, error: Error) {
     }
     let response = if is_grpc(x) { grpc(reason) } else { http(reason) };
     x.reply(response, reason);
-    x.error = Some(error);
+    x.error = Some(Box::new(error));
 }
 
 /// Marks an answer of our own. An answer of the upstream keeps the marks that upstream proxies made.

@@ -102,7 +102,7 @@ fn per_attempt(x: &State, part: impl Fn(&crate::exchange::Attempt) -> String) ->
 impl State {
     /// Path and query as the client wrote them (`request_uri`).
     pub fn request_uri(&self) -> &str {
-        let uri = self.original_uri.as_ref().unwrap_or(&self.request.uri);
+        let uri = self.original_uri.as_deref().unwrap_or(&self.request.uri);
         uri.path_and_query().map_or("/", |target| target.as_str())
     }
 

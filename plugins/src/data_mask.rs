@@ -278,7 +278,7 @@ impl DataMask {
             x.request.uri = uri;
         }
         if let Some(uri) = x.original_uri.as_ref().and_then(|uri| self.masked_uri(uri)) {
-            x.original_uri = Some(uri);
+            x.original_uri = Some(Box::new(uri));
         }
         if let Some(target) = x.forward.uri.as_ref().and_then(|target| self.masked_target(target)) {
             x.forward.uri = Some(target);
@@ -399,7 +399,7 @@ mod tests {
             .header("x-card", "1234-5678-9012-3456")
             .header("x-other", "o")
             .build();
-        x.original_uri = Some(format!("/%61?{}", &target[3..]).parse().unwrap());
+        x.original_uri = Some(Box::new(format!("/%61?{}", &target[3..]).parse().unwrap()));
         x.forward.uri = Some("/b?password=x".parse().unwrap());
         mask(&rules).hide(&mut x);
         let query = "a=1&t%6Fken=*****&token=*****&card=1234-****-****-3456";

@@ -521,7 +521,7 @@ impl ProxyCache {
 
     fn reply(&self, x: &mut Exchange, answer: &Canned) {
         x.reply(answer.response(), Reason::Plugin);
-        x.error = Some(Error::new(Reason::Plugin).detail(Self::NAME));
+        x.error = Some(Box::new(Error::new(Reason::Plugin).detail(Self::NAME)));
     }
 
     /// Forgets what is kept of this request, for both schemes and all methods.

@@ -406,7 +406,7 @@ mod tests {
         ];
         for (config, expected) in cases {
             let mut x = exchange("GET", "http://a.com/a/c?d=A").build();
-            x.original_uri = Some("/a//b/../c?d=%41".parse().unwrap());
+            x.original_uri = Some(Box::new("/a//b/../c?d=%41".parse().unwrap()));
             let mut chain = TestEnv::default().chain::<ProxyRewrite, _>(&config, |_| Ok(())).unwrap();
             assert_eq!(chain.run(x).await.forward.uri.as_ref().unwrap().as_str(), expected);
         }

@@ -84,7 +84,7 @@ impl<S: HttpService> Service<Exchange> for Sanitize<S> {
 /// Why the request is refused.
 pub fn sanitize(x: &mut State, limits: &Limits, options: normalize::Options) -> Result<(), Error> {
     if let Some(error) = x.refused.take() {
-        return Err(error);
+        return Err(*error);
     }
     settle_method(x)?;
     settle_fields(x, limits)?;
@@ -162,7 +162,7 @@ fn settle_host(x: &mut State) -> Result<(), Error> {
 
 /// The host of `host[:port]` in lower case, without port and trailing dot. None when it is malformed.
 fn host_of(authority: &str) -> Option<Box<str>> {
-    if authority.len() > 255 + 6 || authority.as_bytes().contains(&b'@') {
+    if authority.len() > 255 + 6 {
         return None;
     }
     let (host, port) = match authority.strip_prefix('[') {
@@ -223,7 +223,7 @@ fn settle_target(x: &mut State, limits: &Limits, options: normalize::Options) ->
     };
     x.decoded_path = decoded;
     if let Some(rewritten) = rewritten {
-        x.original_uri = Some(std::mem::replace(&mut x.request.uri, rewritten));
+        x.original_uri = Some(Box::new(std::mem::replace(&mut x.request.uri, rewritten)));
     }
     Ok(())
 }

@@ -137,6 +137,11 @@ impl Peer {
         state.settings.tls().map(|_| tls_client::host_of(self.host.to_str().unwrap_or_default()))
     }
 
+    /// Under which its connections are kept.
+    fn key<'a>(&'a self, state: &State) -> Key<'a> {
+        Key { endpoint: self.picked.id(), transport: self.transport(state), name: self.tls_name(state) }
+    }
+
     /// What its sidecar is told of the protocol to speak to the application: the client's, unless another is declared.
     fn spoken(&self, x: &Exchange, state: &State) -> Option<HeaderValue> {
         self.mesh.as_ref().filter(|mesh| mesh.by() == By::Sidecar)?;
@@ -176,7 +181,7 @@ impl UpstreamService {
         let mut tried = Tried::default();
         let choice = match state.first(&key, x) {
             Err(_) if state.is_unknown() => {
-                state = cluster.known().await;
+                state = Box::pin(cluster.known()).await;
                 state.first(&key, x)
             }
             choice => choice,
@@ -389,19 +394,31 @@ impl UpstreamService {
         fresh: Option<Instant>,
         now: Instant,
     ) -> Result<Connected, Error> {
+        // What is rare has a box of its own: it is large, and would be part of every request's future.
+        if protocol == Protocol::Http2 {
+            return Box::pin(self.stream(state, peer, timeouts, fresh)).await;
+        }
+        let idle = |cx: &mut Context<'_>| self.pool.take(peer.key(state), now, cx);
+        if fresh.is_none()
+            && let Some(connection) = poll_fn(|cx| Poll::Ready(idle(cx))).await
+        {
+            return Ok(Connected::Http1 { connection, reused: true });
+        }
+        let io = Box::pin(open(state, peer, Protocol::Http1, timeouts.connect)).await?;
+        Ok(Connected::Http1 { connection: Http1::new(io), reused: false })
+    }
+
+    /// A stream on a shared connection, which is made if there is none.
+    async fn stream(
+        &self,
+        state: &State,
+        peer: &Peer,
+        timeouts: &Timeouts,
+        fresh: Option<Instant>,
+    ) -> Result<Connected, Error> {
         let settings = &state.settings;
         let endpoint = peer.picked.endpoint();
-        let name = peer.tls_name(state);
-        let key = Key { endpoint: endpoint.id(), transport: peer.transport(state), name };
-        if protocol == Protocol::Http1 {
-            if fresh.is_none()
-                && let Some(connection) = poll_fn(|cx| Poll::Ready(self.pool.take(key, now, cx))).await
-            {
-                return Ok(Connected::Http1 { connection, reused: true });
-            }
-            let io = open(state, peer, Protocol::Http1, timeouts.connect).await?;
-            return Ok(Connected::Http1 { connection: Http1::new(io), reused: false });
-        }
+        let key = peer.key(state);
         let timeout = || Error::new(Reason::ConnectTimeout).retryable(true);
         let until = tokio::time::Instant::now() + timeouts.connect;
         // Each turn either returns, waits for another request's connection, or retires one: it cannot spin.
@@ -460,7 +477,7 @@ impl UpstreamService {
                 Ok(Answer::Http1 { head, connection })
             }
             Connected::Http2 { mut stream, .. } => {
-                let response = stream.send(x, &route, wait).await?;
+                let response = Box::pin(stream.send(x, &route, wait)).await?;
                 Ok(Answer::Http2 { response, stream })
             }
         }

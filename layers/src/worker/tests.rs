@@ -55,7 +55,7 @@ impl Service<Exchange> for Paths {
     fn call(&mut self, mut x: Exchange) -> Self::Future {
         Box::pin(async move {
             if let Some(error) = x.refused.take() {
-                return Err(Fault { exchange: x, error });
+                return Err(Fault { exchange: x, error: *error });
             }
             x.answered = Answered::Upstream;
             let path = x.request.uri.path().to_owned();

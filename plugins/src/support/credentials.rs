@@ -104,7 +104,7 @@ pub fn hide_argument(x: &mut Exchange, name: &str) {
         x.request.uri = uri;
     }
     if let Some(uri) = x.original_uri.as_ref().and_then(|uri| without_argument(uri, name)) {
-        x.original_uri = Some(uri);
+        x.original_uri = Some(Box::new(uri));
     }
 }
 

@@ -776,3 +776,13 @@ fn requests_that_come_together_share_an_http2_connection_or_its_failure() {
         assert_eq!(send(&service, &good, bad_host).await.1, Some(Reason::BadHost));
     });
 }
+
+#[test]
+fn what_every_request_allocates_is_small() {
+    let x = exchange("GET", "http://a/").build();
+    let state = size_of::<crate::exchange::State>();
+    let future = UpstreamService::new(false, &Arc::default()).call(x);
+    assert!(state <= 1024, "{state}: above it the allocator is slow");
+    let future = size_of_val(&*future);
+    assert!(future <= 1408, "{future}: it is moved once for each request");
+}

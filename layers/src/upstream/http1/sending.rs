@@ -64,7 +64,7 @@ pub(super) struct Sending {
     body: RequestBody,
     left: Length,
     /// Trailers that the head announces.
-    trailers: SmallVec<[HeaderName; 2]>,
+    trailers: Vec<HeaderName>,
     stage: Stage,
 }
 
@@ -93,7 +93,7 @@ impl Sending {
         write::head(&mut out, x, route, length);
         let trailers = match length {
             Some(Length::Chunked) => announced(headers),
-            _ => SmallVec::new(),
+            _ => Vec::new(),
         };
         Self {
             out,
@@ -247,7 +247,7 @@ impl Sending {
 }
 
 /// The trailers that a head announces.
-fn announced(headers: &HeaderMap) -> SmallVec<[HeaderName; 2]> {
+fn announced(headers: &HeaderMap) -> Vec<HeaderName> {
     let values = headers.get_all(header::TRAILER).iter();
     let names = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
     names.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()).collect()

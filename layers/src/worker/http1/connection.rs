@@ -347,7 +347,7 @@ impl<S: HttpService> Connection<S> {
         }
         let mut x = Exchange::new(request, shared.conn.clone());
         engine.refused = refused.is_some();
-        x.refused = refused;
+        x.refused = refused.map(Box::new);
         if asks {
             let (grant, upgrade) = upgrade::channel();
             engine.grant = Some(grant);
