@@ -106,14 +106,15 @@ pub fn settle(x: &mut State, forwarding: &Forwarding) {
         return;
     }
     let peer = x.conn.peer.ip();
+    // One look at the names tells of nearly every request that it has neither.
+    let names = Names::of(&x.request.headers);
     if let Some(rule) = &forwarding.real_ip
+        && (names.ours || !is_ours(rule.header.as_str()))
         && contains(&rule.from, peer)
         && let Some(client) = client_of(&x.request.headers, rule)
     {
         x.remote_addr = client;
     }
-    // One look at the names tells of nearly every request that it has neither.
-    let names = Names::of(&x.request.headers);
     if names.underscores && !forwarding.underscores {
         remove(&mut x.request.headers, |name| name.contains('_'));
     }

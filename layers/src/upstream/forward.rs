@@ -200,7 +200,7 @@ impl UpstreamService {
                 || send::is_idempotent(x.forward.method.as_ref().unwrap_or(&x.request.method)),
             on_upgrade: upgrade.as_ref().and_then(|_| x.upgrade.take()),
             upgrade,
-            cluster: cluster.clone(),
+            cluster,
         };
         let mut left = state.retries();
         let until = state.settings.retry_timeout.map(|limit| started + limit);
@@ -226,7 +226,7 @@ impl UpstreamService {
                 return self.conclude(x, &state, &mut job, peer, outcome, &timeouts);
             }
             // What has become known since then counts: a verdict, another address, an edit.
-            let next = cluster.state();
+            let next = job.cluster.state();
             key.now = now;
             let Some(choice) = next.again(&key, &tried) else {
                 return self.conclude(x, &state, &mut job, peer, outcome, &timeouts);
@@ -495,8 +495,8 @@ impl UpstreamService {
     ) {
         let now = x.responded.unwrap_or_else(Instant::now);
         x.answered = Answered::Upstream;
-        x.response = Response::new(Body::Empty);
         *x.response.status_mut() = answer.status();
+        x.response.extensions_mut().clear();
         let cookie = state.cookie(x, peer.picked.endpoint()).cloned();
         match answer {
             Answer::Http1 { head, connection } => {
@@ -559,6 +559,7 @@ fn switch(
     connection: Http1,
     idle: Duration,
 ) {
+    *x.response.body_mut() = Body::Empty;
     let headers = x.response.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(header::UPGRADE, protocol);
