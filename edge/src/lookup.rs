@@ -143,22 +143,11 @@ pub(crate) fn settle(x: &mut Exchange, snapshot: &Snapshot) -> Result<(), Error>
     }
 }
 
-/// The port behind the last colon of a `Host`.
-fn port(host: &[u8]) -> Option<u16> {
-    let colon = host.iter().rposition(|byte| *byte == b':')?;
-    let digits = host.get(colon + 1..).filter(|digits| !digits.is_empty())?;
-    digits.iter().try_fold(0u16, |port, byte| {
-        let digit = byte.checked_sub(b'0').filter(|digit| *digit < 10)?;
-        port.checked_mul(10)?.checked_add(u16::from(digit))
-    })
-}
-
 /// What the route table looks at.
 pub(crate) fn request(x: &Exchange) -> Request<'_> {
-    let port = x.request.headers.get(header::HOST).and_then(|host| port(host.as_bytes()));
     Request {
         host: &x.host,
-        port,
+        port: x.port,
         path: x.path().as_bytes(),
         method: MethodSet::of(&x.request.method),
         peer: x.remote_addr,

@@ -246,6 +246,8 @@ pub struct State {
     pub decoded_path: Option<Box<str>>,
     /// The host asked for, in lower case, without port and trailing dot.
     pub host: Box<str>,
+    /// The port asked for, where one was named.
+    pub port: Option<u16>,
     /// The client's connection.
     pub conn: Rc<Conn>,
     /// The client's address: the connection's peer, or what trusted forwarding fields say.
@@ -319,6 +321,7 @@ impl Exchange {
             original_uri: None,
             decoded_path: None,
             host: Box::default(),
+            port: None,
             conn,
             remote_addr,
             remote_port,

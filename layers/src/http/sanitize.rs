@@ -149,19 +149,19 @@ fn settle_host(x: &mut State) -> Result<(), Error> {
             let text = field.to_str().map_err(|_| bad("malformed Host field"))?;
             (host_of(text).ok_or_else(|| bad("malformed Host field"))?, None)
         }
-        (None, None) if x.request.version == Version::HTTP_10 => (Box::default(), None),
+        (None, None) if x.request.version == Version::HTTP_10 => ((Box::default(), None), None),
         (None, None) => return Err(bad("no Host field")),
     };
-    let (host, from_target) = authority;
-    x.host = host;
+    let (asked, from_target) = authority;
+    (x.host, x.port) = asked;
     if let Some(value) = from_target {
         x.request.headers.insert(header::HOST, value);
     }
     Ok(())
 }
 
-/// The host of `host[:port]` in lower case, without port and trailing dot. None when it is malformed.
-fn host_of(authority: &str) -> Option<Box<str>> {
+/// The host of `host[:port]` in lower case and without trailing dot, and the port. None when it is malformed.
+fn host_of(authority: &str) -> Option<(Box<str>, Option<u16>)> {
     if authority.len() > 255 + 6 {
         return None;
     }
@@ -177,22 +177,23 @@ fn host_of(authority: &str) -> Option<Box<str>> {
             None => (authority, None),
         },
     };
-    if port.is_some_and(|port| !is_port(port)) {
-        return None;
-    }
+    let port = match port {
+        None | Some("") => None,
+        Some(digits) => Some(number(digits)?),
+    };
     let host = host.strip_suffix('.').unwrap_or(host);
     let valid = host.starts_with('[')
         || host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~'));
-    (!host.is_empty() && valid && host.len() <= 255).then(|| host.to_ascii_lowercase().into())
+    (!host.is_empty() && valid && host.len() <= 255).then(|| (host.to_ascii_lowercase().into(), port))
 }
 
-/// Digits that make a port, or none at all.
-fn is_port(text: &str) -> bool {
+/// The number of a port.
+fn number(digits: &str) -> Option<u16> {
     let digit = |number: u16, byte: u8| {
         let digit = byte.checked_sub(b'0').filter(|digit| *digit < 10)?;
         number.checked_mul(10)?.checked_add(u16::from(digit))
     };
-    text.bytes().try_fold(0, digit).is_some()
+    digits.bytes().try_fold(0, digit)
 }
 
 fn settle_target(x: &mut State, limits: &Limits, options: normalize::Options) -> Result<(), Error> {
@@ -265,11 +266,12 @@ mod tests {
     #[test]
     fn the_host_is_the_one_that_was_asked_for_or_the_request_is_refused() {
         let cases = [
-            ("a.com", Some("a.com")),
-            ("A.com:9080", Some("a.com")),
-            ("a.com.", Some("a.com")),
-            ("[::1]:80", Some("[::1]")),
-            ("a_b.com", Some("a_b.com")),
+            ("a.com", Some(("a.com", None))),
+            ("A.com:9080", Some(("a.com", Some(9080)))),
+            ("a.com.", Some(("a.com", None))),
+            ("a.com:", Some(("a.com", None))),
+            ("[::1]:80", Some(("[::1]", Some(80)))),
+            ("a_b.com", Some(("a_b.com", None))),
             ("a.com:x", None),
             ("a.com:99999", None),
             ("u@a.com", None),
@@ -280,7 +282,7 @@ mod tests {
         ];
         for (field, host) in cases {
             let got = verdict(exchange("GET", "/").header("host", field));
-            assert_eq!(got.as_ref().ok().map(|x| &*x.host), host, "{field}");
+            assert_eq!(got.as_ref().ok().map(|x| (&*x.host, x.port)), host, "{field}");
         }
         assert_eq!(verdict(exchange("GET", "/")).unwrap_err(), Reason::BadHost);
         let twice = exchange("GET", "/").header("host", "a").header("host", "a");
@@ -290,7 +292,7 @@ mod tests {
     #[test]
     fn an_absolute_target_wins_over_the_host_field() {
         let x = verdict(exchange("GET", "http://b.com:81/x").header("host", "a.com")).unwrap();
-        assert_eq!(&*x.host, "b.com");
+        assert_eq!((&*x.host, x.port), ("b.com", Some(81)));
         assert_eq!(x.request.headers[header::HOST], "b.com:81");
         assert_eq!(x.request.uri, "/x");
     }
