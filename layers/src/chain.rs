@@ -392,13 +392,8 @@ fn surrounding(x: &mut Exchange) -> Surrounding {
 
 /// Runs `before_proxy` of all plugins. True when one of them has answered; the upstream is then not asked.
 pub fn before_proxy(x: &mut Exchange) -> bool {
-    if !x.layered.is_empty() {
-        let layered = std::mem::take(&mut x.layered);
-        let answered = layered.iter().any(|plan| plan.before_proxy(x));
-        x.layered = layered;
-        if answered {
-            return true;
-        }
+    if x.with_layered(|plans, x| plans.iter().any(|plan| plan.before_proxy(x))) == Some(true) {
+        return true;
     }
     for global in [true, false] {
         let plan = if global { x.global_plan.take() } else { x.plan.take() };
@@ -483,26 +478,20 @@ pub(crate) fn log(x: &mut Exchange) {
             x.plan = plan;
         }
     }
-    if x.layered.is_empty() {
-        return;
-    }
-    let layered = std::mem::take(&mut x.layered);
-    for (plan, (owner, step)) in layered.iter().flat_map(|plan| plan.log.iter().map(move |step| (plan, step)))
-    {
-        if plan.takes_part(*owner, x) {
-            step.log(x);
+    x.with_layered(|plans, x| {
+        for (plan, (owner, step)) in
+            plans.iter().flat_map(|plan| plan.log.iter().map(move |step| (plan, step)))
+        {
+            if plan.takes_part(*owner, x) {
+                step.log(x);
+            }
         }
-    }
-    x.layered = layered;
+    });
 }
 
 /// Takes out of the request what no log may tell.
 fn hide(x: &mut Exchange) {
-    if !x.layered.is_empty() {
-        let layered = std::mem::take(&mut x.layered);
-        layered.iter().for_each(|plan| plan.hides(x));
-        x.layered = layered;
-    }
+    x.with_layered(|plans, x| plans.iter().for_each(|plan| plan.hides(x)));
     let hides = |plan: &Option<Arc<Plan>>| plan.as_ref().is_some_and(|plan| !plan.hide.is_empty());
     if !hides(&x.global_plan) && !hides(&x.plan) {
         return;

@@ -302,10 +302,15 @@ pub struct State {
     pub global_plan: Option<Arc<Plan>>,
     /// The plugins of the matched route (and consumer), by phase.
     pub plan: Option<Arc<Plan>>,
-    /// The plans of plugins that are layers of the stack, the outermost first.
-    pub(crate) layered: SmallVec<[Arc<Plan>; 2]>,
     slots: SmallVec<[(TypeId, Box<dyn Any>); 1]>,
     finish: SmallVec<[Rc<dyn Finish>; 3]>,
+    rare: Option<Box<Rare>>,
+}
+
+/// What few exchanges have.
+#[derive(Default)]
+struct Rare {
+    layered: Vec<Arc<Plan>>,
     kept: Vec<Box<dyn Any>>,
 }
 
@@ -349,10 +354,9 @@ impl Exchange {
             keeps_head: false,
             global_plan: None,
             plan: None,
-            layered: SmallVec::new(),
             slots: SmallVec::new(),
             finish: SmallVec::new(),
-            kept: Vec::new(),
+            rare: None,
         }))
     }
 
@@ -379,6 +383,14 @@ impl Exchange {
             self.complete = true;
         }
         Response::from_parts(parts, ResponseBody { body, exchange: self })
+    }
+
+    /// Runs something over the plans of plugins that are layers, the outermost first, if there are any.
+    pub(crate) fn with_layered<T>(&mut self, run: impl FnOnce(&[Arc<Plan>], &mut Self) -> T) -> Option<T> {
+        let layered = std::mem::take(&mut self.rare.as_mut()?.layered);
+        let result = run(&layered, self);
+        self.rare.get_or_insert_default().layered = layered;
+        Some(result)
     }
 }
 
@@ -443,12 +455,17 @@ impl State {
     /// Keeps a value, to drop it when all is over: after the log phase, or when the tunnel that the exchange became
     /// has ended.
     pub fn keep(&mut self, value: impl Any) {
-        self.kept.push(Box::new(value));
+        self.rare.get_or_insert_default().kept.push(Box::new(value));
     }
 
     /// What [`keep`](Self::keep) was given, for the tunnel.
     pub(crate) fn take_kept(&mut self) -> Vec<Box<dyn Any>> {
-        std::mem::take(&mut self.kept)
+        self.rare.as_mut().map(|rare| std::mem::take(&mut rare.kept)).unwrap_or_default()
+    }
+
+    /// Adds the plan of a plugin that is a layer of the stack, within those that were added before.
+    pub(crate) fn add_layered(&mut self, plan: Arc<Plan>) {
+        self.rare.get_or_insert_default().layered.push(plan);
     }
 
     /// Asks to be told when the exchange is over. The last who asked is told first.

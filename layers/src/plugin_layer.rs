@@ -84,7 +84,7 @@ impl<S: HttpService> Service<Exchange> for PluginService<S> {
 
     fn call(&mut self, mut x: Exchange) -> Self::Future {
         let plan = self.plan.clone();
-        x.layered.push(plan.clone());
+        x.add_layered(plan.clone());
         let mut walk = Walk::default();
         let state = match walk.on(&plan, &mut x) {
             Walked::Replied => Running::Replied { exchange: Some(x) },

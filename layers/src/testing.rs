@@ -102,6 +102,7 @@ impl ExchangeBuilder {
         let request = self.request.body(self.body).expect("a well-formed request");
         let mut x = Exchange::new(request, Rc::new(self.conn));
         x.host = x.request.uri.host().unwrap_or("localhost").to_ascii_lowercase().into();
+        x.port = x.request.uri.port_u16();
         x
     }
 }

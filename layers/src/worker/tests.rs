@@ -12,7 +12,7 @@ use bytes::Bytes;
 use certs::SniTable;
 use certs::sni::{CertPem, Change, SslObject, TableSettings};
 use certs::verify::ClientAuth;
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::client::conn::http2;
@@ -67,6 +67,7 @@ impl Service<Exchange> for Paths {
                         return Err(Fault { exchange: x, error });
                     }
                 },
+                "/fields" => fields(&x.request.headers),
                 "/early" => status(413),
                 "/trailers" => {
                     let mut frames = Vec::new();
@@ -141,6 +142,20 @@ impl Service<Exchange> for Paths {
             Ok(x)
         })
     }
+}
+
+/// All fields of the request in the body, and those for the answer in its head too.
+fn fields(asked: &HeaderMap) -> Response<Body> {
+    let mut text = String::new();
+    let mut response = Response::new(Body::Empty);
+    for (name, value) in asked {
+        text.push_str(&format!("{name}: {}\r\n", value.to_str().unwrap()));
+        if name.as_str().starts_with("x-answer") {
+            response.headers_mut().append(name, value.clone());
+        }
+    }
+    *response.body_mut() = Body::from(text);
+    response
 }
 
 fn status(status: u16) -> Response<Body> {
@@ -360,6 +375,37 @@ async fn requests_on_one_connection_are_answered_in_order() {
     assert_eq!(end, None);
     assert_eq!(running.stat(|s| s.requests.get()), 6);
     assert_eq!(running.stat(|s| s.in_flight.get()), 0);
+}
+
+/// Maps of fields are used again, by whichever request or answer is next.
+#[tokio::test]
+async fn no_field_is_seen_in_another_request_or_answer() {
+    let running = plain();
+    let mut clients = [running.connect().await, running.connect().await];
+    for round in 0..60 {
+        // What ends in other ways gives its map back too.
+        let odd = ["/panic", "/broken", "/early", "/never", "bad target"][round % 5];
+        let mut other = running.connect().await;
+        other.send(&format!("GET {odd} HTTP/1.1\r\nHost: h\r\nX-Answer-Odd: odd\r\n\r\n")).await;
+        if odd != "/never" {
+            other.rest_after_shutdown().await;
+        }
+        drop(other);
+        for (index, client) in clients.iter_mut().enumerate() {
+            let number = 2 * round + index;
+            let answered: Vec<_> = (0..number % 4).map(|n| format!("x-answer-{number}: {n}\r\n")).collect();
+            let answered = answered.concat();
+            let asked: Vec<_> =
+                (0..number % 7).map(|n| format!("x-asked-{n}-{number}: {number}\r\n")).collect();
+            let sent = format!("host: h\r\n{}{answered}", asked.concat());
+            client.send(&format!("GET /fields HTTP/1.1\r\n{sent}\r\n")).await;
+            let answer = client.answer().await;
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert_eq!(body, sent, "{number}");
+            let in_head: Vec<_> = head.lines().filter(|line| line.starts_with("x-")).collect();
+            assert_eq!(in_head, answered.lines().collect::<Vec<_>>(), "{number}");
+        }
+    }
 }
 
 #[tokio::test]

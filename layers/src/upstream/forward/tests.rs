@@ -777,6 +777,30 @@ fn requests_that_come_together_share_an_http2_connection_or_its_failure() {
     });
 }
 
+/// Maps of fields are used again, by whichever request or answer is next.
+#[test]
+fn no_field_of_a_request_or_an_answer_is_in_another_answer() {
+    const COOKIES: &str =
+        "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nset-cookie: a=1\r\nset-cookie: b=2\r\n\r\nok";
+    const CUT: &str = "HTTP/1.1 200 OK\r\nset-cookie: c=3\r\nx y: z\r\n\r\n";
+    local(async {
+        let origin = Origin::start(|_, number| Act::Answer([COOKIES, OK, CUT][number % 3])).await;
+        let cluster = cluster(&[origin.addr], json!({"retries": 0}));
+        let service = service();
+        for round in 0..9 {
+            let request = exchange("GET", "http://a.test/").header("authorization", "secret");
+            let (x, failed) = send(&service, &cluster, request).await;
+            let mut names: Vec<_> = x.response.headers().iter().map(|(name, _)| name.as_str()).collect();
+            names.sort_unstable();
+            match round % 3 {
+                0 => assert_eq!((names, failed), (vec!["content-length", "set-cookie", "set-cookie"], None)),
+                1 => assert_eq!((names, failed), (vec!["content-length"], None)),
+                _ => assert_eq!((names, failed), (vec![], Some(Reason::UpstreamProtocol))),
+            }
+        }
+    });
+}
+
 #[test]
 fn what_every_request_allocates_is_small() {
     let x = exchange("GET", "http://a/").build();
