@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::error::{ConfigError, ErrorKind, escape};
 use crate::expr::Expr;
 use crate::fields::{Cidr, Distinct, Host, Int, Plugins, Seconds, Text, Url};
-use crate::meta::{META, Meta};
+use crate::meta::{META, Meta, Role};
 use crate::plugin_catalog::{PluginCatalog, PluginSchema};
 use crate::upstream::Upstream;
 use crate::var::Var;
@@ -815,8 +815,16 @@ fn check_plugin(
     }
     let meta = fields.shift_remove(META);
     let mut errors = Vec::new();
-    if let Some(Err(found)) = meta.as_ref().map(Meta::parse) {
-        errors.extend(found.into_iter().map(|error| error.under("/_meta")));
+    let runs = match meta.as_ref().map(Meta::parse) {
+        Some(Err(found)) => {
+            errors.extend(found.into_iter().map(|error| error.under("/_meta")));
+            false
+        }
+        Some(Ok(meta)) => !meta.is_disabled() && meta.runs_in(Role::Sidecar),
+        None => true,
+    };
+    if let Some(reason) = catalog.edge_alone(name).filter(|_| runs) {
+        errors.push(ConfigError::new("", ErrorKind::MisplacedPlugin { name: name.to_owned(), reason }));
     }
     match catalog.check(name, PluginSchema::Config, settings) {
         Ok(filled) => *settings = filled,

@@ -42,6 +42,12 @@ pub trait PluginCatalog: Send + Sync {
     /// For a name that is not a plugin here: what to use instead, as an order to the operator.
     fn refusal(&self, name: &str) -> Option<String>;
 
+    /// Why a sidecar cannot run the plugin, if it cannot.
+    fn edge_alone(&self, name: &str) -> Option<&'static str> {
+        let _ = name;
+        None
+    }
+
     /// Whether a plugin that does not exist here may be left out without changing what a client sees or
     /// what is protected, because its work is done otherwise or is not needed. Such a block is kept as
     /// it is written and never runs.

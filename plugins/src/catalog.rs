@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use config::error::ConfigError;
 use config::plugin_catalog::{PluginCatalog, PluginSchema};
 use config::process::WasmPlugin;
-use layers::plugin::Registration;
+use layers::plugin::{Placement, Registration};
 use serde_json::Value;
 
 use crate::{absent, registrations, wasm};
@@ -133,6 +133,13 @@ impl PluginCatalog for Catalog {
 
     fn is_auth(&self, name: &str) -> bool {
         self.registration(name).is_some_and(|registration| (registration.extras)().authenticates())
+    }
+
+    fn edge_alone(&self, name: &str) -> Option<&'static str> {
+        match self.registration(name)?.placement {
+            Placement::Both => None,
+            Placement::Edge(why) => Some(why),
+        }
     }
 
     fn refusal(&self, name: &str) -> Option<String> {

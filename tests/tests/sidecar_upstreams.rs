@@ -184,6 +184,23 @@ async fn plugins_of_a_service_run_as_at_the_edge_and_where_they_are_placed() {
     assert_eq!(origin.requests(), 2);
 }
 
+#[test]
+fn a_plugin_that_a_sidecar_cannot_run_is_told_with_its_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("sidecar.yaml");
+    for (meta, code) in [("", 1), ("_meta: {placement: edge}", 0), ("_meta: {disable: true}", 0)] {
+        let text = format!(
+            "trust_domain: mesh.local\nca: {{files: {{cert: a, key: b, trust: c}}}}\nworkload: {{service: orders}}\n\
+             services:\n  - name: payments\n    upstream: {{type: roundrobin, nodes: {{\"127.0.0.1:1\": 1}}}}\n    \
+             plugins: {{key-auth: {{{meta}}}}}\n"
+        );
+        std::fs::write(&file, text).expect("a file");
+        let (ended, _, err) = e2e::edge::run(&["sidecar", "check", "-c", file.to_str().expect("text")]);
+        assert_eq!(ended, code, "{meta}: {err}");
+        assert_eq!(err.contains("sidecar.yaml:7:"), code == 1, "{meta}: {err}");
+    }
+}
+
 #[tokio::test]
 async fn bytes_go_to_another_node_where_the_first_does_not_take_them() {
     let (mesh, gone) = (Mesh::new(), Port::free());
