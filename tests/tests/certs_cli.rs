@@ -124,6 +124,9 @@ async fn it_tells_what_ends_and_gets_out_of_trouble() {
 
     let (_, pem, _) = authority.certs(&["export-bundle"]).await;
     assert_eq!(pem.matches("BEGIN CERTIFICATE").count(), 1);
+    let (_, told, _) = authority.certs(&["export-bundle", "-o", "json"]).await;
+    let told: Value = serde_json::from_str(&told).expect("JSON");
+    assert_eq!((&told["trust_domain"], &told["roots"]), (&json!("mesh.local"), &json!([pem])));
     let (_, spiffe, _) = authority.certs(&["export-bundle", "--format", "spiffe"]).await;
     let spiffe: Value = serde_json::from_str(&spiffe).expect("JSON");
     assert_eq!(spiffe["keys"][0]["use"], "x509-svid");

@@ -10,6 +10,7 @@ use certs::ca::proto::{ExportBundleRequest, ForgetRequest, ObserveRequest, Rehea
 use certs::ca::record::Der;
 use certs::ca::rotation::driver::pem;
 use clap::{Args, ValueEnum};
+use serde_json::json;
 
 use super::ask::{Asked, answer, request};
 use super::{BLOCKED, OK, show, status};
@@ -51,6 +52,15 @@ impl ExportBundle {
         let bundle = answer(self.asked.client().await?.export_bundle(request(ExportBundleRequest {})).await)?;
         let text = pem(&bundle.roots.iter().map(|root| Der(root.clone())).collect::<Vec<_>>());
         let made = match self.format {
+            Form::Pem if matches!(self.asked.output, Format::Json) => {
+                let one = |root: &Vec<u8>| pem(&[Der(root.clone())]);
+                let made = json!({
+                    "trust_domain": bundle.trust_domain,
+                    "generation": bundle.generation,
+                    "roots": bundle.roots.iter().map(one).collect::<Vec<_>>(),
+                });
+                serde_json::to_vec_pretty(&made)?.into_iter().chain(*b"\n").collect()
+            }
             Form::Pem => text.into_bytes(),
             Form::Spiffe => {
                 let made =
