@@ -473,6 +473,10 @@ impl Ca {
         }
         if let Some(istio) = &self.istio {
             istio.check(&mut wrong);
+            if !istio.node_accounts.is_empty() && self.kubernetes.is_none() {
+                let words = "nobody can be asked what runs on a node: write kubernetes: {}";
+                wrong("/istio/node_accounts", words.to_owned());
+            }
         }
         let limits = &self.limits;
         if !(0.001..=1000.0).contains(&limits.certificates_per_second) {
@@ -669,7 +673,8 @@ mod tests {
             ("istio: {names: ['*.svc']}", "`*.svc` is not a DNS name"),
             ("istio: {cert_file: a.pem}", "go together"),
             ("istio: {audience: ''}", "audience"),
-            ("istio: {node_accounts: [ztunnel]}", "NAMESPACE/NAME"),
+            ("kubernetes: {}\nistio: {node_accounts: [ztunnel]}", "NAMESPACE/NAME"),
+            ("istio: {node_accounts: [istio-system/ztunnel]}", "kubernetes: {}"),
             ("istio: {ca_file: a}", "ca_file"),
             ("root: {}", "who has the key of the root"),
             (

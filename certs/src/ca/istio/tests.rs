@@ -19,6 +19,7 @@ use crate::ca::attest::kubernetes::{self, Kubernetes};
 use crate::ca::attest::token::{JoinTokens, NewToken};
 use crate::ca::audit::Audit;
 use crate::ca::authority::{KeyKind, pem_certificates};
+use crate::ca::fleet::Fleet;
 use crate::ca::foundry::Foundry;
 use crate::ca::keeper::Keeper;
 use crate::ca::limits::{Limits, Rate};
@@ -27,8 +28,8 @@ use crate::ca::rotation::command::{Command, NewRoot, Rotate};
 use crate::ca::rotation::{Kind, Policy, State, driver, plan};
 use crate::ca::seal::Sealer;
 use crate::ca::service::Parts;
-use crate::ca::store::Store;
 use crate::ca::store::memory::Memory;
+use crate::ca::store::{FLEET, Store};
 use crate::ca::{RootState, server};
 use crate::clock::{Clock, ManualClock};
 use crate::grpc::{self, Dial};
@@ -85,6 +86,7 @@ async fn cluster(dir: &std::path::Path) -> Kubernetes {
 struct Ca {
     clock: ManualClock,
     keeper: Arc<Keeper>,
+    store: Arc<dyn Store>,
     tokens: Arc<JoinTokens>,
     service: Service,
     front: Arc<Front>,
@@ -94,6 +96,11 @@ struct Ca {
 
 impl Ca {
     async fn start() -> Self {
+        Self::with(Rate { per_second: 1000.0, burst: 1000.0 }).await
+    }
+
+    /// With this many certificates for a process.
+    async fn with(identity: Rate) -> Self {
         let clock = ManualClock::new(SystemTime::now());
         let now = clock.now();
         let dir = tempfile::tempdir().unwrap();
@@ -108,14 +115,13 @@ impl Ca {
             driver.signing_unread(1000 * DAY)
         });
         let keeper = opened.await.unwrap().unwrap();
-        let tokens = Arc::new(JoinTokens::new(store));
-        let often = Rate { per_second: 1000.0, burst: 1000.0 };
+        let tokens = Arc::new(JoinTokens::new(Arc::clone(&store)));
         let service = Service::new(Parts {
             current: keeper.current(),
             acks: keeper.clone(),
             attestors: Attestors::default(),
             audit,
-            limits: Limits { identity: often, ..Limits::default() },
+            limits: Limits { identity, ..Limits::default() },
             sealer,
             clock: Arc::new(clock.clone()),
         });
@@ -129,7 +135,7 @@ impl Ca {
         let front = Arc::new(Front::new(service.clone(), attestors, accounts));
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&keeper).run());
-        Self { clock, keeper, tokens, service, front, dir, _tasks: tasks }
+        Self { clock, keeper, store, tokens, service, front, dir, _tasks: tasks }
     }
 
     async fn token(&self, identity: &str) -> String {
@@ -343,6 +349,34 @@ async fn a_certificate_that_holds_is_proof_enough_and_renews_the_same_process() 
     let asked = Asked { authorization: &["Bearer shop/orders/a"], shows: Some(&renewed), ..Asked::default() };
     ca.call(asked).await.unwrap();
     assert_eq!(ca.keeper.driver().view().members.len(), 2);
+}
+
+#[tokio::test]
+async fn who_asks_too_often_is_told_when_to_come_back() {
+    let ca = Ca::with(Rate { per_second: 0.1, burst: 2.0 }).await;
+    ca.pod("a").await;
+    ca.pod("a").await;
+    let asked = || Asked { authorization: &["Bearer shop/orders/a"], ..Asked::default() };
+    let status = ca.call(asked()).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    let wait = crate::ca::service::retry_after(&status).unwrap();
+    assert!(wait > Duration::ZERO && wait <= Duration::from_secs(10), "{wait:?}");
+    ca.pod("b").await;
+    ca.clock.advance(wait);
+    ca.call(asked()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_is_written_down_before_it_goes_out() {
+    let ca = Ca::start().await;
+    let client = ca.pod("a").await;
+    // As a process that starts after this one was killed.
+    let after = Fleet::default();
+    for (_, part) in ca.store.list(FLEET).await.unwrap() {
+        after.restore(&part.value);
+    }
+    let serial = client.svid.leaf().serial.to_string();
+    assert_eq!(after.holder(ORDERS, &serial).as_deref(), Some("istio:shop/a"));
 }
 
 #[tokio::test]
