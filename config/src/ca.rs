@@ -677,9 +677,10 @@ mod tests {
             ("istio: {node_accounts: [istio-system/ztunnel]}", "kubernetes: {}"),
             ("istio: {ca_file: a}", "ca_file"),
             ("root: {}", "who has the key of the root"),
+            ("root: {file: a.pem, vault: {address: 'http://a', token_file: t}}", "one of `vault`"),
             (
                 "root: {vault: {address: 'http://a', token_file: t}, cert_manager: {namespace: a, issuer: {name: b}}}",
-                "not both",
+                "one of `vault`, `cert_manager` and `file`",
             ),
             ("root: {vault: {address: 'http://a'}}", "token_env"),
             ("root: {vault: {address: 'http://a', token_file: t, token_env: T}}", "token_env"),

@@ -95,6 +95,9 @@ impl Operator {
                 return Err(Status::invalid_argument(format!("`{other}` is none of leaf, issuer and root")));
             }
         };
+        if kind == Kind::Leaf && !asked.import.trim().is_empty() {
+            return Err(Status::invalid_argument("leaves come from nowhere else"));
+        }
         if kind != Kind::Leaf && !asked.select.is_empty() {
             return Err(Status::invalid_argument("only leaves can be selected"));
         }

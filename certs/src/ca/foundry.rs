@@ -68,22 +68,11 @@ impl Foundry {
         now: Moment,
     ) -> Result<Record, ForgeError> {
         let request = |life| Request { trust_domain, now, life };
-        let certificates = pem_certificates(pem.as_bytes())?;
-        let key = Key::load(&pem_key(pem.as_bytes())?)?;
-        let authority = Authority::load(certificates.clone(), Vec::new(), key)?;
-        if authority.facts().self_signed {
-            let root = self.import(&request(lifetimes.root()), pem)?;
-            let issuer = self.issuer(&request(lifetimes.issuer()), &root)?;
-            self.prove(&request(lifetimes.leaf()), &issuer, &[&root])?;
-            return Ok(Record::new(trust_domain, lifetimes, root, issuer, now));
-        }
-        let top = certificates.last().cloned().unwrap_or_else(|| CertificateDer::from(Vec::new()));
-        let facts = Facts::read(&top).map_err(ForgeError)?;
-        if !facts.self_signed {
-            return Err(ForgeError("the root's certificate is not among them: put it last".to_owned()));
-        }
-        let root = kept_root(&top, &facts, "elsewhere", now);
-        let issuer = self.issuer_of(&authority, &root, now)?;
+        let (root, issuer) = self.import(&request(lifetimes.root()), pem)?;
+        let issuer = match issuer {
+            Some(issuer) => issuer,
+            None => self.issuer(&request(lifetimes.issuer()), &root)?,
+        };
         self.prove(&request(lifetimes.leaf()), &issuer, &[&root])?;
         Ok(Record::new(trust_domain, lifetimes, root, issuer, now))
     }
@@ -242,16 +231,28 @@ impl Forge for Foundry {
         self.record_root(&made, request.now)
     }
 
-    fn import(&self, request: &Request<'_>, pem: &str) -> Result<Root, ForgeError> {
-        let authority = Authority::from_pem(pem.as_bytes(), pem.as_bytes())?;
+    fn import(&self, request: &Request<'_>, pem: &str) -> Result<(Root, Option<Issuer>), ForgeError> {
+        let certificates = pem_certificates(pem.as_bytes())?;
+        let key = Key::load(&pem_key(pem.as_bytes())?)?;
+        let authority = Authority::load(certificates.clone(), Vec::new(), key)?;
         let facts = authority.facts();
-        if !(facts.self_signed && facts.is_ca && facts.signs_certificates) {
+        if facts.self_signed && facts.is_ca && facts.signs_certificates {
+            return Ok((self.record_root(&authority, request.now)?, None));
+        }
+        let top = certificates.last().filter(|_| !facts.self_signed && facts.is_ca);
+        let Some(top) = top else {
             return Err(ForgeError(format!(
                 "{} is no root: a root signs itself and may sign authorities (CA, keyCertSign)",
                 facts.subject
             )));
+        };
+        let above = Facts::read(top).map_err(ForgeError)?;
+        if !above.self_signed {
+            return Err(ForgeError("the root's certificate is not among them: put it last".to_owned()));
         }
-        self.record_root(&authority, request.now)
+        let root = Self::root_elsewhere(top, "elsewhere", request.now)?;
+        let issuer = self.issuer_of(&authority.ending_with(root.not_after.into()), &root, request.now)?;
+        Ok((root, Some(issuer)))
     }
 
     fn issuer(&self, request: &Request<'_>, root: &Root) -> Result<Issuer, ForgeError> {

@@ -20,6 +20,10 @@ pub struct Root {
     /// An issuer of cert-manager.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cert_manager: Option<CertManager>,
+    /// Somebody who signs by hand: PEM of an issuer, those above it, the root, and the issuer's key; or of a root and its
+    /// key. Read at the first start alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
 }
 
 /// A PKI engine that signs issuers (`sign-intermediate`).
@@ -128,14 +132,10 @@ fn mounted_token() -> PathBuf {
 
 impl Root {
     pub(super) fn check(&self, wrong: &mut impl FnMut(&str, String)) {
-        match (&self.vault, &self.cert_manager) {
-            (Some(_), Some(_)) => {
-                wrong("/root", "one has the key of the root: `vault` or `cert_manager`, not both".to_owned());
-            }
-            (None, None) => {
-                wrong("/root", "who has the key of the root: `vault` or `cert_manager`".to_owned())
-            }
-            _ => {}
+        let given = [self.vault.is_some(), self.cert_manager.is_some(), self.file.is_some()];
+        if given.iter().filter(|given| **given).count() != 1 {
+            let words = "who has the key of the root: one of `vault`, `cert_manager` and `file`";
+            wrong("/root", words.to_owned());
         }
         let is_url = |url: &str| url.starts_with("http://") || url.starts_with("https://");
         if let Some(vault) = &self.vault {
@@ -175,7 +175,7 @@ impl Root {
     }
 
     pub(super) fn resolve(&mut self, dir: &Path) {
-        let mut paths = Vec::new();
+        let mut paths: Vec<&mut PathBuf> = self.file.iter_mut().collect();
         if let Some(vault) = &mut self.vault {
             paths.extend(&mut vault.token_file);
             paths.extend(&mut vault.ca_file);

@@ -417,3 +417,42 @@ async fn who_knows_the_old_root_alone_is_led_by_its_signature_and_a_plan_asks_fo
     let text = format!("{:?}", driver.now().record);
     assert!(text.contains("vault in this test") && !text.contains("BEGIN"), "who has the key is written");
 }
+
+#[tokio::test]
+async fn an_issuer_that_was_signed_by_hand_is_taken_with_its_key_and_its_root() {
+    let limited: Change = |params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let by_hand = |root: &Ca| {
+        let key = Key::generate(KeyKind::P256).unwrap();
+        let signed = params("by hand", 365 * DAY, limited).signed_by(&key, &root.signer).unwrap();
+        let chain = [Der(signed.der().to_vec()), Der(root.certificate.to_vec())];
+        driver::pem(&chain) + &driver::pem(&[Der(key.der().to_vec())]).replace("CERTIFICATE", "PRIVATE KEY")
+    };
+    let (root, other) = (Ca::root("offline", |_| {}), Ca::root("another", |_| {}));
+    let bench = Bench::new(Ca::root("unused", |_| {}));
+    let driver = bench.own().await;
+    let rotate = |kind, pem: String| {
+        let policy = plan::policy(&driver.now().record);
+        Command::Rotate(Rotate { kind, policy, root: NewRoot::Pem(pem), reason: String::new() })
+    };
+    driver.command(&rotate(What::Root, by_hand(&root)), "sre").await.unwrap();
+    bench.finish(&driver).await;
+    let first = driver.now().record.clone();
+    let held = first.current_root().unwrap();
+    assert_eq!((held.key.as_ref(), held.kept.as_str()), (None, "elsewhere"));
+    is_believed(&bench, &driver, &root.certificate).unwrap();
+
+    driver.command(&rotate(What::Issuer, by_hand(&root)), "sre").await.unwrap();
+    bench.finish(&driver).await;
+    let record = driver.now().record.clone();
+    assert_ne!(record.signing().unwrap().id, first.signing().unwrap().id);
+    is_believed(&bench, &bench.open().await, &root.certificate).unwrap();
+    let key = Key::generate(KeyKind::P256).unwrap();
+    let own = params("own", 365 * DAY, |_| {}).self_signed(&key).unwrap();
+    let own = driver::pem(&[Der(own.der().to_vec())])
+        + &driver::pem(&[Der(key.der().to_vec())]).replace("CERTIFICATE", "PRIVATE KEY");
+    for (pem, words) in [(by_hand(&other), "exchanges both"), (own, "this is a root")] {
+        let error = driver.command(&rotate(What::Issuer, pem), "sre").await.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    assert_eq!(bench.fake.with(|manner| manner.asked.len()), 0);
+}

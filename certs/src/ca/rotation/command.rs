@@ -87,7 +87,7 @@ pub enum NewRoot {
     Usual,
     /// It is made here.
     Own,
-    /// PEM of a root and its key.
+    /// PEM of a root and its key, or of an issuer, its key and the root.
     Pem(String),
     /// Somebody else has its key, and signs an issuer.
     Outside,
@@ -127,6 +127,7 @@ impl Command {
                 idle(record)?;
                 match rotate.kind {
                     Kind::Leaf => Wanted::Nothing,
+                    Kind::Issuer if let NewRoot::Pem(pem) = &rotate.root => Wanted::IssuerFrom(pem.clone()),
                     Kind::Issuer if is_elsewhere(record) => Wanted::Outside { new_root: false },
                     Kind::Issuer => Wanted::Issuer,
                     Kind::Root => {

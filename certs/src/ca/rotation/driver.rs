@@ -697,7 +697,7 @@ impl Driver {
 
     fn elsewhere(&self) -> Result<&Elsewhere, ForgeError> {
         let problem = "the root's key is not here, and nobody is named who has it: write `root` in ca.yaml, \
-                       or make a root here with `postern certs rotate root --own`";
+                       give an issuer that was signed there with --from-file, or make a root here with `postern certs rotate root --own`";
         self.outside.as_ref().ok_or_else(|| ForgeError(problem.to_owned()))
     }
 

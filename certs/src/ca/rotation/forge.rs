@@ -25,11 +25,11 @@ pub trait Forge: Send + Sync + 'static {
     /// No key can be made, or that of the former root cannot be used.
     fn root(&self, request: &Request<'_>, same_key: Option<&Root>) -> Result<Root, ForgeError>;
 
-    /// A root from elsewhere, with its key: PEM.
+    /// A root from elsewhere, in PEM: with its key, or with an issuer below it that has its key, where the root's stays away.
     ///
     /// # Errors
-    /// It is no root, or the key is not its own.
-    fn import(&self, request: &Request<'_>, pem: &str) -> Result<Root, ForgeError>;
+    /// There is no root, or the key belongs to nobody.
+    fn import(&self, request: &Request<'_>, pem: &str) -> Result<(Root, Option<Issuer>), ForgeError>;
 
     /// A new issuer below `root`, whose key is at hand.
     ///
@@ -57,6 +57,8 @@ pub enum Wanted {
     Nothing,
     /// A new issuer below the current root.
     Issuer,
+    /// One that was signed elsewhere: PEM of it, those above it, the root, and its key.
+    IssuerFrom(String),
     /// A new root with an issuer below it, signed over by the current root where its key is at hand.
     Root {
         same_key: bool,
@@ -110,13 +112,32 @@ pub fn make(
             forge.prove(&request(lives.leaf()), &issuer, &[root])?;
             Ok(Material { issuer: Some(issuer), ..Material::default() })
         }
+        Wanted::IssuerFrom(pem) => {
+            let current = record.current_root().ok_or_else(missing)?;
+            let (root, issuer) = forge.import(&request(lives.issuer()), pem)?;
+            let issuer = issuer.ok_or_else(|| {
+                ForgeError("this is a root: `postern certs rotate root --from-file` takes it".to_owned())
+            })?;
+            if root.id != current.id {
+                return Err(ForgeError(format!(
+                    "it is below root {}, and the one in use is {}: `postern certs rotate root --from-file` exchanges both",
+                    root.id.short(),
+                    current.id.short()
+                )));
+            }
+            forge.prove(&request(lives.leaf()), &issuer, &[current])?;
+            Ok(Material { issuer: Some(issuer), ..Material::default() })
+        }
         Wanted::Root { same_key, import, cross } => {
             let old = record.current_root().ok_or_else(missing)?;
-            let root = match import {
+            let (root, issuer) = match import {
                 Some(pem) => forge.import(&request(lives.root()), pem)?,
-                None => forge.root(&request(lives.root()), same_key.then_some(old))?,
+                None => (forge.root(&request(lives.root()), same_key.then_some(old))?, None),
             };
-            let mut issuer = forge.issuer(&request(lives.issuer()), &root)?;
+            let mut issuer = match issuer {
+                Some(issuer) => issuer,
+                None => forge.issuer(&request(lives.issuer()), &root)?,
+            };
             let mut no_cross = String::new();
             let mut back = None;
             if *cross {

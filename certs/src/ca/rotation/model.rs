@@ -37,8 +37,8 @@ impl Forge for Words {
         })
     }
 
-    fn import(&self, request: &Request<'_>, _: &str) -> Result<Root, ForgeError> {
-        self.root(request, None)
+    fn import(&self, request: &Request<'_>, _: &str) -> Result<(Root, Option<Issuer>), ForgeError> {
+        Ok((self.root(request, None)?, None))
     }
 
     fn issuer(&self, request: &Request<'_>, root: &Root) -> Result<Issuer, ForgeError> {

@@ -33,7 +33,7 @@ enum What {
     /// Certificates of workloads: everybody renews.
     Leaf(Leaf),
     /// The authority that signs them, below the same root.
-    Issuer(Common),
+    Issuer(Issuer),
     /// The root, with a new issuer below it.
     Root(Root),
 }
@@ -48,8 +48,19 @@ struct Leaf {
 }
 
 #[derive(Args)]
+struct Issuer {
+    /// An issuer that was signed elsewhere, where the root's key stays away: a file with its certificate, those above it, the
+    /// root's, and its key in PEM.
+    #[arg(long, value_name = "FILE")]
+    from_file: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
 struct Root {
-    /// A root from elsewhere: a file with its certificate and its key in PEM.
+    /// A root from elsewhere: a file with its certificate and its key in PEM; or with an issuer below it, the root's
+    /// certificate, and the issuer's key.
     #[arg(long, value_name = "FILE", group = "source")]
     from_file: Option<PathBuf>,
     /// A root whose key Vault or OpenBao has, which signs an issuer: `root.vault` in ca.yaml.
@@ -113,8 +124,9 @@ impl Rotate {
                 message.select = select;
                 common
             }
-            What::Issuer(common) => {
+            What::Issuer(Issuer { from_file, common }) => {
                 message.kind = "issuer".to_owned();
+                message.import = read(from_file.as_ref())?;
                 common
             }
             What::Root(Root { from_file, vault, cert_manager, own, rekey, common }) => {

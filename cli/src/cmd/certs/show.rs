@@ -67,6 +67,7 @@ pub fn status(status: &StatusReply) {
         let key = match root.kept.as_str() {
             _ if root.key => String::new(),
             "" => ", key not here".to_owned(),
+            "elsewhere" => ", key elsewhere".to_owned(),
             kept => format!(", key at {kept}"),
         };
         let note = if root.note.is_empty() { String::new() } else { format!("  ({})", root.note) };

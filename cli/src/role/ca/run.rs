@@ -332,7 +332,14 @@ async fn open(
         Some(keeper) => keeper,
         None => {
             let lifetimes = Lifetimes { leaf_s: settings.longest_ttl, ..Lifetimes::default() };
+            let file = settings.root.as_ref().and_then(|root| root.file.as_ref());
             let record = match outside::open(settings.root.as_ref(), &foundry)? {
+                None if let Some(file) = file => {
+                    let wrong = || format!("root.file: {}", file.display());
+                    let pem = std::fs::read_to_string(file).with_context(wrong)?;
+                    let found = foundry.found_with(domain.as_str(), lifetimes, &pem, now.into());
+                    found.with_context(wrong)?
+                }
                 None => foundry.found(domain.as_str(), lifetimes, now.into())?,
                 Some(outside) => {
                     output::note(&format!("{:<10} its key is at {}", "root", outside.name()));
