@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime};
 use certs::trust::Usage;
 use certs::workload::Proof;
 use e2e::ca::{Authority, Member, Watcher};
+use e2e::clock::WallClock;
+use e2e::edge::binary;
 use e2e::{Value, eventually_within, json};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -224,4 +226,34 @@ async fn java_and_python_read_the_roots_as_a_trust_store() {
     if readers == 0 {
         eprintln!("skipped: neither pyjks nor keytool is installed (tests/needs.sh)");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_that_has_ended_is_replaced_in_the_folder_of_an_authority_that_does_not_run() {
+    let Some(clock) = WallClock::new() else {
+        eprintln!("faketime is not installed: no clock to move");
+        return;
+    };
+    let mut authority = Authority::start_with(json!({}), clock.env()).await;
+    let before = authority.told().await["roots"].clone();
+    assert_eq!(authority.stop().await, Some(0));
+    let recover = || {
+        let data = authority.data();
+        let mut command = Command::new(binary());
+        command.args(["certs", "recover", "--offline", "--new-root", "--reason", "it has ended", "--data"]);
+        let output =
+            command.arg(&data).arg("--key-file").arg(data.join("seal.key")).envs(clock.env()).output();
+        let output = output.expect("postern can be run");
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.code(), said)
+    };
+    let (code, said) = recover();
+    assert!(code == Some(1) && said.contains("rotate root"), "it is good: {code:?} {said}");
+    clock.set("+4015d");
+    let (code, said) = recover();
+    assert!(code == Some(0) && said.contains("is in place"), "{code:?} {said}");
+    authority.run().await;
+    assert_ne!(authority.told().await["roots"], before);
+    let workload = authority.token("spiffe://mesh.local/ns/shop/sa/s0");
+    assert!(workload.starts_with("pjt_"), "it gives tokens again: {workload}");
 }

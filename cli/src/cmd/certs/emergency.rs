@@ -111,7 +111,7 @@ pub struct Recover {
     /// In the folder of an authority that is not running.
     #[arg(long, requires = "data")]
     offline: bool,
-    /// The folder with its record.
+    /// The data directory of the authority, or the folder with its record.
     #[arg(long, value_name = "DIR", requires = "offline")]
     data: Option<PathBuf>,
     /// The key file that its keys are sealed with.
@@ -149,7 +149,10 @@ impl Recover {
         if !data.is_dir() {
             bail!("there is no folder {}", data.display());
         }
-        let store: Arc<dyn Store> = Arc::new(Embedded::open(&data)?);
+        // The folder of an authority has the record in a folder of its own.
+        let inner = data.join("store");
+        let folder = if inner.is_dir() { &inner } else { &data };
+        let store: Arc<dyn Store> = Arc::new(Embedded::open(folder)?);
         let forge = Arc::new(Foundry::new(Arc::new(sealer), KeyKind::P256));
         let clock = SystemClock::new();
         let driver = Driver::open(store, Arc::default(), forge, clock, "offline").await?;
