@@ -16,6 +16,7 @@ pub mod istio;
 pub mod mesh;
 pub mod outgoing;
 pub mod renewing;
+mod signatures;
 pub mod signer;
 pub mod sni;
 pub mod source;

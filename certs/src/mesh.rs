@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, Resumption};
-use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
@@ -21,12 +21,12 @@ use rustls::sign::CertifiedKey;
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
 use rustls::version::TLS13;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError,
-    PeerIncompatible, ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DistinguishedName, Error, OtherError, ServerConfig, SignatureScheme,
 };
 use tokio::sync::watch;
 
 use crate::identity::{IdentityPattern, SpiffeId, TrustDomain};
+use crate::signatures::checks_signatures;
 use crate::svid::Svid;
 use crate::trust::{Peer, Trust, TrustError, Usage, VerifyError};
 
@@ -367,20 +367,6 @@ impl Ends {
         self.expected.as_ref().map_or(Ok(()), |expected| expected.check(&verified.peer.id, &trust))
     }
 
-    fn signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.identity.0.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, cert, signature, algorithms)
-    }
-
-    fn schemes(&self) -> Vec<SignatureScheme> {
-        self.identity.0.provider.signature_verification_algorithms.supported_schemes()
-    }
-
     fn shown(&self) -> Option<Arc<CertifiedKey>> {
         self.identity.0.svid.load().as_ref().map(|svid| svid.certified_key().clone())
     }
@@ -427,27 +413,7 @@ impl ServerCertVerifier for Ends {
         self.verify(end_entity, intermediates, Usage::Server).map(|()| ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes()
-    }
+    checks_signatures!(TLS13, |this| this.identity.0.provider);
 }
 
 impl ClientCertVerifier for Ends {
@@ -468,27 +434,7 @@ impl ClientCertVerifier for Ends {
         self.verify(end_entity, intermediates, Usage::Client).map(|()| ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes()
-    }
+    checks_signatures!(TLS13, |this| this.identity.0.provider);
 }
 
 impl ResolvesClientCert for Ends {
