@@ -270,6 +270,9 @@ pub trait Acks: Send + Sync + 'static {
     /// Its stream has ended. It may come back, and its certificate may still be valid.
     fn gone(&self, identity: &SpiffeId, proxy_id: &str);
 
+    /// It has ended and said so: its key is gone, so nobody uses its certificate any more.
+    fn left(&self, identity: &SpiffeId, proxy_id: &str);
+
     /// A certificate was signed for it. It may never say so.
     fn signed(&self, identity: &SpiffeId, proxy_id: &str, issuer: &KeyId, not_after: SystemTime);
 

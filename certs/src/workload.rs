@@ -44,6 +44,8 @@ const ATTEMPT: Duration = Duration::from_secs(30);
 /// The authority says something at least every 30 seconds.
 const SILENCE: Duration = Duration::from_secs(120);
 const HELLO: Duration = Duration::from_secs(15);
+/// How long a goodbye may take.
+const FAREWELL: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// When the certificate is about to end.
@@ -165,6 +167,8 @@ struct Shared {
     mesh_address: OnceLock<SocketAddr>,
     /// The last such request that was done.
     done: AtomicU64,
+    /// The process ends.
+    leaving: watch::Sender<bool>,
 }
 
 impl Workload {
@@ -181,6 +185,7 @@ impl Workload {
             asked: Mutex::default(),
             mesh_address: OnceLock::new(),
             done: AtomicU64::new(0),
+            leaving: watch::Sender::new(false),
         });
         let renewing = tokio::spawn(Renewal::new(shared.clone()).run()).abort_handle();
         let following = tokio::spawn(follow(shared.clone())).abort_handle();
@@ -195,6 +200,14 @@ impl Workload {
     /// a rotation has begun. The first word counts.
     pub fn set_mesh_address(&self, address: SocketAddr) {
         let _ = self.shared.mesh_address.set(address);
+    }
+
+    /// Tells the authority that this process ends, so that no rotation waits for it: the last thing that is done with the
+    /// identity. Where nobody hears it within a second, the certificate is waited for until its end.
+    pub async fn leave(&self) {
+        self.shared.leaving.send_replace(true);
+        let mut status = self.status();
+        let _ = timeout(FAREWELL, status.wait_for(|status| !status.following)).await;
     }
 
     /// Gets a new certificate now, once for all who ask at the same time.
@@ -521,6 +534,9 @@ async fn follow(shared: Arc<Shared>) {
             Err(failure) => failure,
         };
         shared.update(|status| status.following = false);
+        if *shared.leaving.borrow() {
+            return;
+        }
         debug!(reason = failure.reason, "the trust is not followed");
         if failure.denied {
             // The certificate is no proof any more.
@@ -549,9 +565,17 @@ async fn stream(shared: &Arc<Shared>, server: &str, backoff: &mut Backoff) -> Re
         opened.unwrap_or_else(|_| Err(Failure::new("no stream within 15 s".to_owned())))?;
     let mut changes = shared.identity.changes();
     let mut oldest = shared.identity.oldest_connection();
+    let mut leaving = shared.leaving.subscribe();
     let (mut due, mut moved) = (true, false);
     loop {
         tokio::select! {
+            () = async { drop(leaving.wait_for(|leaving| *leaving).await) } => {
+                let goodbye = ToAuthority::Goodbye(proto::Goodbye {});
+                if requests.send(proto::WatchRequest { body: Some(goodbye) }).await.is_ok() {
+                    while let Ok(Some(_)) = messages.message().await {}
+                }
+                return Ok(());
+            }
             place = requests.reserve(), if due => {
                 let Ok(place) = place else { return Ok(()) };
                 place.send(proto::WatchRequest { body: Some(ToAuthority::Ack(shared.ack())) });

@@ -277,6 +277,10 @@ async fn serve(process: &Process, ready: impl FnOnce(&Addresses)) -> Result<(), 
     if lost > 0 {
         tracing::warn!(entries = lost, "log entries could not be sent before the end");
     }
+    let membership = running.configuration().compiler.membership().cloned();
+    if let Some(membership) = membership {
+        membership.leave().await;
+    }
     tracing::info!(took = ?report.took, cut = report.casualties.len(), "stopped");
     Ok(())
 }

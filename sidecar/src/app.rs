@@ -246,7 +246,7 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     metrics.collector(move |out| collected.collect(out));
     let admin = Arc::new(Admin {
         running: running.clone(),
-        membership,
+        membership: membership.clone(),
         captured: match config.outbound.transparent {
             true => Proof::seek(config.capture.outbound_port.get()),
             false => Proof::default(),
@@ -288,7 +288,9 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     };
     let config = running.config();
     let end = End { config: &config, running: &running, stage: &stage, connections: &connections, why };
-    Ok(end.run(inbound, outbound, child, &mut signals).await)
+    let code = end.run(inbound, outbound, child, &mut signals).await;
+    membership.leave().await;
+    Ok(code)
 }
 
 /// Why a sidecar ends.

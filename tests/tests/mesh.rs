@@ -15,6 +15,7 @@ use e2e::origin::{Origin, echo, grpc, websocket};
 use e2e::sidecar::{Mesh, Sidecar, id};
 use e2e::{Edge, Value, eventually, eventually_within, json};
 use futures_util::{SinkExt, StreamExt};
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -77,6 +78,29 @@ async fn the_edge_reaches_services_by_identity_without_a_certificate_in_its_conf
         (status["fleet"]["current"] == 2).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn who_stops_in_order_is_waited_for_by_no_rotation() {
+    let authority = authority().await;
+    let origin = echo::start().await;
+    let mut sidecar = authority.sidecar("payments").inbound(origin.addr, json!({})).start().await;
+    let mut edge = edge(&authority, json!([route("/*", sidecar.inbound(0), "payments")])).await;
+    let fleet = async |what: &str, count: u64| {
+        eventually_within(Duration::from_secs(30), what, || async {
+            let fleet = &authority.certs_status().await["fleet"];
+            (fleet["workloads"] == count && fleet["current"] == count).then_some(())
+        })
+        .await;
+    };
+    fleet("both are known", 2).await;
+    sidecar.signal(Signal::SIGTERM);
+    drop(origin);
+    assert!(sidecar.wait().await.success(), "{}", sidecar.output());
+    fleet("the gateway alone is known", 1).await;
+    edge.0.signal(Signal::SIGTERM);
+    assert!(edge.0.wait().await.success(), "{}", edge.0.output());
+    fleet("nobody is known", 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -71,6 +71,9 @@ pub struct Member {
     /// What it was handed, if it never says what it uses; the fields above are made of this.
     #[serde(default, skip_serializing_if = "Answers::is_empty")]
     pub answers: Answers,
+    /// It has ended since it was seen, and its key with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left: bool,
     #[serde(skip)]
     pub connected: bool,
 }
@@ -120,6 +123,11 @@ impl Member {
     pub fn may_hold(&self, issuer: &IssuerId, now: Moment) -> bool {
         (self.issuer == *issuer && self.not_after > now)
             || self.given.iter().any(|(by, _, until)| by == issuer && *until > now)
+    }
+
+    /// Whether nothing is to be expected of it: it has ended, and was given nothing since.
+    fn is_over(&self) -> bool {
+        self.left && self.given.iter().all(|(_, at, _)| *at <= self.seen_at)
     }
 
     /// It says which certificate it uses: those that it was given before that are not used any more.
@@ -341,7 +349,7 @@ impl Fleet {
         member.clock_offset_ms = said.clock_offset_ms;
         member.refused = said.refused;
         member.mesh_address = said.mesh_address;
-        member.connected = true;
+        (member.connected, member.left) = (true, false);
         let changed = member.generation != before.generation
             || member.issuer != before.issuer
             || member.serial != before.serial
@@ -365,13 +373,25 @@ impl Fleet {
         }
     }
 
+    /// It has ended in order. It does not come back with what it had, so nobody waits for it.
+    pub fn left(&self, identity: &str, id: &str, now: Moment) {
+        let mut inner = self.lock();
+        let key = key(identity, id);
+        inner.awaited.remove(&key);
+        if let Some(member) = inner.own.get_mut(&key) {
+            member.given.clear();
+            (member.left, member.not_after, member.seen_at) = (true, member.not_after.min(now), now);
+            inner.touch(&key);
+        }
+    }
+
     /// A certificate was signed. Its workload counts from now on, whether or not it ever says something.
     pub fn signed(&self, identity: &str, id: &str, issuer: &IssuerId, not_after: Moment, now: Moment) {
         let mut inner = self.lock();
         let key = key(identity, id);
         if let Some(member) = inner.member(&key, identity, id, now) {
             member.give(issuer, now, not_after);
-            member.seen_at = now;
+            (member.seen_at, member.left) = (now, false);
             inner.touch(&key);
         }
     }
@@ -396,9 +416,10 @@ impl Fleet {
         let same =
             |(by, _, until): &(IssuerId, Moment, Moment)| by == issuer && until.secs() == not_after.secs();
         // What somebody silent was handed was written down before he had it.
-        if at > member.signed_at && !member.is_silent() && !member.given.iter().any(same) {
+        let before = at <= member.signed_at || (member.left && at <= member.seen_at);
+        if !before && !member.is_silent() && !member.given.iter().any(same) {
             member.give(issuer, at, not_after);
-            member.seen_at = member.seen_at.max(at);
+            (member.seen_at, member.left) = (member.seen_at.max(at), false);
             inner.awaited.insert(key.clone());
             inner.touch(&key);
         }
@@ -546,6 +567,7 @@ impl Fleet {
                 }
             }
         }
+        members.retain(|_, member| !member.is_over());
         View {
             members: members.into_values().collect(),
             replicas: replicas.into_values().collect(),
@@ -623,6 +645,36 @@ mod tests {
             not_after: Moment::from_secs(not_after),
             ..Said::default()
         }
+    }
+
+    #[test]
+    fn who_says_goodbye_is_not_waited_for() {
+        let now = Moment::from_secs(1000);
+        let one = "spiffe://mesh.local/ns/a/sa/b";
+        let (fleet, other) = (Fleet::default(), Fleet::default());
+        // Two replicas have signed for it.
+        other.signed(one, "p", &"i1".into(), Moment::from_secs(80_000), Moment::from_secs(900));
+        fleet.signed(one, "p", &"i1".into(), Moment::from_secs(90_000), now);
+        fleet.heard(said("p", 1, "i1", 90_000), now);
+        for (number, part) in other.changes(&sign("ca-2", 1), true, now) {
+            fleet.follow("ca-2", number, &part, now);
+        }
+        assert_eq!(fleet.view().members.len(), 1);
+        let end = now + Duration::from_secs(5);
+        fleet.left(one, "p", end);
+        assert!(fleet.view().members.is_empty());
+        // It stays so after a restart, also when the log of signatures is read.
+        let restarted = Fleet::default();
+        for (_, part) in fleet.changes(&sign("ca-1", 1), true, end) {
+            restarted.restore(&part);
+        }
+        restarted.signed_before(one, "p", &"i1".into(), Moment::from_secs(90_000), now);
+        assert!(restarted.view().members.is_empty());
+        assert!(restarted.is_complete(end));
+        // The next process of that name counts.
+        let later = end + Duration::from_secs(60);
+        restarted.signed(one, "p", &"i1".into(), Moment::from_secs(95_000), later);
+        assert!(restarted.view().members[0].may_come_back(later));
     }
 
     #[test]

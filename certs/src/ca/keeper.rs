@@ -284,6 +284,10 @@ impl Acks for Keeper {
         self.fleet.gone(identity.as_str(), proxy_id);
     }
 
+    fn left(&self, identity: &SpiffeId, proxy_id: &str) {
+        self.fleet.left(identity.as_str(), proxy_id, self.clock.wall());
+    }
+
     fn signed(&self, identity: &SpiffeId, proxy_id: &str, issuer: &KeyId, not_after: SystemTime) {
         let issuer = IssuerId(issuer.to_string());
         self.fleet.signed(identity.as_str(), proxy_id, &issuer, not_after.into(), self.clock.wall());

@@ -769,8 +769,12 @@ impl Watcher {
                     Some(proto::WatchRequest { body: Some(FromWorkload::Hello(_)) }) => {
                         return Err(Status::invalid_argument("a second hello"));
                     }
+                    Some(proto::WatchRequest { body: Some(FromWorkload::Goodbye(_)) }) => {
+                        self.service.0.parts.acks.left(&self.identity, &self.proxy_id);
+                        return Ok(());
+                    }
                     // A message of a later version of this.
-                    Some(_) => {}
+                    Some(proto::WatchRequest { body: None }) => {}
                     None => return Ok(()),
                 },
                 changed = current.changed() => if changed.is_err() {

@@ -64,6 +64,10 @@ impl Acks for Heard {
 
     fn gone(&self, _: &SpiffeId, _: &str) {}
 
+    fn left(&self, _: &SpiffeId, proxy_id: &str) {
+        self.0.lock().unwrap().remove(proxy_id);
+    }
+
     fn signed(&self, _: &SpiffeId, _: &str, _: &KeyId, _: SystemTime) {}
 
     fn handed(&self, _: Handed<'_>) {}

@@ -111,6 +111,13 @@ impl Membership {
         }
     }
 
+    /// Tells the authority that this process ends, after everything else.
+    pub async fn leave(&self) {
+        if let Keeper::Authority(workload) = &self.keeper {
+            workload.leave().await;
+        }
+    }
+
     /// The identity of this process.
     pub fn identity(&self) -> &MeshIdentity {
         self.mesh.identity()
