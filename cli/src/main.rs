@@ -6,6 +6,7 @@ mod logging;
 mod observed;
 mod output;
 mod role;
+mod runtime;
 
 use std::process::ExitCode;
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::output::{self, Colour, Format, line, painted};
+use crate::runtime;
 
 /// Arguments of `postern acme`.
 #[derive(Args)]
@@ -43,8 +44,7 @@ enum What {
 impl Acme {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let code = runtime.block_on(async {
+        let code = runtime::block_on(async {
             match &self.what {
                 What::Status => self.status().await,
                 What::Renew { name } => self.renew(name).await,

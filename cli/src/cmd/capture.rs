@@ -19,6 +19,7 @@ use sidecar::capture::probe::{self, By, Outcome};
 use sidecar::capture::{self, With};
 
 use crate::output::{self, Colour, Format, line, painted};
+use crate::runtime;
 
 /// Arguments of `postern sidecar capture`.
 #[derive(Args)]
@@ -173,8 +174,7 @@ impl From<Tool> for With {
 impl Capture {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let code = runtime.block_on(async {
+        let code = runtime::block_on(async {
             match self.command {
                 Command::Install(install) => install.run().await,
                 Command::Remove => {

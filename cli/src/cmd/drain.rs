@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::output::{self, Colour, Format, line, painted};
+use crate::runtime;
 
 /// How often the gateway is asked while a drain is waited for.
 const PACE: Duration = Duration::from_millis(200);
@@ -79,8 +80,7 @@ impl Registry {
 impl Drain {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let code = runtime.block_on(async {
+        let code = runtime::block_on(async {
             match &self.target {
                 None => self.list().await,
                 Some(target) if self.undo => self.undo(target).await,

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::output::{self, Colour, Format, line, painted};
+use crate::runtime;
 
 /// How long one question for a change may wait, in seconds.
 const WAIT: u64 = 5;
@@ -44,12 +45,11 @@ pub struct Endpoints {
 impl Endpoints {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let code = match self.name.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-            [] => runtime.block_on(self.show(None))?,
+            [] => runtime::block_on(self.show(None))?,
             ["refresh"] => bail!("write what to ask for: `postern endpoints refresh NAME`"),
-            ["refresh", name] => runtime.block_on(self.refresh(name))?,
-            [name] => runtime.block_on(self.show(Some(name)))?,
+            ["refresh", name] => runtime::block_on(self.refresh(name))?,
+            [name] => runtime::block_on(self.show(Some(name)))?,
             _ => bail!("one NAME at a time: `postern endpoints NAME`, `postern endpoints refresh NAME`"),
         };
         Ok(ExitCode::from(code))

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::client;
 use crate::output::{self, Colour, Format, line, painted};
+use crate::runtime;
 
 /// Arguments of `postern explain`.
 #[derive(Args)]
@@ -53,9 +54,10 @@ impl Explain {
                     edge::offline::explain(dir, &question).map_err(|problems| anyhow!(problems))?;
                 serde_json::to_value(explanation)?
             }
-            None => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(
-                client::ask(&self.control, "/v1/explain", Some(&serde_json::to_value(&question)?)),
-            )?,
+            None => {
+                let question = serde_json::to_value(&question)?;
+                runtime::block_on(client::ask(&self.control, "/v1/explain", Some(&question)))?
+            }
         };
         match self.output {
             Format::Json => output::json(&answer),

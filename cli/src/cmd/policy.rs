@@ -10,6 +10,7 @@ use sidecar::policy::Question;
 
 use crate::client;
 use crate::output::{self, Colour, Format, line, painted};
+use crate::runtime;
 
 /// Arguments of `postern sidecar explain`.
 #[derive(Args)]
@@ -56,8 +57,7 @@ impl Explain {
     pub fn run(self) -> Result<ExitCode> {
         let (admin, output) = (self.admin.clone(), self.output);
         let path = format!("/v1/policies/explain?{}", self.question()?.query());
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let answer = runtime.block_on(client::ask(&admin, &path, None))?;
+        let answer = runtime::block_on(client::ask(&admin, &path, None))?;
         let allowed = answer.get("allowed").and_then(Value::as_bool).unwrap_or(false);
         match output {
             Format::Json => output::json(&answer),

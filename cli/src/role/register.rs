@@ -19,10 +19,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client;
 use crate::output;
+use crate::runtime::{self, Stop};
 
 /// What one answer of the agent may take.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -92,12 +92,11 @@ fn pair(text: &str) -> Result<(String, String), String> {
 impl Register {
     /// Runs the role.
     pub fn run(self) -> Result<ExitCode> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.serve())
+        runtime::block_on(self.serve())
     }
 
     async fn serve(self) -> Result<ExitCode> {
-        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut stop = Stop::listen()?;
         let registration = self.registration();
         let registered = self.agent()?.keep(registration);
         registered
@@ -108,8 +107,7 @@ impl Register {
         let mut child = self.start()?;
         let ended = tokio::select! {
             status = ended(&mut child) => Some(status),
-            _ = term.recv() => None,
-            _ = int.recv() => None,
+            () = stop.told() => None,
         };
         if let Some(status) = ended {
             self.leave(registered).await;

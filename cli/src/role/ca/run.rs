@@ -35,7 +35,6 @@ use clap::Args;
 use config::ca::Ca as Settings;
 use config::process::Process;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tonic::service::Routes;
@@ -43,7 +42,8 @@ use tonic::service::Routes;
 use super::status::Told;
 use super::{AUDIT, Place, SOCKET, outside, settings, store};
 use crate::observed;
-use crate::output::{self, Colour};
+use crate::output;
+use crate::runtime::{self, Stop};
 
 /// What is said to the other replicas at the end is not waited for longer.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -64,18 +64,8 @@ impl Run {
             Ok(settings) => settings,
             Err(code) => return Ok(code),
         };
-        // Keys do not get into a core dump.
-        let _ = nix::sys::prctl::set_dumpable(false);
         crate::logging::start(&Process::defaults(&settings.data_dir));
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .thread_name("ca")
-            .enable_all()
-            .build()
-            .context("the runtime cannot be started")?;
-        runtime.block_on(serve(settings))?;
-        runtime.shutdown_timeout(Duration::from_millis(200));
-        output::note(&output::paint("stopped", Colour::Dim, false));
-        Ok(ExitCode::from(output::OK))
+        runtime::serve("ca", serve(settings))
     }
 }
 
@@ -165,11 +155,6 @@ fn limits(settings: &Settings) -> Limits {
     }
 }
 
-fn told() -> Result<[Signal; 2]> {
-    let on = |kind| signal(kind).context("signals cannot be listened to");
-    Ok([on(SignalKind::terminate())?, on(SignalKind::interrupt())?])
-}
-
 /// Files of the data directory are nobody else's.
 fn make_dir(dir: &Path) -> Result<()> {
     std::fs::DirBuilder::new()
@@ -180,7 +165,7 @@ fn make_dir(dir: &Path) -> Result<()> {
 }
 
 async fn serve(settings: Settings) -> Result<()> {
-    let [mut term, mut int] = told()?;
+    let mut stop = Stop::listen()?;
     let dir = &settings.data_dir;
     make_dir(dir)?;
     let clock: Arc<dyn Clock> = SystemClock::new();
@@ -257,10 +242,7 @@ async fn serve(settings: Settings) -> Result<()> {
     };
     let (stopping, stopped) = watch::channel(false);
     tokio::spawn(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
+        stop.told().await;
         stopping.send_replace(true);
         // Kept until the process ends: who waits is told once.
         std::future::pending::<()>().await;

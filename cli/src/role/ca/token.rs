@@ -14,6 +14,7 @@ use tonic::{Code, Status};
 
 use super::{Place, SOCKET, settings};
 use crate::output::{self, Format};
+use crate::runtime;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -126,8 +127,7 @@ impl Token {
                 Err(code) => return Ok(code),
             },
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let done = runtime.block_on(async {
+        let done = runtime::block_on(async {
             let client = connect(&socket).await?;
             let done: Result<_> = Ok(match self.command {
                 Command::Create(create) => create.run(client).await,

@@ -15,12 +15,12 @@ use certs::signer::{Journal, KeyStore, Service};
 use clap::Args;
 use config::signer::Signer as Settings;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::status::Told;
 use super::{Place, sealer, settings};
 use crate::observed;
-use crate::output::{self, Colour};
+use crate::output;
+use crate::runtime::{self, Stop};
 
 /// Between two looks at the files.
 const LOOK: Duration = Duration::from_secs(1);
@@ -59,18 +59,8 @@ impl Run {
             Ok(settings) => settings,
             Err(code) => return Ok(code),
         };
-        // Keys do not get into a core dump.
-        let _ = nix::sys::prctl::set_dumpable(false);
         crate::logging::start_at("info");
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .thread_name("signer")
-            .enable_all()
-            .build()
-            .context("the runtime cannot be started")?;
-        runtime.block_on(serve(settings))?;
-        runtime.shutdown_timeout(Duration::from_millis(200));
-        output::note(&output::paint("stopped", Colour::Dim, false));
-        Ok(ExitCode::from(output::OK))
+        runtime::serve("signer", serve(settings))
     }
 }
 
@@ -116,8 +106,7 @@ fn tell_keys(service: &Service) {
 }
 
 async fn serve(settings: Settings) -> Result<()> {
-    let on = |kind| signal(kind).context("signals cannot be listened to");
-    let (mut term, mut int) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+    let mut stop = Stop::listen()?;
     let files = Files {
         certificate: settings.tls.cert_file.clone(),
         key: settings.tls.key_file.clone(),
@@ -150,10 +139,7 @@ async fn serve(settings: Settings) -> Result<()> {
         }
     };
     let stopping = async {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
+        stop.told().await;
         service.stop(LAST).await;
         tokio::time::sleep(LEAVE).await;
     };
