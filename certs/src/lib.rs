@@ -7,6 +7,7 @@ pub mod ca;
 pub mod clock;
 pub mod consul_connect;
 mod error;
+pub mod etcd;
 pub mod files;
 pub mod grpc;
 pub mod http;

@@ -14,7 +14,7 @@ use certs::acme::{
 };
 use certs::ca::store::Store;
 use certs::ca::store::embedded::Embedded;
-use certs::ca::store::etcd;
+use certs::ca::store::etcd::{Etcd, Settings};
 use certs::clock::SystemClock;
 use certs::files;
 use certs::sni::{CertPem, Change, SslObject, normal_name};
@@ -27,7 +27,7 @@ use layers::telemetry::names;
 use rustls::ServerConfig;
 use tokio::sync::watch;
 
-use crate::app::StartError;
+use crate::app::{StartError, etcd_settings};
 use crate::running::Running;
 
 /// How long it takes at most, unless something is wrong, until all replicas answer what one of them has written.
@@ -218,17 +218,10 @@ fn store(process: &Process, acme: &Acme) -> Result<Kept, StartError> {
         let kept = Arc::new(Embedded::open(&process.in_data_dir("acme")).map_err(unusable)?);
         return Ok(Kept { kept, is_shared: false, is_remote: false });
     };
-    let kept = etcd::Etcd::new(etcd::Settings {
-        endpoints: settings.hosts.clone(),
-        // Beside the keys of APISIX, which would take it for a resource; whoever may write all that begins with its prefix
-        // may write this.
-        prefix: format!("{}-acme", settings.prefix),
-        user: settings.user.as_ref().map(|(name, password)| (name.clone(), password.reveal().to_owned())),
-        timeout: settings.timeout,
-        ca: settings.tls.ca.clone().or_else(|| process.tls.trusted_certificate.clone()),
-        identity: settings.tls.identity.clone(),
-        server_name: settings.tls.sni.clone(),
-    });
+    // Beside the keys of APISIX, which would take it for a resource; whoever may write all that begins with its prefix may
+    // write this.
+    let prefix = format!("{}-acme", settings.prefix);
+    let kept = Etcd::new(Settings { prefix, ..etcd_settings(process, settings) });
     Ok(Kept { kept: Arc::new(kept.map_err(unusable)?), is_shared: true, is_remote: true })
 }
 

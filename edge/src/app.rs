@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use certs::etcd;
 use certs::sni::{Protocol, TableSettings};
 use config::Graph;
 use config::process::{HostPort, Limits, Listener, Process, Provider, TlsVersion};
@@ -41,7 +42,7 @@ use crate::running::{Configuration, Running};
 use crate::secrets::Secrets;
 use crate::snapshot::Snapshot;
 use crate::store::embedded::Embedded;
-use crate::store::etcd::{Etcd, EtcdSettings, EtcdTls};
+use crate::store::etcd::Etcd;
 use crate::store::file::FileStore;
 use crate::store::standalone::Standalone;
 use crate::store::{Store, StoreError};
@@ -319,16 +320,16 @@ fn open_store(process: &Process, catalog: &Arc<plugins::Catalog>) -> Result<Open
     Ok(Opened { store, standalone: None })
 }
 
-fn etcd_settings(process: &Process, etcd: &config::process::Etcd) -> EtcdSettings {
-    EtcdSettings {
+pub(crate) fn etcd_settings(process: &Process, etcd: &config::process::Etcd) -> etcd::Settings {
+    etcd::Settings {
         endpoints: etcd.hosts.clone(),
         prefix: etcd.prefix.clone(),
         user: etcd.user.as_ref().map(|(name, password)| (name.clone(), password.reveal().to_owned())),
         timeout: etcd.timeout,
-        tls: EtcdTls {
+        tls: etcd::Tls {
             ca: etcd.tls.ca.clone().or_else(|| process.tls.trusted_certificate.clone()),
             identity: etcd.tls.identity.clone(),
-            sni: etcd.tls.sni.clone(),
+            server_name: etcd.tls.sni.clone(),
         },
     }
 }

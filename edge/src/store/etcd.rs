@@ -7,17 +7,16 @@
 //! the process starts anew with a list that is not empty.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use certs::etcd::Settings;
 use config::graph::Change;
 use config::process::DataEncryption;
 use config::{Kind, ResourceKey};
 use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, DeleteOptions as DeleteRange, EventType,
-    GetOptions, Identity, KeyValue, KvClient, PutOptions as PutKey, TlsOptions, Txn, TxnOp, TxnOpResponse,
-    WatchOptions, WatchResponse,
+    Client, Compare, CompareOp, ConnectOptions, DeleteOptions as DeleteRange, EventType, GetOptions, KeyValue,
+    KvClient, PutOptions as PutKey, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -44,43 +43,6 @@ const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(3), Duration::from
 /// How long the deletes that explain an empty list may take to arrive.
 const CONFIRM: Duration = Duration::from_secs(3);
 
-/// Where etcd is, from `deployment.etcd`.
-#[derive(Clone, Default)]
-pub struct EtcdSettings {
-    /// `http://HOST:PORT` or `https://HOST:PORT`, one for each member.
-    pub endpoints: Vec<String>,
-    /// What all keys begin with, without a slash at the end: `/apisix`.
-    pub prefix: String,
-    /// User and password, if etcd asks for them.
-    pub user: Option<(String, String)>,
-    /// How long one request may take.
-    pub timeout: Duration,
-    /// For `https` endpoints.
-    pub tls: EtcdTls,
-}
-
-/// TLS towards etcd. Files are PEM; the server's certificate is always verified.
-#[derive(Clone, Debug, Default)]
-pub struct EtcdTls {
-    /// Whom to trust instead of the system's roots.
-    pub ca: Option<PathBuf>,
-    /// Certificate and key to show.
-    pub identity: Option<(PathBuf, PathBuf)>,
-    /// The name the server's certificate must have, if it is not the host of the endpoint.
-    pub sni: Option<String>,
-}
-
-impl std::fmt::Debug for EtcdSettings {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The password stays out.
-        f.debug_struct("EtcdSettings")
-            .field("endpoints", &self.endpoints)
-            .field("prefix", &self.prefix)
-            .field("user", &self.user.as_ref().map(|(user, _)| user))
-            .finish_non_exhaustive()
-    }
-}
-
 /// The etcd store. Its task ends with it.
 pub struct Etcd {
     shared: Arc<Shared>,
@@ -88,7 +50,7 @@ pub struct Etcd {
 }
 
 struct Shared {
-    settings: EtcdSettings,
+    settings: Settings,
     encryption: Encryption,
     feed: Feed,
     mirror: Mutex<Mirror>,
@@ -146,11 +108,11 @@ impl Etcd {
     ///
     /// # Errors
     /// If there is no endpoint, or the TLS files cannot be read.
-    pub fn new(settings: EtcdSettings, data_dir: &std::path::Path) -> Result<Etcd, StoreError> {
+    pub fn new(settings: Settings, data_dir: &std::path::Path) -> Result<Etcd, StoreError> {
         if settings.endpoints.is_empty() {
             return Err(StoreError::Unavailable("deployment.etcd.host has no endpoint".to_owned()));
         }
-        let settings = EtcdSettings { prefix: settings.prefix.trim_end_matches('/').to_owned(), ..settings };
+        let settings = Settings { prefix: settings.prefix.trim_end_matches('/').to_owned(), ..settings };
         options(&settings)?;
         let snapshot = SnapshotFile::new(data_dir, "etcd", &settings.prefix);
         let (mirror, snapshot_time) = match snapshot.load() {
@@ -718,7 +680,7 @@ async fn deletes_are_seen(shared: &Shared, client: &Client, start: u64) -> bool 
 
 async fn open_watch(
     client: &Client,
-    settings: &EtcdSettings,
+    settings: &Settings,
     start: i64,
     patience: Duration,
 ) -> Result<etcd_client::WatchStream, etcd_client::Error> {
@@ -778,34 +740,13 @@ fn number(revision: i64) -> u64 {
     u64::try_from(revision).unwrap_or(0)
 }
 
-fn options(settings: &EtcdSettings) -> Result<ConnectOptions, StoreError> {
-    let mut options = ConnectOptions::new()
+fn options(settings: &Settings) -> Result<ConnectOptions, StoreError> {
+    let options = settings.options().map_err(StoreError::Unavailable)?;
+    Ok(options
         .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
         .with_connect_timeout(settings.timeout.min(Duration::from_secs(5)))
         .with_require_leader(true)
-        .with_auto_token_refresh(true);
-    if let Some((user, password)) = &settings.user {
-        options = options.with_user(user, password);
-    }
-    if settings.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
-        let read = |path: &PathBuf| {
-            std::fs::read(path)
-                .map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))
-        };
-        let mut tls = TlsOptions::new();
-        tls = match &settings.tls.ca {
-            Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca)?)),
-            None => tls.with_native_roots(),
-        };
-        if let Some((certificate, key)) = &settings.tls.identity {
-            tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
-        }
-        if let Some(sni) = &settings.tls.sni {
-            tls = tls.domain_name(sni);
-        }
-        options = options.with_tls(tls);
-    }
-    Ok(options)
+        .with_auto_token_refresh(true))
 }
 
 /// What the operator should read: the message of etcd without the wrapping.
@@ -858,6 +799,7 @@ mod tests {
     use std::process::{Child, Command, Stdio};
     use std::sync::atomic::{AtomicU16, Ordering};
 
+    use certs::etcd::Tls;
     use etcd_client::CompactionOptions;
     use tokio::net::{TcpListener, TcpStream};
     use tokio::sync::watch;
@@ -923,7 +865,7 @@ mod tests {
             std::fs::remove_dir_all(self.directory.path().join("data")).unwrap();
         }
 
-        fn settings(&self) -> EtcdSettings {
+        fn settings(&self) -> Settings {
             settings(&format!("{}://{}", self.scheme, self.address))
         }
 
@@ -956,12 +898,12 @@ mod tests {
         (0..768).map(|_| address()).find(|address| StdListener::bind(address).is_ok()).unwrap()
     }
 
-    fn settings(endpoint: &str) -> EtcdSettings {
-        EtcdSettings {
+    fn settings(endpoint: &str) -> Settings {
+        Settings {
             endpoints: vec![endpoint.to_owned()],
             prefix: "/apisix".to_owned(),
             timeout: Duration::from_secs(5),
-            ..EtcdSettings::default()
+            ..Settings::default()
         }
     }
 
@@ -1017,7 +959,7 @@ mod tests {
         ResourceKey::new(Kind::Route, id)
     }
 
-    fn store(settings: EtcdSettings, data_dir: &Path) -> Etcd {
+    fn store(settings: Settings, data_dir: &Path) -> Etcd {
         Etcd::new(settings, data_dir).unwrap()
     }
 
@@ -1175,7 +1117,7 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let mut client = server.client().await;
         put(&mut client, "/apisix/routes/1", "{}").await;
-        let store = store(EtcdSettings { timeout: Duration::from_secs(1), ..server.settings() }, data.path());
+        let store = store(Settings { timeout: Duration::from_secs(1), ..server.settings() }, data.path());
         let mut seen = Seen::by(&store);
         seen.until("the list", |seen| seen.items.len() == 1).await;
         let process = nix::unistd::Pid::from_raw(server.child.as_ref().unwrap().id().try_into().unwrap());
@@ -1424,10 +1366,10 @@ mod tests {
         let server = Server::with("https", arguments).await;
         let data = tempfile::tempdir().unwrap();
         let mut settings = server.settings();
-        settings.tls = EtcdTls {
+        settings.tls = Tls {
             ca: Some(path("ca.pem")),
             identity: Some((path("client.pem"), path("client.key"))),
-            sni: Some("server.test".to_owned()),
+            server_name: Some("server.test".to_owned()),
         };
         let trusted = store(settings.clone(), data.path());
         let mut seen = Seen::by(&trusted);

@@ -3,46 +3,15 @@
 //! One endpoint at a time, and the next after a failure: the client library would spread questions over all of them, those
 //! that are down included.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, GetOptions, Identity, TlsOptions, Txn, TxnOp,
-    WatchOptions,
-};
+use etcd_client::{Client, Compare, CompareOp, ConnectOptions, GetOptions, Txn, TxnOp, WatchOptions};
 use futures_util::future::BoxFuture;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::{Store, StoreError, Stored, SwapError, Version};
-
-/// Where etcd is.
-#[derive(Clone, Default)]
-pub struct Settings {
-    /// `http://HOST:PORT` or `https://HOST:PORT`, one for each member.
-    pub endpoints: Vec<String>,
-    /// What all keys begin with, without a slash at the end.
-    pub prefix: String,
-    pub user: Option<(String, String)>,
-    /// For one question.
-    pub timeout: Duration,
-    /// Whom to trust instead of the system's roots.
-    pub ca: Option<PathBuf>,
-    /// Certificate and key to show.
-    pub identity: Option<(PathBuf, PathBuf)>,
-    /// The name its certificate must have, if that is not the host of the endpoint.
-    pub server_name: Option<String>,
-}
-
-impl std::fmt::Debug for Settings {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The password stays out.
-        f.debug_struct("Settings")
-            .field("endpoints", &self.endpoints)
-            .field("prefix", &self.prefix)
-            .finish_non_exhaustive()
-    }
-}
+pub use crate::etcd::{Settings, Tls};
 
 /// Keys in etcd.
 pub struct Etcd {
@@ -69,29 +38,8 @@ impl Etcd {
         if settings.endpoints.is_empty() {
             return Err(unusable("no endpoint is given".to_owned()));
         }
-        let mut options =
-            ConnectOptions::new().with_timeout(settings.timeout).with_connect_timeout(settings.timeout);
-        if let Some((user, password)) = &settings.user {
-            options = options.with_user(user, password);
-        }
-        if settings.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
-            let read = |path: &PathBuf| {
-                std::fs::read(path)
-                    .map_err(|error| unusable(format!("cannot read {}: {error}", path.display())))
-            };
-            let mut tls = TlsOptions::new();
-            tls = match &settings.ca {
-                Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca)?)),
-                None => tls.with_native_roots(),
-            };
-            if let Some(name) = &settings.server_name {
-                tls = tls.domain_name(name);
-            }
-            if let Some((certificate, key)) = &settings.identity {
-                tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
-            }
-            options = options.with_tls(tls);
-        }
+        let options = settings.options().map_err(unusable)?;
+        let options = options.with_timeout(settings.timeout).with_connect_timeout(settings.timeout);
         let prefix = settings.prefix.trim_end_matches('/').to_owned();
         Ok(Self { settings: Settings { prefix, ..settings }, options, name, member: Mutex::default() })
     }

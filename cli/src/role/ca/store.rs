@@ -34,9 +34,11 @@ fn etcd(given: &EtcdStore) -> Result<Etcd> {
         prefix: given.prefix.clone(),
         user: given.user.clone().zip(password),
         timeout: Duration::from_secs(given.timeout.into()),
-        ca: given.ca_file.clone(),
-        identity: given.certificate_file.clone().zip(given.key_file.clone()),
-        server_name: None,
+        tls: etcd::Tls {
+            ca: given.ca_file.clone(),
+            identity: given.certificate_file.clone().zip(given.key_file.clone()),
+            server_name: None,
+        },
     })?)
 }
 
