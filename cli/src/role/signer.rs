@@ -7,14 +7,13 @@ mod status;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use certs::ca::seal::Sealer;
 use clap::{Args, Subcommand};
-use config::ca::Seal;
 use config::env::ProcessEnv;
 use config::signer::Signer as Settings;
 
-use crate::output;
+use crate::{output, role};
 
 /// Arguments of `postern signer`.
 #[derive(Args)]
@@ -62,15 +61,6 @@ fn settings(config: &Path) -> Result<Settings, ExitCode> {
 }
 
 /// What opens sealed keys, if that is configured.
-fn sealer(seal: Option<&Seal>) -> Result<Option<Sealer>> {
-    let Some(seal) = seal else { return Ok(None) };
-    if let Some(file) = &seal.key_file {
-        return Ok(Some(Sealer::key_file(file)?));
-    }
-    if let Some(file) = &seal.passphrase_file {
-        return Ok(Some(Sealer::passphrase_file(file)?));
-    }
-    let Some(name) = &seal.passphrase_env else { return Ok(None) };
-    let text = std::env::var(name).with_context(|| format!("seal.passphrase_env: {name}"))?;
-    Ok(Some(Sealer::passphrase(&text)?))
+fn sealer(settings: &Settings) -> Result<Option<Sealer>> {
+    settings.seal.as_ref().map_or(Ok(None), role::sealer)
 }

@@ -15,8 +15,8 @@ use config::graph::Change;
 use config::process::DataEncryption;
 use config::{Kind, ResourceKey};
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, DeleteOptions as DeleteRange, EventType, GetOptions, KeyValue,
-    KvClient, PutOptions as PutKey, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse,
+    Client, Compare, CompareOp, ConnectOptions, DeleteOptions as DeleteRange, EventType, GetOptions,
+    KeyValue, KvClient, PutOptions as PutKey, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;

@@ -42,8 +42,8 @@ use tonic::service::Routes;
 use super::status::Told;
 use super::{AUDIT, Place, SOCKET, outside, settings, store};
 use crate::observed;
-use crate::output;
 use crate::runtime::{self, Stop};
+use crate::{output, role};
 
 /// What is said to the other replicas at the end is not waited for longer.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -70,16 +70,10 @@ impl Run {
 }
 
 fn sealer(settings: &Settings) -> Result<Sealer> {
-    let seal = &settings.seal;
-    if let Some(file) = &seal.passphrase_file {
-        return Ok(Sealer::passphrase_file(file)?);
-    }
-    if let Some(name) = &seal.passphrase_env {
-        let text = std::env::var(name).map_err(|_| anyhow!("seal.passphrase_env: {name} is not set"))?;
-        return Ok(Sealer::passphrase(&text)?);
-    }
-    let file = seal.key_file.clone().unwrap_or_else(|| settings.data_dir.join("seal.key"));
-    Ok(Sealer::key_file(&file)?)
+    Ok(match role::sealer(&settings.seal)? {
+        Some(sealer) => sealer,
+        None => Sealer::key_file(&settings.data_dir.join("seal.key"))?,
+    })
 }
 
 /// The cluster that is asked for tokens, if there is one; `audience` is whom they have to be for.

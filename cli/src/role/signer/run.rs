@@ -83,7 +83,7 @@ fn service(settings: &Settings) -> Result<Service> {
         rule.with_context(|| format!("clients[{index}].name: {}", client.name))
     });
     let clients = Clients::new(rules.collect::<Result<_>>()?);
-    let sealer = sealer(settings.seal.as_ref()).context("seal")?;
+    let sealer = sealer(settings).context("seal")?;
     let keys = KeyStore::open(&settings.keys_dir, sealer)
         .context("keys_dir: make the directory and put NAME.pem into it, mode 600")?;
     let audit = Audit::open(&settings.audit_log, SystemTime::now()).context("audit_log")?;

@@ -45,7 +45,7 @@ impl Seal {
         if !is_key_name(name) {
             return Err(anyhow!("`{name}` is no name of a key: letters, digits, `.`, `_` and `-`"));
         }
-        let sealer = sealer(settings.seal.as_ref())?
+        let sealer = sealer(&settings)?
             .context("signer.yaml has no `seal`: write `seal: {key_file: seal.key}` into it")?;
         let pem = if self.key.as_os_str() == "-" {
             let mut text = String::new();
