@@ -452,9 +452,17 @@ mod tests {
         assert_eq!(got.text(), "INSERT INTO t FORMAT JSONEachRow {\"data\":\"line\"}");
         assert_eq!((got.field("x-clickhouse-user"), got.field("x-clickhouse-key")), ("default", ""));
 
+        // The server has it before its answer is here.
+        let counts = clickhouse.metrics.logs.counts("error-log-logger");
+        let counted = async {
+            while counts.sent.value() == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), counted).await.unwrap();
         offer(&TestEnv::default()).unwrap();
         tell(Level::ERROR, "edge", "nobody reads along");
-        assert_eq!(clickhouse.metrics.logs.counts("error-log-logger").sent.value(), 1);
+        assert_eq!(counts.sent.value(), 1);
     }
 
     #[tokio::test]
