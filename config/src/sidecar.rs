@@ -270,12 +270,30 @@ pub struct Drain {
     /// The agent of Consul that is told.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub consul: Option<DrainConsul>,
+    /// Who confirms that nothing is sent here any more, so that `propagation` is not waited for to its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observers: Option<Observers>,
 }
 
 impl Default for Drain {
     fn default() -> Drain {
-        Drain { propagation: Seconds::whole(5), grace: Seconds::whole(30), consul: None }
+        Drain { propagation: Seconds::whole(5), grace: Seconds::whole(30), consul: None, observers: None }
     }
+}
+
+/// Gateways that are asked to use this node no more, and confirm it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Observers {
+    /// The Control API of a gateway: `10.0.0.11:9090`. The first that answers asks its peers, and the clients of its discovery
+    /// servers; the others are for when it is away.
+    #[schemars(length(min = 1))]
+    pub gateways: Vec<Text<1, 1024>>,
+    /// The service, as gateways know it: its name in the registry. Whatever has the node, if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Text<1, 1024>>,
+    /// This node, as gateways know it: `10.0.0.3:8080`.
+    pub node: Text<1, 256>,
 }
 
 /// What an agent of Consul is told when the sidecar drains.
@@ -562,6 +580,10 @@ impl Sidecar {
         errors.extend(identity.and_then(|identity| {
             membership::check_identity(identity, &self.trust_domain, "/workload/identity")
         }));
+        if self.drain.observers.as_ref().is_some_and(|observers| observers.gateways.is_empty()) {
+            let why = "nobody is asked: write the Control API of a gateway, as in [\"10.0.0.11:9090\"]";
+            errors.push(ConfigError::invalid("/drain/observers/gateways", why));
+        }
         if let Some(Probes { from, paths }) = &self.inbound.probes {
             let wrong =
                 |member: &str, why: &str| ConfigError::invalid(format!("/inbound/probes{member}"), why);
@@ -773,6 +795,11 @@ services:
             ),
             ("services:", "capture: {uid: 0}\nservices:", "/capture/uid"),
             ("services:", "capture: {only: inbound}\nservices:", "/capture/only"),
+            (
+                "services:",
+                "drain: {observers: {gateways: [], node: \"10.0.0.3:80\"}}\nservices:",
+                "/drain/observers/gateways: nobody is asked",
+            ),
             ("  ports:\n", "  probes: {from: [], paths: [healthz]}\n  ports:\n", "/inbound/probes/from"),
             ("  ports:\n", "  probes: {from: [10.0.0.1], paths: [healthz]}\n  ports:\n", "write /healthz"),
             ("listen: \"0.0.0.0:18080\", ", "", "nothing comes to this port"),

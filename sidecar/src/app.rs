@@ -334,8 +334,7 @@ impl End<'_> {
                 seconds = self.config.drain.propagation.as_f64(),
                 "draining: callers get to hear of it"
             );
-            let propagation = tokio::time::sleep(self.config.drain.propagation.duration());
-            until(propagation, signals, &mut told).await;
+            until(self.heard(), signals, &mut told).await;
         }
         inbound.drain().start(grace);
         let report = until(inbound.ended(grace + AFTER_DRAIN), signals, &mut told).await;
@@ -368,6 +367,24 @@ impl End<'_> {
         let report = until(outbound.ended(LAST + AFTER_DRAIN), signals, &mut told).await;
         tracing::info!(took = ?report.took, "stopped");
         code
+    }
+
+    /// Callers have heard that nothing should be sent here: they have said so, or had time for it.
+    async fn heard(&self) {
+        let confirmed = async {
+            let Some(observers) = &self.config.drain.observers else { return std::future::pending().await };
+            match drain::confirmed(observers).await {
+                Ok(()) => tracing::info!("everybody has confirmed that nothing is sent here any more"),
+                Err(problem) => {
+                    tracing::warn!(problem, "nobody confirms; callers get their time");
+                    std::future::pending().await
+                }
+            }
+        };
+        tokio::select! {
+            () = confirmed => {}
+            () = tokio::time::sleep(self.config.drain.propagation.duration()) => {}
+        }
     }
 
     /// Waits until an application that somebody else runs has gone. As long as nobody has sent a signal, its end is not in

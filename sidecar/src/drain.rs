@@ -7,14 +7,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use config::sidecar::{DrainConsul, DrainHow};
+use config::sidecar::{DrainConsul, DrainHow, Observers};
 use discovery::consul::register::Agent;
-use discovery::http::{Options, SecretFile, Server};
-use http::HeaderName;
+use discovery::http::{Connection, Options, Question, SecretFile, Server};
+use http::{HeaderName, Method};
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
 /// What the agent of a registry gets to answer.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How often a gateway is asked whether everybody has confirmed.
+const PACE: Duration = Duration::from_millis(100);
 
 /// How far a process has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,4 +87,46 @@ pub async fn deregister(consul: &DrainConsul) -> Result<(), String> {
         DrainHow::Maintenance => agent.maintenance(&consul.id, true, "drained by postern").await,
     };
     told.map_err(|error| error.to_string())
+}
+
+/// Has gateways send nothing here any more, and waits until all have confirmed.
+///
+/// # Errors
+/// What they said, or why none can be asked.
+pub async fn confirmed(observers: &Observers) -> Result<(), String> {
+    let service = observers.service.as_deref().unwrap_or("*");
+    // The registry is told from here.
+    let order = json!({
+        "service": service, "node": &*observers.node, "registry": "keep", "reason": "its sidecar drains",
+    });
+    let mut problems = Vec::new();
+    for gateway in &observers.gateways {
+        match confirmed_by(gateway, &order).await {
+            Ok(()) => return Ok(()),
+            Err(problem) => problems.push(format!("{}: {problem}", &**gateway)),
+        }
+    }
+    Err(problems.join("; "))
+}
+
+async fn confirmed_by(gateway: &str, order: &Value) -> Result<(), String> {
+    let mut connection = Server::new(&format!("http://{gateway}"), Options::default())?.connection();
+    let body = order.to_string().into();
+    let begin = Question { method: Method::POST, body, ..Question::get("/v1/drains", DEADLINE) };
+    let mut drain = answer(&mut connection, &begin).await?;
+    let id = drain.get("id").and_then(Value::as_str).ok_or("it gave the drain no id")?;
+    let path = format!("/v1/drains/{id}");
+    while drain.get("stage").and_then(Value::as_str) == Some("confirming") {
+        tokio::time::sleep(PACE).await;
+        drain = answer(&mut connection, &Question::get(&path, DEADLINE)).await?;
+    }
+    Ok(())
+}
+
+async fn answer(connection: &mut Connection, question: &Question<'_>) -> Result<Value, String> {
+    let answer = connection.ask(question).await.map_err(|error| error.to_string())?;
+    if !answer.status.is_success() {
+        return Err(format!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body).trim()));
+    }
+    serde_json::from_slice(&answer.body).map_err(|error| error.to_string())
 }

@@ -12,6 +12,7 @@ use e2e::clock::WallClock;
 use e2e::consul::{self, Consul};
 use e2e::load::Load;
 use e2e::origin::{Origin, echo, grpc, websocket};
+use e2e::ports::Port;
 use e2e::sidecar::{Mesh, Sidecar, id};
 use e2e::{Edge, Value, eventually, eventually_within, json};
 use futures_util::{SinkExt, StreamExt};
@@ -78,6 +79,34 @@ async fn the_edge_reaches_services_by_identity_without_a_certificate_in_its_conf
         (status["fleet"]["current"] == 2).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_sidecar_drains_until_gateways_confirm() {
+    let (authority, origin) = (authority().await, echo::start().await);
+    let port = Port::free();
+    let node = port.addr();
+    let (edge, _folder) = edge(&authority, json!([route("/*", node, &id("payments"))])).await;
+    // Without a word from them an hour would be waited for.
+    let observers = json!({"gateways": [edge.control.to_string()], "node": node.to_string()});
+    let mut sidecar = authority
+        .sidecar("payments")
+        .config(json!({"drain": {"propagation": 3600, "observers": observers}}))
+        .config(json!({"inbound": {"ports": [
+            {"listen": node.to_string(), "forward": origin.addr.to_string()}
+        ]}}))
+        .start()
+        .await;
+    eventually("it is reached", || async { (edge.get("/").await.status == 200).then_some(()) }).await;
+    sidecar.signal(Signal::SIGTERM);
+    eventually_within(Duration::from_secs(30), "the gateway has confirmed", || async {
+        sidecar.output().contains("everybody has confirmed").then_some(())
+    })
+    .await;
+    let drains = edge.call_control("/v1/drains").await.expect_status(200).json();
+    assert!(drains.to_string().contains("its sidecar drains"), "{drains}");
+    drop(origin);
+    assert!(sidecar.wait().await.success(), "{}", sidecar.output());
 }
 
 #[tokio::test]
