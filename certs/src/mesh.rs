@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
 use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
@@ -98,6 +98,9 @@ pub struct Own {
 #[derive(Clone)]
 pub struct MeshIdentity(Arc<Inner>);
 
+/// Within this time everybody has heard of a bundle who hears of bundles at all.
+pub const HEARD: Duration = Duration::from_secs(10);
+
 struct Inner {
     own: Option<Own>,
     svid: ArcSwapOption<Svid>,
@@ -108,6 +111,8 @@ struct Inner {
     /// Open connections by the bundle of their handshake.
     open: Mutex<BTreeMap<u64, usize>>,
     oldest: watch::Sender<Option<u64>>,
+    /// When a bundle came that wants connections to be made anew.
+    moved: Mutex<Option<Instant>>,
     clock: Arc<dyn TimeProvider>,
     provider: Arc<CryptoProvider>,
 }
@@ -143,6 +148,7 @@ impl MeshIdentity {
             refused: Refusals::default(),
             open: Mutex::default(),
             oldest: watch::Sender::new(None),
+            moved: Mutex::default(),
             clock,
             provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
         }))
@@ -205,9 +211,22 @@ impl MeshIdentity {
         {
             return Err(InstallError::Older { new: trust.generation(), current: current.generation() });
         }
+        let least = trust.least_connection();
+        let moved = self.trust().is_some_and(|current| current.least_connection() < least);
         self.0.trust.store(Some(Arc::new(trust)));
+        if moved {
+            *self.0.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
         self.changed();
         Ok(())
+    }
+
+    /// Whether a bundle has wanted connections to be made anew less than [`HEARD`] ago. Another end that has not heard of it
+    /// yet counts what is made now as old, and goes on counting it when it has.
+    #[must_use]
+    pub fn is_moving(&self) -> bool {
+        let moved = self.0.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.is_some_and(|at| at.elapsed() < HEARD)
     }
 
     fn changed(&self) {

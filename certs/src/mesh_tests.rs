@@ -223,6 +223,17 @@ fn what_was_revoked_or_distrusted_is_refused() {
     assert!(listed.verify(&[other, intermediate.der.clone()], Usage::Client, now()).is_ok());
 }
 
+#[test]
+fn connections_are_short_lived_while_others_may_not_have_heard_of_a_bundle() {
+    let ca = Ca::root();
+    let identity = process(&ca, "/ns/a/sa/b", &[&ca]);
+    assert!(!identity.is_moving(), "the first bundle is no rotation");
+    identity.set_trust(trust(&[&ca])).unwrap();
+    assert!(!identity.is_moving(), "nothing has to be made anew");
+    identity.set_trust(trust(&[&ca]).with_least_connection(1)).unwrap();
+    assert!(identity.is_moving());
+}
+
 #[derive(Debug)]
 struct Clock(AtomicU64);
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use certs::identity::IdentityPattern;
-use certs::mesh::{Connected, Expected, MeshIdentity, verify_error};
+use certs::mesh::{Connected, Expected, HEARD, MeshIdentity, verify_error};
 use certs::trust::{KeyId, Peer, Usage, VerifyError};
 use discovery::Details;
 use http::HeaderName;
@@ -334,6 +334,8 @@ impl MeshPeer {
         let svid = inner.identity.svid();
         let left = svid.as_ref().map_or(Duration::ZERO, |svid| svid.left(inner.identity.now()));
         let age = Duration::from_millis(age).min(left.saturating_sub(MARGIN));
+        // The other end may count it as one from before the rotation.
+        let age = if inner.identity.is_moving() { age.min(HEARD) } else { age };
         let now = Instant::now();
         MeshLink {
             peer: self.clone(),
