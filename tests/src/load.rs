@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
 use crate::client::Raw;
+use crate::eventually_within;
 
 /// What a load did.
 #[derive(Clone, Debug, Default)]
@@ -87,6 +88,7 @@ impl Account {
 /// A load that runs until it is stopped.
 pub struct Load {
     stop: Arc<AtomicBool>,
+    ended: Arc<AtomicUsize>,
     clients: JoinSet<Account>,
 }
 
@@ -94,19 +96,19 @@ impl Load {
     /// `connections` clients that together send `rate` requests a second, each the bytes of `request`, and
     /// expect `status`. A client connects again when its connection has ended.
     pub fn start(addr: SocketAddr, request: &str, status: u16, connections: u32, rate: u32) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let pause = Duration::from_secs(1) * connections / rate;
         let mut clients = JoinSet::new();
         for index in 0..connections {
-            let stop = Arc::clone(&stop);
+            let (stop, ended) = (Arc::clone(&stop), Arc::clone(&ended));
             let request = request.to_owned();
             clients.spawn(async move {
                 // Spread the clients evenly over one period.
                 tokio::time::sleep(pause * index / connections).await;
-                client(addr, &request, status, pause, &stop).await
+                client(addr, &request, status, pause, &stop, &ended).await
             });
         }
-        Load { stop, clients }
+        Load { stop, ended, clients }
     }
 
     /// Lets requests under way finish and gives the account.
@@ -118,9 +120,25 @@ impl Load {
         }
         account
     }
+
+    /// [`Load::finish`] as soon as `requests` have ended, well or badly, so that it was a load on a slow machine too.
+    pub async fn finish_after(self, requests: usize) -> Account {
+        eventually_within(Duration::from_secs(60), "the load has sent what is wanted of it", || async {
+            (self.ended.load(Ordering::Relaxed) >= requests).then_some(())
+        })
+        .await;
+        self.finish().await
+    }
 }
 
-async fn client(addr: SocketAddr, request: &str, status: u16, pause: Duration, stop: &AtomicBool) -> Account {
+async fn client(
+    addr: SocketAddr,
+    request: &str,
+    status: u16,
+    pause: Duration,
+    stop: &AtomicBool,
+    ended: &AtomicUsize,
+) -> Account {
     let mut account = Account::default();
     let mut connection = None;
     let mut next = Instant::now();
@@ -159,6 +177,7 @@ async fn client(addr: SocketAddr, request: &str, status: u16, pause: Duration, s
                 account.bad.push(format!("no answer: {end:?}"));
             }
         }
+        ended.fetch_add(1, Ordering::Relaxed);
     }
     account
 }

@@ -88,7 +88,6 @@ impl Setting {
 fn nothing_failed(account: &Account, what: &str) {
     println!("{what}: {} requests, the slowest hundredth took {:?}", account.good, account.latency(0.99));
     account.expect_no_failure();
-    assert!(account.good > 100, "{what}: {} requests", account.good);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -111,7 +110,7 @@ async fn a_node_is_used_and_left_within_a_second() {
         tokio::time::sleep(2 * CHANGE).await;
         changes.push((format!("o{index}"), registered, deregistered, busy.allow(CHANGE)));
     }
-    let account = load.finish().await;
+    let account = load.finish_after(100).await;
     nothing_failed(&account, "changes");
     for (name, registered, deregistered, allowed) in changes {
         let served = account.of(&name);
@@ -133,7 +132,7 @@ async fn nothing_fails_when_consul_is_killed_and_when_it_comes_back_empty() {
     setting.consul.start_again().await;
     setting.sees_one_more("killed").await;
     setting.sees_one_less("killed").await;
-    nothing_failed(&load.finish().await, "killed");
+    nothing_failed(&load.finish_after(100).await, "killed");
 
     let load = setting.load();
     setting.consul.kill();
@@ -144,7 +143,7 @@ async fn nothing_fails_when_consul_is_killed_and_when_it_comes_back_empty() {
     let before = setting.origins[0].requests();
     let origin = &setting.origins[0];
     eventually("the others are used", async || (origin.requests() > before + 100).then_some(())).await;
-    nothing_failed(&load.finish().await, "restarted empty");
+    nothing_failed(&load.finish_after(100).await, "restarted empty");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -158,7 +157,7 @@ async fn nothing_fails_when_consul_hangs_is_out_of_reach_or_goes_back() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     setting.consul.thaw();
     setting.sees_one_more("stopped").await;
-    nothing_failed(&load.finish().await, "stopped");
+    nothing_failed(&load.finish_after(100).await, "stopped");
 
     let load = setting.load();
     setting.wire.behave(Conduct::Silent);
@@ -174,11 +173,11 @@ async fn nothing_fails_when_consul_hangs_is_out_of_reach_or_goes_back() {
     let origin = &setting.origins[index];
     eventually("it is used", async || (origin.requests() > 0).then_some(())).await;
     assert!(back.elapsed() < busy.allow(RETURN), "out of reach: it was used after {:?}", back.elapsed());
-    nothing_failed(&load.finish().await, "out of reach");
+    nothing_failed(&load.finish_after(100).await, "out of reach");
 
     let load = setting.load();
     setting.wire.behave(Conduct::Rewinds);
     setting.sees_one_more("index backwards").await;
     setting.sees_one_less("index backwards").await;
-    nothing_failed(&load.finish().await, "index backwards");
+    nothing_failed(&load.finish_after(100).await, "index backwards");
 }

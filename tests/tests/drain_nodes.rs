@@ -49,9 +49,8 @@ async fn a_deployment_that_drains_node_by_node_loses_nothing() {
         eventually("the new one is used", || async { (new.requests() > 0).then_some(()) }).await;
         origins.insert(index, new);
     }
-    let account = load.finish().await;
+    let account = load.finish_after(500).await;
     assert!(account.bad.is_empty() && account.died == 0, "{:?}", &account.bad[..account.bad.len().min(5)]);
-    assert!(account.good > 100, "{} requests are no load", account.good);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -155,9 +155,7 @@ async fn a_sidecar_lives_by_the_door_through_a_rotation_that_waits_for_those_who
     eventually_within(PATIENCE, "it renews again", || async { (signed().await > so_far).then_some(()) })
         .await;
     call().await.expect_status(200);
-    let account = load.finish().await;
-    account.expect_no_failure();
-    assert!(account.good > 0);
+    load.finish_after(100).await.expect_no_failure();
     assert!(mesh.kube.requests().iter().any(|line| line.contains("tokenreviews")));
 }
 

@@ -224,9 +224,8 @@ async fn five_thousand_entries_change_under_load_without_a_failed_request() {
         edge.put("lookup_tables/clusters/entries/c7", entry(origin)).await;
         edge.delete(&format!("lookup_tables/clusters/entries/c{}", 1000 + round)).await;
     }
-    let account = load.finish().await;
+    let account = load.finish_after(100).await;
     assert!(account.bad.is_empty(), "{:?}", account.bad);
-    assert!(account.good > 20, "{}", account.good);
     assert!(edge.call_control("/v1/config").await.json()["applied_revision"].as_u64() > reloads);
     edge.until_status("/clusters/c1000/x", 404).await;
 }

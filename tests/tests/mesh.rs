@@ -292,13 +292,13 @@ impl Busy {
     async fn finish(self) {
         let mut good = 0;
         for load in [self.edge_load, self.mesh_load] {
-            let account = load.finish().await;
+            let account = load.finish_after(100).await;
             account.expect_no_failure();
             assert_eq!(account.died, 0);
             good += account.good;
         }
         let streams = self.streams.finish().await;
-        assert!(good > 100 && streams > 0, "{good} requests, {streams} streams");
+        assert!(streams > 0, "{good} requests, no stream");
         println!("{good} requests and {streams} streams, none of them failed");
     }
 }
@@ -467,9 +467,7 @@ async fn sidecars_with_identities_of_consul_live_through_a_change_of_its_authori
         (now[0] != before[0] && now[1] != before[1]).then_some(())
     })
     .await;
-    let account = load.finish().await;
-    account.expect_no_failure();
-    assert!(account.good > 100, "{}", account.good);
+    load.finish_after(100).await.expect_no_failure();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,7 +19,6 @@ fn assert_clean(account: &Account) {
     assert!(account.bad.is_empty(), "{} failed, the first: {:?}", account.bad.len(), account.bad.first());
     assert_eq!(account.died, 0, "connections that died on reuse");
     assert_eq!(account.announced, 0, "a reload closes no connection");
-    assert!(account.good > 1000, "the load was real: {}", account.good);
 }
 
 /// What each change does to the configuration besides the steady route.
@@ -50,7 +49,7 @@ async fn a_hundred_changes_by_the_admin_api_fail_no_request() {
         }
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
-    let account = load.finish().await;
+    let account = load.finish_after(1000).await;
     assert_clean(&account);
     eventually("the last change is in use", || async {
         let seen = edge.get("/steady").await.expect_status(200).json();
@@ -81,7 +80,7 @@ async fn changes_of_the_file_fail_no_request() {
         let seen = edge.get("/steady").await.expect_status(200).json();
         assert_eq!(seen["headers"]["x-turn"], json!([number.to_string()]));
     }
-    assert_clean(&load.finish().await);
+    assert_clean(&load.finish_after(1000).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
