@@ -379,10 +379,16 @@ async fn a_root_that_has_expired_is_replaced_without_a_restart() {
     // Everybody was asleep for eleven years.
     clock.set("+4015d");
     until_answered(&caller, 502).await;
-    let (code, out, _) = certs(&authority, &["status"]).await;
-    assert_eq!(code, 2, "{out}");
-    let ready = caller.readiness().await.expect("the admin interface answers");
-    assert!(ready.status == 503 && ready.text().contains("expired"), "{}", ready.text());
+    // Each process sees the new time when it next looks.
+    eventually("the authority tells that its root has ended", || async {
+        (certs(&authority, &["status"]).await.0 == 2).then_some(())
+    })
+    .await;
+    eventually("the caller is not ready", || async {
+        let ready = caller.readiness().await.expect("the admin interface answers");
+        (ready.status == 503 && ready.text().contains("expired")).then_some(())
+    })
+    .await;
 
     // Their tokens have ended too, and are replaced where they stand.
     for (sidecar, name) in [(&callee, "payments"), (&caller, "orders")] {
