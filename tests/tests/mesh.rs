@@ -402,6 +402,45 @@ async fn a_root_that_has_expired_is_replaced_without_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authority_that_is_away_when_certificates_are_to_be_renewed_fails_nothing() {
+    // What takes half a day by default is past after a minute and a half.
+    let mut authority = Authority::start(json!({"longest_ttl": 150})).await;
+    let origin = echo::start().await;
+    let callee = authority.sidecar("payments").inbound(origin.addr, json!({})).start().await;
+    let caller = authority
+        .sidecar("orders")
+        .service("payments", callee.inbound(0), json!({"identities": [id("payments")]}))
+        // New handshakes each second.
+        .config(json!({"limits": {"connection_age": 1}}))
+        .start()
+        .await;
+    until_answered(&caller, 200).await;
+    let load = Load::start(caller.listener(0), REQUEST, 200, 10, 200);
+    authority.kill();
+    let told = async |sidecar: &Sidecar, what: &str| sidecar.ask("/v1/identity").await.json()[what].as_u64();
+    let before = [told(&callee, "renewals").await, told(&caller, "renewals").await];
+    for sidecar in [&callee, &caller] {
+        eventually_within(
+            Duration::from_secs(100),
+            "it asks for a new certificate and gets none",
+            || async { (told(sidecar, "failures").await > Some(0)).then_some(()) },
+        )
+        .await;
+        assert_eq!(sidecar.ask("/status/ready").await.status, 200);
+    }
+    authority.run().await;
+    for (sidecar, before) in [&callee, &caller].into_iter().zip(before) {
+        eventually_within(Duration::from_secs(60), "it has a new certificate", || async {
+            (told(sidecar, "renewals").await > before).then_some(())
+        })
+        .await;
+    }
+    let account = load.finish_after(1000).await;
+    account.expect_no_failure();
+    assert_eq!(account.died, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clock_that_is_set_by_a_day_fails_nothing() {
     let Some(clock) = WallClock::new() else {
         eprintln!("faketime is not installed: no clock to move");
