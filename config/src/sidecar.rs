@@ -547,18 +547,23 @@ impl Sidecar {
     /// The keys that differ from `other` and are taken over by a new start alone.
     #[must_use]
     pub fn needs_restart(&self, other: &Sidecar) -> Vec<&'static str> {
-        let listens = |sidecar: &Sidecar| {
+        let ports = |sidecar: &Sidecar| {
             let ports: Vec<_> = sidecar.inbound.ports.iter().filter_map(|port| port.listen).collect();
-            let listeners: Vec<_> = sidecar.outbound.listeners.iter().map(|one| one.listen).collect();
-            (ports, sidecar.inbound.hbone, listeners, sidecar.outbound.http_proxy, sidecar.outbound.socks5)
+            (ports, sidecar.inbound.hbone)
         };
+        let ways = |sidecar: &Sidecar| {
+            let Outbound { listeners, http_proxy, socks5, .. } = &sidecar.outbound;
+            (listeners.clone(), *http_proxy, *socks5)
+        };
+        let (limits, others) = (&self.limits, &other.limits);
         let differs = [
             ("trust_domain", self.trust_domain != other.trust_domain),
             ("ca", self.ca != other.ca),
             ("workload", self.workload != other.workload),
             ("discovery", self.discovery != other.discovery),
             ("dns", self.dns != other.dns),
-            ("listeners", listens(self) != listens(other)),
+            ("inbound.ports.listen", ports(self) != ports(other)),
+            ("outbound.listeners", ways(self) != ways(other)),
             ("inbound.transparent", self.inbound.transparent != other.inbound.transparent),
             ("outbound.transparent", self.outbound.transparent != other.outbound.transparent),
             ("capture", self.is_transparent() && self.capture != other.capture),
@@ -567,7 +572,9 @@ impl Sidecar {
             ("access_log", self.access_log != other.access_log),
             ("workers", self.workers != other.workers),
             ("data_dir", self.data_dir != other.data_dir),
-            ("limits", self.limits != other.limits),
+            ("limits.connections", limits.connections != others.connections),
+            ("limits.requests", limits.requests != others.requests),
+            ("limits.idle", limits.idle != others.idle),
         ];
         differs.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
     }
@@ -835,7 +842,7 @@ services:
         }
         assert_eq!(
             explicit.needs_restart(&sidecar),
-            ["listeners", "inbound.transparent", "outbound.transparent"]
+            ["inbound.ports.listen", "inbound.transparent", "outbound.transparent"]
         );
     }
 
@@ -868,6 +875,8 @@ services:
         let after = read(&GOOD.replace("28080", "28081")).unwrap();
         assert!(before.needs_restart(&after).is_empty(), "services are taken over");
         let after = read(&GOOD.replace("15080", "15081")).unwrap();
-        assert_eq!(before.needs_restart(&after), ["listeners"]);
+        assert_eq!(before.needs_restart(&after), ["outbound.listeners"]);
+        let limits = "limits: {connection_age: 60, detect: 1, requests: 5}\n";
+        assert_eq!(before.needs_restart(&read(&format!("{GOOD}{limits}")).unwrap()), ["limits.requests"]);
     }
 }

@@ -125,7 +125,9 @@ impl Admin {
                 tls.remove("client_key");
             }
         }
-        json!({"config": config, "taken_over": self.running.reloads(), "problem": self.running.problem()})
+        let running = &self.running;
+        json!({"config": config, "taken_over": running.reloads(), "waits_for_restart": running.waits(),
+            "problem": running.problem()})
     }
 
     fn endpoints(&self) -> Value {

@@ -15,7 +15,7 @@ use config::fields::Plugins;
 use config::id::{Kind, ResourceKey};
 use config::mesh::ServicePolicy;
 use config::meta::Role;
-use config::sidecar::{Inbound, Sidecar};
+use config::sidecar::Sidecar;
 use hashbrown::HashMap;
 use layers::assembly::Assembly;
 use layers::carry::Carry;
@@ -45,6 +45,8 @@ pub struct Running(Arc<Inner>);
 
 struct Inner {
     file: PathBuf,
+    /// The file as it was at the start.
+    started: Sidecar,
     catalog: plugins::Catalog,
     registrations: HashMap<&'static str, &'static Registration>,
     attrs: HashMap<String, serde_json::Value>,
@@ -94,6 +96,7 @@ impl Running {
         let Parts { file, catalog, metrics, clusters, published, policies } = parts;
         let running = Self(Arc::new(Inner {
             file,
+            started: config.clone(),
             registrations: catalog.all().map(|plugin| (plugin.name, plugin)).collect(),
             attrs: HashMap::new(),
             catalog,
@@ -122,13 +125,20 @@ impl Running {
     /// Where the workload listens, as far as the file says it or connections have come for it.
     pub fn workload_addresses(&self) -> BTreeSet<SocketAddr> {
         let mut all = self.0.applications.addresses();
-        all.extend(self.state().config.inbound.ports.iter().map(|port| port.forward.0));
+        let state = self.state();
+        all.extend(state.ports.values().map(|port| port.forward));
+        all.extend(state.config.inbound.ports.iter().map(|port| port.forward.0));
         all
     }
 
-    /// The file as it is in force.
+    /// The file that was taken over last.
     pub fn config(&self) -> Sidecar {
         self.state().config.clone()
+    }
+
+    /// The keys of the file that wait for a new start.
+    pub fn waits(&self) -> Vec<&'static str> {
+        self.0.started.needs_restart(&self.state().config)
     }
 
     /// Why a newer file is not in force.
@@ -192,7 +202,7 @@ impl Running {
             Ok(config) => config,
             Err(errors) => return told(errors.iter().map(ToString::to_string).collect()),
         };
-        let waits = self.state().config.needs_restart(&config);
+        let waits = self.0.started.needs_restart(&config);
         if !waits.is_empty() {
             tracing::warn!(keys = ?waits, "these keys have changed and wait for a new start; the others are in force");
         }
@@ -235,7 +245,7 @@ impl Running {
             idle: config.limits.idle.duration(),
         };
         // Listeners stay in the order in which they were bound.
-        let order = state.config.inbound.ports.iter().filter_map(|port| port.listen);
+        let order = inner.started.inbound.ports.iter().filter_map(|port| port.listen);
         let all = Ports {
             listening: order.filter_map(|listen| ports.get(&listen.0).cloned()).collect(),
             named,
@@ -257,15 +267,7 @@ impl Running {
         state.ports = ports;
         state.reloads += 1;
         state.problem = None;
-        // What needs a restart goes on to be compared with what the process started with.
-        let started = &state.config.inbound.ports;
-        let bound = started.iter().filter(|port| port.listen.is_some()).map(|port| {
-            let now = config.inbound.ports.iter().find(|new| new.listen == port.listen);
-            now.unwrap_or(port).clone()
-        });
-        let unbound = config.inbound.ports.iter().filter(|port| port.listen.is_none()).cloned();
-        let inbound = Inbound { ports: bound.chain(unbound).collect(), ..config.inbound.clone() };
-        state.config = Sidecar { inbound, ..config };
+        state.config = config;
         inner.carry.sweep();
         Ok(())
     }

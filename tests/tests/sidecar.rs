@@ -274,6 +274,12 @@ async fn a_changed_file_is_taken_over_and_a_wrong_one_is_not() {
     services[0]["upstream"]["nodes"] = json!({second.inbound(0).to_string(): 1});
     caller.reload(json!({"services": services})).await;
     assert_eq!(name(connection.send(Call::get("/")).await), "two", "on the same connection");
+    assert_eq!(caller.ask("/v1/config").await.json()["waits_for_restart"], json!([]));
+    for limits in [json!({"requests": 7}), json!({"requests": 7, "detect": 1})] {
+        caller.reload(json!({"limits": limits})).await;
+        let waits = caller.ask("/v1/config").await.json()["waits_for_restart"].clone();
+        assert_eq!(waits, json!(["limits.requests"]), "until the start, whatever comes after it");
+    }
     caller.write("trust_domain: mesh.local\nworkload: {service: orders}\nca: {}\n");
     eventually("the error is told", || async {
         let told = caller.ask("/v1/config").await.json()["problem"].to_string();
