@@ -63,7 +63,7 @@ pub trait Registry: Send {
 
     /// How long a change may take to be seen.
     fn patience(&self) -> Duration {
-        Duration::from_secs(5)
+        Duration::from_secs(30)
     }
 }
 

@@ -5,7 +5,7 @@ use std::panic::Location;
 use std::time::{Duration, Instant};
 
 /// How long [`eventually`] waits: generous, because a debug build on a busy machine is slow.
-pub const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Calls `check` until it gives `Some`, for at most [`PATIENCE`]; `what` names the promise when it never does.
 #[track_caller]

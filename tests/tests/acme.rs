@@ -4,17 +4,13 @@
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use e2e::client::{Call, Connection, tls};
 use e2e::etcd::Etcd;
 use e2e::origin::{Origin, echo};
 use e2e::pebble::{BOUND, Pebble, Settings};
-use e2e::{Edge, EdgeBuilder, Value, eventually_within, json};
+use e2e::{Edge, EdgeBuilder, Value, eventually, json};
 use rustls::ClientConfig;
-
-/// Pebble takes its time, and so does a machine with other work.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn all(origin: &Origin) -> Value {
     json!({"id": "all", "uri": "/*", "upstream": origin.upstream()})
@@ -29,7 +25,7 @@ async fn start(builder: EdgeBuilder, pebble: &Pebble) -> Edge {
     let edge = builder.config(pebble.config()).launch();
     pebble.http.lead_to(&[edge.http]);
     pebble.https.lead_to(&[edge.https]);
-    eventually_within(PATIENCE, "the gateway is ready", || async {
+    eventually("the gateway is ready", || async {
         edge.readiness().await.filter(|answer| answer.status == 200)
     })
     .await;
@@ -43,12 +39,12 @@ async fn shown(edge: &Edge, config: &Arc<ClientConfig>, name: &str) -> Option<Ve
 }
 
 async fn until_shown(edge: &Edge, config: &Arc<ClientConfig>, name: &str) -> Vec<u8> {
-    eventually_within(PATIENCE, &format!("a certificate for {name}"), || shown(edge, config, name)).await
+    eventually(&format!("a certificate for {name}"), || shown(edge, config, name)).await
 }
 
 /// The answer of the Control API about the only certificate, once it is as asked for.
 async fn status(edge: &Edge, what: &str, is: impl Fn(&Value) -> bool) -> Value {
-    eventually_within(PATIENCE, what, || async {
+    eventually(what, || async {
         let status = edge.call_control("/v1/acme").await.expect_status(200).json();
         let certificate = status["certificates"][0].clone();
         is(&certificate).then_some(certificate)
@@ -186,7 +182,7 @@ async fn renewals_under_load_fail_no_handshake_and_no_request() {
     for _ in 0..3 {
         let (code, told, err) = edge.command("acme", &["renew", "shop.acme.test"]).await;
         assert_eq!(code, 0, "{told} {err}");
-        serving = eventually_within(PATIENCE, "another certificate", || async {
+        serving = eventually("another certificate", || async {
             shown(&edge, &config, "shop.acme.test").await.filter(|next| *next != serving)
         })
         .await;
@@ -240,7 +236,7 @@ async fn an_order_that_fails_leaves_the_old_certificate_and_says_why() {
     assert_eq!(edge.command("acme", &["renew", "nobody"]).await.0, 3);
     pebble.http.lead_to(&[edge.http]);
     assert_eq!(edge.command("acme", &["renew", "shop"]).await.0, 0);
-    eventually_within(PATIENCE, "another certificate", || async {
+    eventually("another certificate", || async {
         shown(&edge, &config, "shop.acme.test").await.filter(|next| *next != first)
     })
     .await;
@@ -285,7 +281,7 @@ async fn of_two_gateways_over_one_etcd_one_orders_and_both_answer_and_serve() {
     let before = shown(&two, &config, "tls.acme.test").await;
     // A change is on disk a second later.
     let kept = two.folder.join("data/last-good.etcd");
-    eventually_within(PATIENCE, "the configuration is kept", || async {
+    eventually("the configuration is kept", || async {
         let kept = std::fs::read(&kept).unwrap_or_default();
         kept.windows(13).any(|name| name == b"tls.acme.test").then_some(())
     })

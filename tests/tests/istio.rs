@@ -12,14 +12,13 @@ use e2e::load::Load;
 use e2e::origin::echo;
 use e2e::ports::Port;
 use e2e::sidecar::id;
-use e2e::{Value, eventually_within, json};
+use e2e::{Value, eventually, json};
 use rcgen::{CertificateParams, KeyPair};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
 const NAME: &str = "istiod.istio-system.svc";
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// As Istio publishes it.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -54,8 +53,7 @@ impl Mesh {
         });
         let mesh = Mesh { authority: Authority::start(settings).await, kube, door };
         let roots = mesh.roots();
-        eventually_within(PATIENCE, "the roots are in a file", || async { roots.exists().then_some(()) })
-            .await;
+        eventually("the roots are in a file", || async { roots.exists().then_some(()) }).await;
         mesh
     }
 
@@ -132,7 +130,7 @@ async fn a_sidecar_lives_by_the_door_through_a_rotation_that_waits_for_those_who
     let begin = ["rotate", "root", "--soak", "200ms", "--spread", "200ms", "--no-wait"];
     let (code, out, err) = authority.certs(&begin).await;
     assert_eq!(code, 4, "{out} {err}");
-    let status = eventually_within(PATIENCE, "the rotation ends", || async {
+    let status = eventually("the rotation ends", || async {
         let status: Value = authority.certs_status().await;
         status["rotation"].is_null().then_some(status)
     })
@@ -152,8 +150,7 @@ async fn a_sidecar_lives_by_the_door_through_a_rotation_that_waits_for_those_who
         count.unwrap_or_default()
     };
     let so_far = signed().await;
-    eventually_within(PATIENCE, "it renews again", || async { (signed().await > so_far).then_some(()) })
-        .await;
+    eventually("it renews again", || async { (signed().await > so_far).then_some(()) }).await;
     call().await.expect_status(200);
     load.finish_after(100).await.expect_no_failure();
     assert!(mesh.kube.requests().iter().any(|line| line.contains("tokenreviews")));

@@ -37,7 +37,7 @@ use crate::worker::{
     ListenOptions, Listening, ProxyProtocol, Report, Timeouts, WorkerFailure, WorkerSettings, Workers,
 };
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Answers by path, as a stack and an upstream would.
 #[derive(Clone)]

@@ -431,7 +431,7 @@ impl Peer {
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Sends `x` over the connection, as one attempt.
 async fn send(connection: &mut Http1, x: &mut Exchange, timeouts: &Timeouts) -> Result<Head, Failure> {
