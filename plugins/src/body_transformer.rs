@@ -27,6 +27,7 @@ use serde_json::Value;
 
 use self::decode::Format;
 use self::template::Template;
+use crate::support::encoding;
 use crate::support::headers;
 
 /// Settings. One of `request` and `response` has to be there.
@@ -161,7 +162,7 @@ impl RewriteWaits for BodyTransformer {
     async fn rewrite(&self, x: &mut Exchange) -> Flow {
         if self.response.is_some() {
             // The answer has to be readable.
-            x.request.headers.remove(header::ACCEPT_ENCODING);
+            encoding::ask_plainly(x);
         }
         let Some(compiled) = &self.request else { return Flow::Next };
         let body = match x.request_body.collect_up_to(self.longest_request).await {

@@ -31,6 +31,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::support::encoding;
 use crate::support::grpc::{self, Broken, LARGEST, Messages};
 
 /// Settings.
@@ -226,8 +227,9 @@ impl AccessWaits for GrpcTranscode {
         x.request_body = Body::from(grpc::frame(0, &message));
         x.forward.method = Some(Method::POST);
         x.forward.uri = Some(self.path.clone());
+        encoding::ask_plainly(x);
         let headers = &mut x.request.headers;
-        for name in [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::ACCEPT_ENCODING] {
+        for name in [header::CONTENT_LENGTH, header::CONTENT_ENCODING] {
             headers.remove(name);
         }
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

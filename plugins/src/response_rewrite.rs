@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::support::captures::Replacement;
+use crate::support::encoding;
 use crate::support::headers::{self, Fields, Value};
 use crate::support::reply;
 
@@ -232,7 +233,7 @@ impl ResponseRewrite {
 
 impl Rewrite for ResponseRewrite {
     fn rewrite(&self, x: &mut Exchange) -> Flow {
-        x.request.headers.remove(header::ACCEPT_ENCODING);
+        encoding::ask_plainly(x);
         Flow::Next
     }
 }

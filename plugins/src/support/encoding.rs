@@ -134,7 +134,8 @@ impl Rules {
         if self.vary {
             vary(x.response.headers_mut());
         }
-        accepts(&x.request.headers, self.coding)
+        let asked = x.slot::<Asked>().map(|asked| &asked.0);
+        accepts([&x.request.headers].into_iter().chain(asked), self.coding)
     }
 
     fn takes(&self, x: &State) -> bool {
@@ -230,10 +231,28 @@ pub fn vary(headers: &mut HeaderMap) {
     }
 }
 
+/// `Accept-Encoding` of the client, where the upstream does not get it.
+#[derive(Default)]
+struct Asked(HeaderMap);
+
+/// Asks the upstream for a body that can be read. What the client takes still counts when the answer is compressed.
+pub fn ask_plainly(x: &mut Exchange) {
+    let http::header::Entry::Occupied(fields) = x.request.headers.entry(header::ACCEPT_ENCODING) else {
+        return;
+    };
+    let (name, values) = fields.remove_entry_mult();
+    let values: Vec<HeaderValue> = values.collect();
+    if let Some(asked) = x.slot_mut::<Asked>() {
+        for value in values {
+            asked.0.append(name.clone(), value);
+        }
+    }
+}
+
 /// Whether the client takes the coding: named, or by `*`, with a quality above zero (RFC 9110, 12.5.3).
-fn accepts(headers: &HeaderMap, coding: &str) -> bool {
+fn accepts<'a>(said: impl IntoIterator<Item = &'a HeaderMap>, coding: &str) -> bool {
     let mut star = false;
-    for value in headers.get_all(header::ACCEPT_ENCODING) {
+    for value in said.into_iter().flat_map(|headers| headers.get_all(header::ACCEPT_ENCODING)) {
         for offer in value.as_bytes().split(|byte| *byte == b',') {
             let mut parts = offer.split(|byte| *byte == b';').map(<[u8]>::trim_ascii);
             let name = parts.next().unwrap_or_default();
@@ -412,9 +431,9 @@ mod tests {
         for (offer, expected) in cases {
             let mut headers = HeaderMap::new();
             headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_str(offer).unwrap());
-            assert_eq!(accepts(&headers, "gzip"), expected, "{offer}");
+            assert_eq!(accepts([&headers], "gzip"), expected, "{offer}");
         }
-        assert!(!accepts(&HeaderMap::new(), "gzip"));
+        assert!(!accepts([&HeaderMap::new()], "gzip"));
     }
 
     #[test]
