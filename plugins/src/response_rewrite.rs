@@ -282,7 +282,7 @@ impl OnBody for ResponseRewrite {
         match (&self.body, &self.filters) {
             (Some(body), _) => Some(Box::new(Replaced(Some(body.clone())))),
             (None, Some(filters)) => {
-                Some(Box::new(Filtered { filters: filters.clone(), held: BytesMut::new() }))
+                Some(Box::new(Filtered::new(filters)))
             }
             (None, None) => None,
         }
@@ -309,15 +309,26 @@ const HELD: usize = 1 << 20;
 /// Replaces in the text of a body.
 struct Filtered {
     filters: Arc<[CompiledFilter]>,
+    /// The filters that have replaced what they replace once, by their place.
+    spent: SmallVec<[usize; 4]>,
     held: BytesMut,
 }
 
 impl Filtered {
+    fn new(filters: &Arc<[CompiledFilter]>) -> Self {
+        Self { filters: filters.clone(), spent: SmallVec::new(), held: BytesMut::new() }
+    }
+
     fn apply(&mut self) -> Bytes {
         let mut text = std::mem::take(&mut self.held).freeze();
-        for filter in &*self.filters {
-            if let Some(changed) = filter.apply(&text) {
+        for (place, filter) in self.filters.iter().enumerate() {
+            if !self.spent.contains(&place)
+                && let Some(changed) = filter.apply(&text)
+            {
                 text = changed.into();
+                if filter.scope == Scope::Once {
+                    self.spent.push(place);
+                }
             }
         }
         text
@@ -463,15 +474,17 @@ mod tests {
 
     #[test]
     fn a_long_body_is_filtered_in_pieces() {
-        let filters: Arc<[CompiledFilter]> =
-            [filter(&serde_json::from_value(json!({"regex": "a+", "replace": "b", "scope": "global"})).unwrap(), "").unwrap()]
-                .into();
-        let mut body = Filtered { filters, held: BytesMut::new() };
-        let piece = Bytes::from(vec![b'a'; 1 << 18]);
-        let mut out: Vec<Bytes> = (0..9).map(|_| body.data(piece.clone())).collect();
-        out.push(body.end());
-        let pieces: Vec<_> = out.iter().filter(|piece| !piece.is_empty()).collect();
-        assert_eq!(pieces, ["b"; 3]);
+        for (scope, expected) in [("global", ["b", "b", "b"]), ("once", ["b", "a", "a"])] {
+            let settings = json!({"regex": "a+", "replace": "b", "scope": scope});
+            let filters: Arc<[CompiledFilter]> =
+                [filter(&serde_json::from_value(settings).unwrap(), "").unwrap()].into();
+            let mut body = Filtered::new(&filters);
+            let piece = Bytes::from(vec![b'a'; 1 << 18]);
+            let mut out: Vec<Bytes> = (0..9).map(|_| body.data(piece.clone())).collect();
+            out.push(body.end());
+            let pieces: Vec<_> = out.iter().filter_map(|piece| piece.get(..1)).collect();
+            assert_eq!(pieces, expected.map(str::as_bytes), "{scope}");
+        }
     }
 
     #[tokio::test]
