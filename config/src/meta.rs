@@ -18,7 +18,7 @@ pub const META: &str = "_meta";
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Meta {
-    /// The plugin is not run, and hides none of the same name elsewhere.
+    /// The plugin is not run, nor is the one of the same name of an object that it goes before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disable: Option<bool>,
     /// An expression over variables of the request: the plugin is left out where it does not hold.

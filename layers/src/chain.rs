@@ -96,6 +96,8 @@ pub struct Plan {
     log: List<Arc<dyn OnLog>>,
     filtered: bool,
     reads_head: bool,
+    /// Plugins that take part in some phase, by name.
+    active: Box<[&'static str]>,
 }
 
 impl fmt::Debug for Plan {
@@ -135,6 +137,7 @@ impl Plan {
             reads_head: instances
                 .iter()
                 .any(|instance| instance.hooks.log.iter().any(|step| step.reads_head())),
+            active: instances.iter().filter(|i| !i.hooks.is_empty()).map(|i| i.name).collect(),
             instances: instances.into(),
         }
     }
@@ -667,6 +670,11 @@ impl State {
     /// The name of the plugin that answered, if one did.
     pub fn answered_by_plugin(&self) -> Option<&str> {
         self.error.as_ref().filter(|error| error.reason() == Reason::Plugin)?.detail_text()
+    }
+
+    /// Whether the route has this plugin and runs it: some plugins of global rules give way to it then.
+    pub fn route_runs(&self, plugin: &str) -> bool {
+        self.plan.as_ref().is_some_and(|plan| plan.active.contains(&plugin))
     }
 }
 

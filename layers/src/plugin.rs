@@ -650,6 +650,11 @@ impl Hooks {
         (self.phases() == ["rewrite"]).then_some(Rewriting(self.rewrite))
     }
 
+    /// Whether the plugin takes part in no phase, as one that is disabled.
+    pub fn is_empty(&self) -> bool {
+        self.phases().is_empty()
+    }
+
     /// The phases, as `postern explain` and the plugin documentation name them.
     pub fn phases(&self) -> Vec<&'static str> {
         [

@@ -337,9 +337,7 @@ impl Endpoint for Page {
 
 impl OnLog for Prometheus {
     fn log(&self, x: &Exchange) {
-        let counted_by_route =
-            || x.plan.as_ref().is_some_and(|plan| plan.instances().iter().any(|i| i.name == Self::NAME));
-        if self.global && counted_by_route() {
+        if self.global && x.route_runs(Self::NAME) {
             return;
         }
         let now = Instant::now();
@@ -441,7 +439,26 @@ mod tests {
         x.global_plan = Some(Arc::new(Plan::new(vec![Arc::new(global)])));
         let mut chain = env.chain::<Prometheus, _>(&json!({}), |_| Ok(())).unwrap();
         drop(chain.run(x).await);
-        assert!(env.metrics.render().contains(r#"apisix_http_latency_count{type="request",route="",service="",consumer="",node="",request_type="traditional_http",request_llm_model="",llm_model=""} 1"#));
+        let once = r#"apisix_http_latency_count{type="request",route="",service="",consumer="",node="",request_type="traditional_http",request_llm_model="",llm_model=""} 1"#;
+        assert!(env.metrics.render().contains(once));
+    }
+
+    #[tokio::test]
+    async fn a_global_rule_counts_where_the_plugin_of_the_route_is_disabled() {
+        let env = TestEnv::default();
+        let instance = |settings: Value| env.build::<Prometheus>(&settings).unwrap();
+        let (metrics, prefer_name) = (env.metrics.clone(), false);
+        let mut global = instance(json!({}));
+        global.hooks = Hooks::default();
+        global.hooks.log(&Arc::new(Prometheus { metrics, prefer_name, global: true }));
+        let mut disabled = instance(json!({}));
+        disabled.hooks = Hooks::default();
+        let mut x = exchange("GET", "http://a.com/x").build();
+        x.global_plan = Some(Arc::new(Plan::new(vec![Arc::new(global)])));
+        x.plan = Some(Arc::new(Plan::new(vec![Arc::new(disabled)])));
+        let mut chain = layers::chain::PluginChain::new(layers::testing::service(|_| Ok(())));
+        drop(tower::Service::call(&mut chain, x).await.unwrap());
+        assert!(env.metrics.render().contains("apisix_http_latency_count{type=\"request\""));
     }
 
     #[tokio::test]

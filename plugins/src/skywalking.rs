@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use config::Kind;
 use config::error::{ConfigError, joined};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use layers::exchange::{Exchange, State};
@@ -97,6 +98,8 @@ pub struct SkyWalking {
     ratio: f64,
     service: String,
     instance: String,
+    /// Held by a global rule: gives way to the same plugin of the route.
+    global: bool,
     segments: Arc<Batch<Value>>,
 }
 
@@ -146,6 +149,7 @@ impl Definition for SkyWalking {
             ratio: config.sample_ratio,
             service: attr.service_name,
             instance,
+            global: env.owner.kind == Kind::GlobalRule,
             segments,
         });
         hooks.rewrite(&plugin);
@@ -198,6 +202,9 @@ struct Begun {
 
 impl Rewrite for SkyWalking {
     fn rewrite(&self, x: &mut Exchange) -> Flow {
+        if self.global && x.route_runs(Self::NAME) {
+            return Flow::Next;
+        }
         let caller = caller(&x.request.headers);
         x.request.headers.remove(SW8);
         let sampled = caller.as_ref().map_or_else(|| trace::chance(self.ratio), |caller| caller.sampled);
@@ -230,6 +237,9 @@ const EXIT: usize = 1;
 
 impl OnLog for SkyWalking {
     fn log(&self, x: &Exchange) {
+        if self.global && x.route_runs(Self::NAME) {
+            return;
+        }
         let Some(begun) = x.slot::<Begun>() else { return };
         let segment = self.segment(x, begun, &Clock::now());
         let bytes = 2048 + 512 * x.attempts.len() + 2 * x.request_uri().len();

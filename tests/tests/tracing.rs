@@ -230,7 +230,10 @@ async fn skywalking_is_told_by_segments_and_the_upstream_by_sw8() {
         .config(json!({"plugin_attr": {"skywalking": {
             "endpoint_addr": server.url("/"), "service_name": "shop", "report_interval": 1,
         }}}))
-        .resources(json!({"routes": [{"id": "r", "uri": "/*", "plugins": {"skywalking": {}}, "upstream": upstream}]}))
+        .resources(json!({
+            "global_rules": [{"id": "g", "plugins": {"skywalking": {}}}],
+            "routes": [{"id": "r", "uri": "/*", "plugins": {"skywalking": {}}, "upstream": upstream}],
+        }))
         .start()
         .await;
     let first: Value = serde_json::from_str(edge.get("/first").await.text().as_ref()).expect("an account");
@@ -246,6 +249,7 @@ async fn skywalking_is_told_by_segments_and_the_upstream_by_sw8() {
     };
     let (first, second) = (segment("/first"), segment("/second"));
     assert_eq!(first["service"], "shop");
+    assert_eq!(first["spans"][0]["refs"], json!([]), "the global rule gives way to the route");
     assert_eq!(first["spans"].as_array().map(Vec::len), Some(2));
     assert_eq!(first["spans"][1]["spanType"], "Exit");
     assert_eq!(first["spans"][1]["peer"], origin.addr.to_string());
