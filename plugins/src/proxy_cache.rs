@@ -30,6 +30,7 @@ use sha2::{Digest, Sha256};
 use self::entry::{Entry, Key, Stored};
 use self::keep::Keep;
 use self::zone::{Flight, Joined, Settings, User, ZoneSettings};
+use crate::support::identity;
 use crate::support::numbers::number;
 use crate::support::reply::Canned;
 
@@ -75,7 +76,8 @@ pub struct Config {
     /// too, and `apisix.proxy_cache.cache_ttl` where it has none.
     #[serde(default)]
     cache_ttl: Int<1, { u32::MAX }, 300>,
-    /// Keep answers for each consumer apart. Without effect where the key tells users apart by itself.
+    /// Keep answers for each consumer, and each user whom `openid-connect` knows, apart. Without effect where the key
+    /// tells users apart by itself.
     #[serde(default = "yes")]
     consumer_isolation: bool,
     /// Keep answers with `Set-Cookie`.
@@ -156,8 +158,8 @@ pub struct ProxyCache {
     no_cache: Option<Words>,
     ttl: Duration,
     isolated: bool,
-    /// The key holds something that tells users apart.
-    identified: bool,
+    /// What of the key tells users apart.
+    identities: Words,
     set_cookie: bool,
     longest: usize,
     purged: Canned,
@@ -266,7 +268,8 @@ impl Definition for ProxyCache {
         let settings = settings(env.attr);
         let zone = zone_of(&config, &settings)?;
         let user = zone::open(zone, env.carry, env.control)?;
-        let identified = config.cache_key.iter().any(|word| IDENTITIES.contains(&word.as_str()));
+        let identities: Vec<String> =
+            config.cache_key.iter().filter(|word| IDENTITIES.contains(&word.as_str())).cloned().collect();
         let longest = usize::try_from(config.max_resp_body_size.get()).unwrap_or(usize::MAX);
         hooks.around(&Arc::new(Self {
             longest: longest.min(user.zone.longest()),
@@ -287,8 +290,8 @@ impl Definition for ProxyCache {
                 Strategy::Memory => config.cache_ttl.get().into(),
                 Strategy::Disk => settings.ttl,
             }),
-            isolated: config.consumer_isolation && !identified,
-            identified,
+            isolated: config.consumer_isolation,
+            identities: Words::new(&identities),
             set_cookie: config.cache_set_cookie,
             purged: Canned::status(StatusCode::OK),
             not_purged: Canned::status(StatusCode::NOT_FOUND),
@@ -420,8 +423,12 @@ impl ProxyCache {
         part(scheme.as_bytes());
         part(x.host.as_bytes());
         part(method.as_bytes());
-        let consumer = x.consumer.as_ref().filter(|_| self.isolated);
+        let isolated = self.isolated && !self.is_identified(x);
+        let consumer = x.consumer.as_ref().filter(|_| isolated);
         part(consumer.map_or(b"", |consumer| consumer.name.as_bytes()));
+        // Who has logged in at an identity provider shows a cookie and nothing else that tells users apart.
+        let user = x.slot::<identity::User>().filter(|_| isolated);
+        part(user.map_or(b"", |user| user.0.as_bytes()));
         self.key.each(x, |text| part(text.as_bytes()));
         if method == "POST"
             && let Body::Full(body) = &x.request_body
@@ -480,9 +487,16 @@ impl ProxyCache {
     /// unless the answer says so or the key tells users apart.
     fn may_share(&self, x: &State) -> bool {
         !x.request.headers.contains_key(header::AUTHORIZATION)
-            || self.identified
+            || self.is_identified(x)
             || (self.isolated && x.consumer.is_some())
             || ["public", "s-maxage", "must-revalidate"].iter().any(|word| says(x.response.headers(), word))
+    }
+
+    /// Whether the key tells this request's user apart: a variable without a value tells nobody.
+    fn is_identified(&self, x: &State) -> bool {
+        let mut identified = false;
+        self.identities.each(x, |text| identified |= !text.is_empty());
+        identified
     }
 
     fn tell(&self, x: &mut Exchange, status: &'static str) {
@@ -1021,7 +1035,7 @@ mod tests {
 
     #[tokio::test]
     async fn answers_that_are_not_for_everybody_are_not_kept() {
-        let cases: [(Value, Fields<'static>, Fields<'_>, bool); 17] = [
+        let cases: [(Value, Fields<'static>, Fields<'_>, bool); 18] = [
             (json!({}), &[("set-cookie", "a=b")], &[], false),
             (json!({"cache_set_cookie": true}), &[("set-cookie", "a=b")], &[], true),
             (json!({}), &[("cache-control", "private")], &[], false),
@@ -1032,6 +1046,7 @@ mod tests {
             (json!({}), &[], &[("authorization", "Bearer x")], false),
             (json!({}), &[("cache-control", "public")], &[("authorization", "Bearer x")], true),
             (json!({"cache_key": ["$uri", "$http_authorization"]}), &[], &[("authorization", "Bearer x")], true),
+            (json!({"cache_key": ["$uri", "$consumer_name"]}), &[], &[("authorization", "Bearer x")], false),
             (json!({}), &[("status", "500")], &[], false),
             (json!({"cache_http_status": [500]}), &[("status", "500")], &[], true),
             (json!({"cache_http_status": [206]}), &[("status", "206")], &[], false),
@@ -1164,6 +1179,21 @@ mod tests {
             for (name, hit) in [("ann", false), ("bob", shared), ("ann", true)] {
                 let mut x = exchange("GET", "http://a/x").build();
                 x.consumer = Some(Arc::new(layers::consumer::Consumer::new(name)));
+                let mut x = cache.chain.run(x).await;
+                text(&mut x).await;
+                assert_eq!(field(&x, "apisix-cache-status") == "HIT", hit, "{settings} {name}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn users_of_an_identity_provider_have_answers_of_their_own() {
+        let key = json!({"cache_key": ["$uri", "$consumer_name"]});
+        for (settings, shared) in [(json!({}), false), (key, false), (json!({"consumer_isolation": false}), true)] {
+            let mut cache = cached(settings.clone(), &[]);
+            for (name, hit) in [("ann", false), ("bob", shared), ("ann", true)] {
+                let mut x = exchange("GET", "http://a/x").build();
+                x.put_slot(identity::User(name.into()));
                 let mut x = cache.chain.run(x).await;
                 text(&mut x).await;
                 assert_eq!(field(&x, "apisix-cache-status") == "HIT", hit, "{settings} {name}");
