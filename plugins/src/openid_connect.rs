@@ -521,9 +521,10 @@ impl OpenidConnect {
         }
         if let Some(rule) = &bearer.audience {
             let audience = claims.get(&rule.claim);
-            let error = if rule.required && audience.is_none() {
+            // A token for nobody in particular is not for this client.
+            let error = if (rule.required || rule.match_with_client_id) && audience.is_none() {
                 Some("required audience claim not present")
-            } else if rule.match_with_client_id && audience.is_some() && !includes(audience, &self.identity.id) {
+            } else if rule.match_with_client_id && !includes(audience, &self.identity.id) {
                 Some("mismatched audience")
             } else {
                 None
@@ -589,7 +590,14 @@ impl OpenidConnect {
                     (said.map(Arc::new), good)
                 };
                 let said = answers.get(key, ask).await;
-                return said.unwrap_or_else(|| Err(Trouble::provider("too many introspections on their way")));
+                let said = said.unwrap_or_else(|| Err(Trouble::provider("too many introspections on their way")))?;
+                let issuer = text(&said, "iss");
+                let known = |issuers: &Vec<String>| issuers.iter().any(|one| Some(one.as_str()) == issuer);
+                // Without a list, whoever is asked vouches for the token.
+                if !bearer.issuers.as_ref().is_none_or(known) {
+                    return Err(Trouble::invalid("Claim 'iss' returned failure"));
+                }
+                return Ok(said);
             }
             Check::Key(key) => {
                 let token = Token::parse(token).ok_or_else(|| Trouble::invalid("invalid jwt"))?;
@@ -1033,6 +1041,7 @@ mod tests {
                     let token = argument(&form, "token").unwrap();
                     match &*token {
                         "good" => json!({"active": true, "sub": "ann", "exp": now() + 60}),
+                        "issued" => json!({"active": true, "sub": "ann", "iss": "https://issuer", "exp": now() + 60}),
                         "old" => json!({"active": true, "exp": now() - 1}),
                         "odd" => return Response::new("<html>".into()),
                         "down" => return Response::builder().status(500).body(Bytes::new()).unwrap(),
@@ -1136,6 +1145,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_issuers_that_are_named_hold_for_introspected_tokens_too() {
+        let fake = fake(&[]).await;
+        for (issuers, status) in [(json!(["https://other"]), 401), (json!([]), 401), (json!(["https://issuer"]), 200)] {
+            let config = settings(&fake, json!({"claim_validator": {"issuer": {"valid_issuers": issuers}}}));
+            let mut chain = TestEnv::default().chain::<OpenidConnect, _>(&config, |_| Ok(())).unwrap();
+            assert_eq!(chain.run(with("issued")).await.response.status(), status, "{issuers}");
+            assert_eq!(chain.run(with("good")).await.response.status(), 401, "no issuer is told");
+        }
+    }
+
+    #[tokio::test]
     async fn what_a_token_lacks_is_told() {
         let key = SigningKey::new("k1", Algorithm::ES256, &keys::make(Algorithm::ES256).0).unwrap();
         let fake = fake(&[&key]).await;
@@ -1145,6 +1165,7 @@ mod tests {
             (json!({"use_jwks": true, "required_scopes": ["read", "write"]}), "{\"error\":\"required scopes read, write not present\"}\n"),
             (audience(json!({"claim": "tenant", "required": true})), "{\"error\":\"required audience claim not present\"}\n"),
             (audience(json!({"claim": "sub", "match_with_client_id": true})), "{\"error\":\"mismatched audience\"}\n"),
+            (audience(json!({"claim": "tenant", "match_with_client_id": true})), "{\"error\":\"required audience claim not present\"}\n"),
         ] {
             let config = settings(&fake, more);
             let mut x = TestEnv::default().chain::<OpenidConnect, _>(&config, |_| Ok(())).unwrap().run(with(&token)).await;
