@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::num::NonZeroU32;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,19 +15,40 @@ use config::error::ConfigError;
 use config::expr::Expr;
 use layers::plugin::{BuildEnv, Definition, Extras, Hooks};
 use layers::telemetry::metrics::Metrics;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::support::batch::{self, BatchSettings, Failure, Sink};
-use crate::support::log_entry::{Fields, Logger, Metadata, Plain, Recorder, check_expr, line};
+use crate::support::log_entry::{Fields, LogFormat, Logger, MetadataFormats, Plain, Recorder, check_expr, line};
 use crate::support::log_settings::logger_settings;
 
 logger_settings! {
-    /// The file. A relative path begins where the gateway was started.
-    path: String,
+    /// The file. A relative path begins where the gateway was started. Without it that of the plugin's metadata.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
     /// Write lines only for requests for which this expression over variables holds.
     #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 20))]
     only: Option<Vec<Value>>,
+}
+
+/// Settings for the whole gateway.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Metadata {
+    /// The file, where a plugin has no `path` of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    /// The fields of entries, where a plugin has no `log_format` of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log_format: Option<LogFormat>,
+    /// Fields added to the default entry, where a plugin has no `log_format_extra` of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log_format_extra: Option<LogFormat>,
+    /// Entries that may wait.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_pending_entries: Option<NonZeroU32>,
 }
 
 /// The plugin.
@@ -38,14 +60,12 @@ impl Definition for FileLogger {
     type Config = Config;
 
     fn extend(extras: &mut Extras) {
-        extras.metadata::<Metadata>();
+        extras.checked_metadata::<Metadata>(|metadata| empty(metadata.path.as_deref()).into_iter().collect());
     }
 
     fn check(config: &Config) -> Vec<ConfigError> {
         let mut errors = config.entry_settings().check();
-        if config.path.is_empty() {
-            errors.push(ConfigError::invalid("/path", "write the path of a file"));
-        }
+        errors.extend(empty(config.path.as_deref()));
         errors.extend(config.only.as_ref().filter(|only| !only.is_empty()).and_then(|only| check_expr(only, "/match")));
         if config.only.as_ref().is_some_and(|only| only.len() > 20) {
             errors.push(ConfigError::invalid("/match", "write at most 20 conditions"));
@@ -54,8 +74,15 @@ impl Definition for FileLogger {
     }
 
     fn build(config: Config, env: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
-        let metadata = Metadata::of(env);
-        let mut recorder = Recorder::new(config.entry_settings(), metadata.formats(), env)?;
+        let metadata = env.metadata.and_then(|value| Metadata::deserialize(value).ok()).unwrap_or_default();
+        let Some(path) = config.path.as_ref().or(metadata.path.as_ref()) else {
+            return Err(ConfigError::invalid("/path", "write a path here or into plugin_metadata/file-logger"));
+        };
+        let formats = MetadataFormats {
+            log_format: metadata.log_format.as_ref(),
+            log_format_extra: metadata.log_format_extra.as_ref(),
+        };
+        let mut recorder = Recorder::new(config.entry_settings(), formats, env)?;
         let only = config.only.as_ref().map(|only| Expr::parse(&Value::Array(only.clone()))).transpose();
         recorder.only = only.map_err(|error| error.under("/match"))?;
         let settings = BatchSettings {
@@ -72,15 +99,19 @@ impl Definition for FileLogger {
             at_once: 1,
         };
         let sink = Lines(Arc::new(Place {
-            path: PathBuf::from(&config.path),
+            path: PathBuf::from(path),
             open: Mutex::new(None),
             metrics: env.metrics.clone(),
         }));
         // Formats differ, and lines of one file keep their order all the same.
-        let queue = batch::shared(env, Self::NAME, &config.path, settings, sink)?;
+        let queue = batch::shared(env, Self::NAME, path, settings, sink)?;
         Logger::register(recorder, Plain, queue, hooks);
         Ok(())
     }
+}
+
+fn empty(path: Option<&str>) -> Option<ConfigError> {
+    path.filter(|path| path.is_empty()).map(|_| ConfigError::invalid("/path", "write the path of a file"))
 }
 
 /// The file's place.
@@ -193,6 +224,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_file_may_stand_in_the_metadata() {
+        let folder = Folder::new();
+        let metadata = json!({"path": folder.path("shared.log"), "log_format": {"host": "$host"}});
+        let env = TestEnv { metadata: Some(metadata), ..TestEnv::default() };
+        for config in [json!({}), json!({"path": folder.path("own.log")})] {
+            let mut chain = env.chain::<FileLogger, _>(&config, |_| Ok(())).unwrap();
+            drop(chain.run(exchange("GET", "http://a.com/").build()).await);
+        }
+        for name in ["shared.log", "own.log"] {
+            assert_eq!(folder.lines(name, 1).await, [json!({"host": "a.com"})], "{name}");
+        }
+        let errors = TestEnv::default().build::<FileLogger>(&json!({})).unwrap_err();
+        assert_eq!(errors[0].pointer, "/path");
+    }
+
+    #[tokio::test]
     async fn bodies_are_told_as_they_passed() {
         let folder = Folder::new();
         let config = json!({
@@ -232,7 +279,7 @@ mod tests {
     #[tokio::test]
     async fn settings_are_checked() {
         let cases = [
-            (json!({}), ""),
+            (json!({}), "/path"),
             (json!({"path": ""}), "/path"),
             (json!({"path": "a", "match": [["a"]]}), "/match/0"),
             (json!({"path": "a", "include_req_body_expr": []}), "/include_req_body_expr"),
