@@ -23,9 +23,6 @@ use crate::support::http_call::{self, HttpClient};
 use crate::support::reply::{self, Canned};
 use crate::support::{consumer, request_body};
 
-/// The largest request body that is sent to the service.
-const MAX_BODY: usize = 1 << 20;
-
 /// Settings.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -44,6 +41,9 @@ pub struct Config {
     /// How the service is asked; with `POST` it gets the body of the request.
     #[serde(default)]
     request_method: AskBy,
+    /// With `POST`, the largest body that the service gets, in bytes. A larger one is answered with 413.
+    #[serde(default)]
+    max_req_body_size: Int<1, { u32::MAX }, 67_108_864>,
     /// Fields of the request that the service gets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     request_headers: Vec<String>,
@@ -97,6 +97,7 @@ pub struct ForwardAuth {
     client: HttpClient,
     uri: Uri,
     method: Method,
+    longest: usize,
     degrade: bool,
     request_headers: Box<[HeaderName]>,
     upstream_headers: Box<[HeaderName]>,
@@ -145,6 +146,7 @@ impl Definition for ForwardAuth {
                 AskBy::Get => Method::GET,
                 AskBy::Post => Method::POST,
             },
+            longest: usize::try_from(config.max_req_body_size.get()).unwrap_or(usize::MAX),
             degrade: config.allow_degradation,
             request_headers: names(&config.request_headers, "/request_headers")?,
             upstream_headers: names(&config.upstream_headers, "/upstream_headers")?,
@@ -256,7 +258,7 @@ impl ForwardAuth {
 impl RewriteWaits for ForwardAuth {
     async fn rewrite(&self, x: &mut Exchange) -> Flow {
         let body = if self.method == Method::POST {
-            match request_body::read(x, MAX_BODY).await {
+            match request_body::read(x, self.longest).await {
                 Ok(body) => body,
                 Err(flow) => return flow,
             }
@@ -371,12 +373,12 @@ mod tests {
     async fn with_post_the_service_gets_the_body_and_so_does_the_upstream() {
         let peer = service().await;
         let config = json!({"uri": peer.url("/"), "request_method": "POST",
-                            "request_headers": ["x-token"], "upstream_headers": ["x-body"]});
+                            "request_headers": ["x-token"], "upstream_headers": ["x-body"], "max_req_body_size": 9});
         let post = || exchange("POST", "http://a/").header("x-token", "good");
         let mut x = run(&TestEnv::default(), &config, post().body("form")).await;
         assert_eq!((x.response.status().as_u16(), &x.request.headers["x-body"]), (200, &"form".parse().unwrap()));
         assert_eq!(x.request_body.collect_up_to(10).await.unwrap(), "form");
-        let x = run(&TestEnv::default(), &config, post().body("x".repeat(MAX_BODY + 1))).await;
+        let x = run(&TestEnv::default(), &config, post().body("ten bytes.")).await;
         assert_eq!(x.response.status(), 413);
     }
 

@@ -14,6 +14,7 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use bytes::Bytes;
 use config::ConfigError;
+use config::fields::Int;
 use config::id::Id;
 use config::var::{Var, Vars};
 use http::uri::PathAndQuery;
@@ -57,6 +58,9 @@ pub struct Config {
     /// The type of the messages in these details. Without it they stay encoded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     status_detail_type: Option<String>,
+    /// Taken and not used: an answer is not cut off, and a message has 4 MiB at most.
+    #[serde(default)]
+    max_resp_body_size: Int<1, { u32::MAX }, 67_108_864>,
 }
 
 fn no_deadline() -> serde_json::Number {

@@ -12,6 +12,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::{Bytes, BytesMut};
 use config::error::ConfigError;
+use config::fields::Int;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body::{Body as HttpBody, Frame};
@@ -32,6 +33,9 @@ pub struct Config {
     /// Header fields that a script of another site may send, separated by commas.
     #[serde(default = "allow_headers")]
     cors_allow_headers: String,
+    /// The largest body of a request, in bytes. A larger one is answered with 413, or broken off when it has become so.
+    #[serde(default)]
+    max_req_body_size: Int<1, { u32::MAX }, 67_108_864>,
 }
 
 fn allow_headers() -> String {
@@ -41,9 +45,11 @@ fn allow_headers() -> String {
 /// The plugin.
 pub struct GrpcWeb {
     allow_headers: HeaderValue,
+    longest: u64,
     preflight: Canned,
     wrong_method: Canned,
     wrong_request: Canned,
+    too_large: Canned,
 }
 
 /// What a call is, from its request to its answer.
@@ -67,9 +73,11 @@ impl Definition for GrpcWeb {
     fn build(config: Config, _: &BuildEnv<'_>, hooks: &mut Hooks) -> Result<(), ConfigError> {
         let plugin = Arc::new(Self {
             allow_headers: fields(&config)?,
+            longest: config.max_req_body_size.get().into(),
             preflight: Canned::status(StatusCode::NO_CONTENT),
             wrong_method: Canned::status(StatusCode::METHOD_NOT_ALLOWED),
             wrong_request: Canned::status(StatusCode::BAD_REQUEST),
+            too_large: Canned::status(StatusCode::PAYLOAD_TOO_LARGE),
         });
         hooks.access(&plugin);
         hooks.around(&plugin);
@@ -115,6 +123,13 @@ impl Access for GrpcWeb {
             return self.wrong_request.flow();
         };
         let (Some(text), Some(path)) = (form(&kind), method_path(x)) else { return self.wrong_request.flow() };
+        let size = x.request_body.size_hint();
+        if size.lower() > self.longest {
+            return self.too_large.flow();
+        }
+        if size.upper().is_none_or(|upper| upper > self.longest) {
+            x.request_body = std::mem::take(&mut x.request_body).limited(self.longest);
+        }
         x.forward.uri = Some(path);
         x.request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         x.request.headers.remove(header::ACCEPT_ENCODING);
@@ -370,6 +385,16 @@ mod tests {
                 [&message[..], end].concat()
             };
             assert_eq!(bytes, expected, "{kind}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_too_large_is_refused() {
+        let settings = json!({"max_req_body_size": 9});
+        for (body, status) in [("nine byte", 200), ("ten bytes.", 413)] {
+            let mut chain = TestEnv::default().chain::<GrpcWeb, _>(&settings, |_| Ok(())).unwrap();
+            let request = exchange("POST", "http://a/a.B/C").header("content-type", "application/grpc-web");
+            assert_eq!(chain.run(request.body(body).build()).await.response.status(), status, "{body}");
         }
     }
 

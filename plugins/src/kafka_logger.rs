@@ -8,6 +8,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use config::error::{ConfigError, escape};
+use config::fields::Int;
 use config::var::{Var, Vars};
 use layers::plugin::{BuildEnv, Definition, Extras, Hooks};
 use schemars::JsonSchema;
@@ -40,6 +41,9 @@ logger_settings! {
     #[serde(default = "required_acks")]
     #[schemars(extend("enum" = [1, -1]))]
     required_acks: i8,
+    /// Of no use here: what the brokers understand is found out.
+    #[serde(default)]
+    api_version: Int<0, 2, 1>,
     /// Of no use here: a queue sends.
     #[serde(default)]
     producer_type: ProducerType,

@@ -41,9 +41,9 @@ pub struct Config {
     /// The body of a refusal, in place of what is wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rejected_msg: Option<WideText<1, 256>>,
-    /// The largest body that is looked into, in bytes; a larger one is answered 413. Not of APISIX.
+    /// The largest body that is looked into, in bytes; a larger one is answered with 413.
     #[serde(default)]
-    max_body_size: Int<1, { u32::MAX }, 16_777_216>,
+    max_req_body_size: Int<1, { u32::MAX }, 67_108_864>,
 }
 
 fn bad_request() -> HttpStatus {
@@ -116,7 +116,7 @@ impl Definition for RequestValidation {
             body: body.transpose()?,
             status: reply::status(config.rejected_code.get()),
             message: config.rejected_msg.map(|message| Box::from(&*message)),
-            limit: config.max_body_size.get() as usize,
+            limit: config.max_req_body_size.get() as usize,
             too_large: Canned::status(StatusCode::PAYLOAD_TOO_LARGE),
             control: env.control.clone(),
         });
@@ -498,7 +498,7 @@ mod tests {
     #[tokio::test]
     async fn the_refusal_can_be_chosen_and_bodies_are_bounded() {
         let config = json!({
-            "body_schema": {"required": ["a"]}, "rejected_code": 403, "rejected_msg": "customized", "max_body_size": 40_000,
+            "body_schema": {"required": ["a"]}, "rejected_code": 403, "rejected_msg": "customized", "max_req_body_size": 40_000,
         });
         assert_eq!(send(&config, JSON, "{}").await.0, 403);
         assert_eq!(send(&config, JSON, "{}").await.1, "customized");

@@ -50,6 +50,9 @@ pub struct Config {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     filters: Option<Vec<Filter>>,
+    /// Taken and not used: no body is cut off, `filters` go over it in pieces.
+    #[serde(default)]
+    max_resp_body_size: Int<1, { u32::MAX }, 67_108_864>,
 }
 
 /// What is done to header fields.
@@ -149,7 +152,7 @@ impl Definition for ResponseRewrite {
 }
 
 fn compile(config: &Config) -> Result<ResponseRewrite, ConfigError> {
-    let Config { status_code, body, body_base64, headers, vars, filters } = config;
+    let Config { status_code, body, body_base64, headers, vars, filters, max_resp_body_size: _ } = config;
     if body.is_some() && filters.is_some() {
         return Err(ConfigError::new("", ErrorKind::Exclusive { one: "body", other: "filters" }));
     }
