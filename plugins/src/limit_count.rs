@@ -571,6 +571,16 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_client_cannot_switch_a_rule_off_by_a_number_it_spoils() {
+        let config = json!({"rules": [
+            {"count": "$http_x_n", "time_window": 60, "key": "$remote_addr"},
+            {"count": 100, "time_window": 60, "key": "$remote_addr $host"},
+        ]});
+        let requests = vec![with("x-n", "5"), with("x-n", "a"), with("x-n", "0"), get()];
+        assert_eq!(statuses(config, requests).await, [200, 500, 500, 500]);
+    }
+
+    #[tokio::test]
     async fn an_amount_that_is_no_number_refuses_unless_the_settings_say_otherwise() {
         let mut config = json!({"count": "$http_x_n", "time_window": 60});
         let bad = || Vec::from(["", "0", "-1", "1.5", "a", "1e30"].map(|n| with("x-n", n)));
