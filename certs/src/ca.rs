@@ -137,6 +137,13 @@ impl Renew {
             && (self.proxies.is_empty() || self.proxies.contains(proxy_id))
             && self.unless_issued_by.as_ref() != Some(issuer)
     }
+
+    /// Whether a process has to be told that was `asked` before by a request of this generation when it had that certificate,
+    /// and has the certificate `now`: one that was signed just before the issuer changed, or by a replica that did not know
+    /// it yet, may come after the request.
+    pub fn is_news(&self, (generation, had): &(u64, Serial), now: &Serial) -> bool {
+        self.generation > *generation || (self.unless_issued_by.is_some() && had != now)
+    }
 }
 
 /// Another issuer for a few, before it is everybody's.

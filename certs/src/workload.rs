@@ -615,7 +615,13 @@ async fn stream(shared: &Arc<Shared>, server: &str, backoff: &mut Backoff) -> Re
 
 /// The authority wants a new certificate to be asked for, at a random moment within a time.
 fn ask(shared: &Shared, renew: &proto::RenewNow) {
-    if renew.generation <= shared.done.load(Ordering::Relaxed) {
+    let is_done = if renew.unless_issued_by.is_empty() {
+        renew.generation <= shared.done.load(Ordering::Relaxed)
+    } else {
+        let svid = shared.identity.svid();
+        svid.is_some_and(|svid| svid.leaf().issuer.to_string() == renew.unless_issued_by)
+    };
+    if is_done {
         return;
     }
     let spread = Duration::from_millis(renew.spread_ms).mul_f64(fastrand::f64());

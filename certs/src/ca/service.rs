@@ -705,10 +705,12 @@ struct Watcher {
     proxy_id: String,
     /// What signed the certificate that it uses, as it says itself.
     issuer: KeyId,
+    /// That certificate.
+    serial: Serial,
     /// The bundle it was sent last.
     generation: u64,
-    /// The request to renew it was sent last.
-    renew: u64,
+    /// The request to renew it was sent last, and which certificate it had then.
+    asked: Option<(u64, Serial)>,
 }
 
 impl Drop for Watcher {
@@ -728,18 +730,22 @@ impl Watcher {
             news.push_back(ToWorkload::Bundle(bundle.into()));
         }
         if let Some(renew) = &current.renew
-            && renew.generation > self.renew
             // Before its first acknowledgement nobody knows by whom its certificate is.
             && self.issuer != KeyId::default()
+            && renew.concerns(&self.identity, &self.proxy_id, &self.issuer)
+            && self.asked.as_ref().is_none_or(|asked| renew.is_news(asked, &self.serial))
         {
-            self.renew = renew.generation;
-            if renew.concerns(&self.identity, &self.proxy_id, &self.issuer) {
-                news.push_back(ToWorkload::Renew(proto::RenewNow {
-                    generation: renew.generation,
-                    spread_ms: u64::try_from(renew.spread.as_millis()).unwrap_or(u64::MAX),
-                    reason: renew.reason.clone(),
-                }));
-            }
+            self.asked = Some((renew.generation, self.serial.clone()));
+            news.push_back(ToWorkload::Renew(proto::RenewNow {
+                generation: renew.generation,
+                spread_ms: u64::try_from(renew.spread.as_millis()).unwrap_or(u64::MAX),
+                reason: renew.reason.clone(),
+                unless_issued_by: renew
+                    .unless_issued_by
+                    .as_ref()
+                    .map(ToString::to_string)
+                    .unwrap_or_default(),
+            }));
         }
         news
     }
@@ -759,7 +765,7 @@ impl Watcher {
                 said = messages.message() => match said? {
                     Some(proto::WatchRequest { body: Some(FromWorkload::Ack(told)) }) => {
                         let ack = read_ack(told, &self)?;
-                        self.issuer = ack.leaf_issuer.clone();
+                        (self.issuer, self.serial) = (ack.leaf_issuer.clone(), ack.leaf_serial.clone());
                         self.service.witness(&ack.proxy_id, ack.clock_offset_ms);
                         self.service.0.parts.acks.heard(ack);
                         if news.is_empty() {
@@ -873,8 +879,9 @@ impl proto::certificate_authority_server::CertificateAuthority for Service {
             address: caller.address,
             proxy_id: hello.proxy_id,
             issuer: KeyId::default(),
+            serial: Serial::default(),
             generation: hello.bundle_generation,
-            renew: 0,
+            asked: None,
         };
         // One message waits here, one is on its way; what a workload has not taken yet is not made.
         let (sender, receiver) = mpsc::channel(1);

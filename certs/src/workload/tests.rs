@@ -539,6 +539,42 @@ async fn a_renewal_is_asked_for_and_a_new_issuer_is_used() {
 }
 
 #[tokio::test]
+async fn a_certificate_that_the_former_issuer_signed_meanwhile_is_renewed_too() {
+    let ca = Ca::start(ManualClock::new(begin())).await;
+    let member = ca.workload(ca.token("orders", 1).await, "orders-1").joined().await;
+    let make =
+        || Arc::new(ca.root.intermediate(&domain(), KeyKind::P256, 365 * DAY, ca.clock.now()).unwrap());
+    let (former, wanted) = (make(), make());
+    let uses =
+        |issuer: &Arc<Authority>| ca.heard.ack("orders-1").is_some_and(|ack| ack.leaf_issuer == issuer.id());
+    let request = |generation| Renew {
+        generation,
+        who: vec!["spiffe://mesh.local/*".parse().unwrap()],
+        proxies: std::collections::BTreeSet::new(),
+        unless_issued_by: Some(wanted.id()),
+        spread: Duration::ZERO,
+        reason: "a test".to_owned(),
+    };
+    // It has what is wanted when that is asked for, and comes with another one that was on its way.
+    for issuer in [&wanted, &former] {
+        ca.change(|current| current.issuer = Some(issuer.clone()));
+        if Arc::ptr_eq(issuer, &former) {
+            ca.change(|current| current.renew = Some(request(1)));
+        }
+        member.workload.renew_now();
+        eventually("a certificate by it", || uses(issuer)).await;
+    }
+    // It is asked again, and gets the wrong one again where a replica does not know better.
+    eventually("it renews", || member.status().renewals > 3).await;
+    ca.change(|current| current.issuer = Some(wanted.clone()));
+    eventually("a certificate by the wanted one", || {
+        ca.clock.advance(Duration::from_secs(1));
+        uses(&wanted)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_was_revoked_renews_nothing_and_a_new_proof_does() {
     let ca = Ca::start(ManualClock::new(begin())).await;
     let member = ca.workload(ca.token("orders", 2).await, "orders-1").joined().await;
