@@ -233,7 +233,8 @@ impl Server {
         Ok(request)
     }
 
-    /// The value in the file; the one before while the file cannot be read, for it may still be good.
+    /// The value in the file; the one before while the file cannot be read, for it may still be good. An empty one is being
+    /// written: without a token registries answer as well, that there is nothing.
     async fn secret(&self, file: &SecretFile) -> Result<HeaderValue, Problem> {
         let mut known = self.secret.lock().await;
         if let Some((since, value)) = &*known
@@ -241,7 +242,12 @@ impl Server {
         {
             return Ok(value.clone());
         }
-        let value = match tokio::fs::read_to_string(&file.path).await {
+        let read = match tokio::fs::read_to_string(&file.path).await {
+            Ok(text) if text.trim().is_empty() => Err("is empty".into()),
+            Ok(text) => Ok(text),
+            Err(error) => Err(error.to_string().into()),
+        };
+        let value = match read {
             Ok(text) => {
                 let mut value =
                     HeaderValue::try_from(format!("{}{}", file.scheme, text.trim())).map_err(|_| {
@@ -250,9 +256,9 @@ impl Server {
                 value.set_sensitive(true);
                 value
             }
-            Err(error) => match known.take() {
+            Err(why) => match known.take() {
                 Some((_, value)) => value,
-                None => return Err(Problem::Secret(file.path.clone(), error.to_string().into())),
+                None => return Err(Problem::Secret(file.path.clone(), why)),
             },
         };
         *known = Some((Instant::now(), value.clone()));

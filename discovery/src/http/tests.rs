@@ -118,7 +118,7 @@ async fn what_is_cut_too_large_or_not_http_is_an_error_with_the_address() {
 
 #[tokio::test]
 async fn a_secret_is_read_again_and_the_one_before_stays_while_the_file_is_away() {
-    let mut fake = fake(&[Move::Answer(OK), Move::Answer(OK), Move::Answer(OK)]).await;
+    let mut fake = fake(&[Move::Answer(OK), Move::Answer(OK), Move::Answer(OK), Move::Answer(OK)]).await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"first\n").unwrap();
     let secret = SecretFile {
@@ -139,6 +139,9 @@ async fn a_secret_is_read_again_and_the_one_before_stays_while_the_file_is_away(
     };
     assert_eq!(told(&mut connection).await, "first");
     std::fs::write(file.path(), "second").unwrap();
+    assert_eq!(told(&mut connection).await, "second");
+    // Whoever writes a token empties the file first.
+    std::fs::write(file.path(), "\n").unwrap();
     assert_eq!(told(&mut connection).await, "second");
     file.close().unwrap();
     assert_eq!(told(&mut connection).await, "second");
