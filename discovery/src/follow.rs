@@ -199,6 +199,12 @@ impl Service {
         self.refresh.notify_one();
     }
 
+    /// The registry has been told to take the instance out: it is asked at once whether it has.
+    pub(crate) fn retired(&self, instance: &Instance) {
+        self.ledger().retired(instance);
+        self.refresh();
+    }
+
     /// Nothing is kept of what the registry does not list: neither until it says again that there is nothing, nor because
     /// it may have forgotten.
     pub(crate) fn keeps_nothing(&self) -> bool {

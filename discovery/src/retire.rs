@@ -53,6 +53,9 @@ impl Discovery {
                 let (source, service, instance) = (source.clone(), service.clone(), instance.clone());
                 asked.push(async move {
                     let answer = source.retire(&service.query, &instance, how, undo).await;
+                    if answer.is_ok() && how == Retire::Deregister {
+                        service.retired(&instance);
+                    }
                     retired(&service, &instance, answer.err().map(|error| error.to_string()))
                 });
             }

@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 use crate::admin::query::Query;
 use crate::admin::reply::{Reply, ReplyBody};
 use crate::admin::{self, read, redact, segments};
-use crate::drain::{Board, Order, Refusal};
+use crate::drain::{AMONG_GATEWAYS, Board, Order, Refusal};
 use crate::endpoint::Handler;
 use crate::instance::Instance;
 use crate::live::{Checker, LiveState};
@@ -424,10 +424,13 @@ async fn drains_of(
             Err(refusal) => refusal,
         },
         (&Method::GET, [id]) => drains.view(id).map_or_else(|| unknown(id), |view| ok(&json!(view))),
-        (&Method::DELETE, [id]) => match drains.undo(id).await {
-            Some(problems) => ok(&json!({ "id": id, "problems": problems })),
-            None => unknown(id),
-        },
+        (&Method::DELETE, [id]) => {
+            let among_gateways = body.await.is_ok_and(|body| *body == *AMONG_GATEWAYS);
+            match drains.undo(id, among_gateways).await {
+                Some(problems) => ok(&json!({ "id": id, "problems": problems })),
+                None => unknown(id),
+            }
+        }
         _ => Reply::method_not_allowed(
             "GET and POST /v1/drains, GET and DELETE /v1/drains/ID",
             "GET, POST, DELETE",

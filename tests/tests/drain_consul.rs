@@ -3,7 +3,7 @@
 use e2e::consul::{self, Consul};
 use e2e::load::Load;
 use e2e::origin::{Origin, echo};
-use e2e::{Edge, eventually, json};
+use e2e::{Edge, Value, eventually, json};
 
 const NODES: usize = 10;
 
@@ -129,4 +129,79 @@ async fn a_registry_that_cannot_be_told_is_named_and_told_when_it_is_back() {
     consul.start_again().await;
     let (code, view, err) = edge.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
     assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
+}
+
+/// A gateway whose route has the nodes of `orders`.
+async fn gateway(consul: &Consul) -> Edge {
+    let upstream = json!({"type": "roundrobin", "service_name": "orders", "discovery_type": "consul"});
+    let edge = Edge::file()
+        .config(json!({"discovery": {"consul": {"servers": [consul.url()]}}}))
+        .route(json!({"id": "r", "uri": "/*", "upstream": upstream}))
+        .start()
+        .await;
+    edge.until_status("/", 200).await;
+    edge
+}
+
+async fn drains(edge: &Edge) -> Value {
+    edge.call_control("/v1/drains").await.expect_status(200).json()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_only_node_is_used_again_however_soon_it_is_back() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::start().await;
+    let (origin, id) = instance(&consul, 0, "v1").await;
+    let edge = gateway(&consul).await;
+    for _ in 0..3 {
+        let target = format!("orders/{}", origin.node());
+        let (code, view, err) = edge.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
+        assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
+        consul.register("orders", &id, origin.addr).await;
+        eventually("it is used again", || async { (edge.get("/").await.status == 200).then_some(()) }).await;
+        assert_eq!(drains(&edge).await, json!([]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_takes_nobody_out_who_has_come_back_meanwhile() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::start().await;
+    let nodes = [instance(&consul, 0, "v1").await, instance(&consul, 1, "v1").await];
+    let mut edge = gateway(&consul).await;
+    let target = format!("orders/{}", nodes[0].0.node());
+    let (code, view, err) = edge.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
+    assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
+    eventually("it is gone", || async { (drains(&edge).await[0]["gone"] == true).then_some(()) }).await;
+    edge.terminate().await;
+    consul.register("orders", &nodes[0].1, nodes[0].0.addr).await;
+    let served = nodes[0].0.requests();
+    edge.start_again().await;
+    eventually("it is used again", || async {
+        edge.get("/").await;
+        (nodes[0].0.requests() > served && drains(&edge).await == json!([])).then_some(())
+    })
+    .await;
+    assert!(registered(&consul).await.contains(&nodes[0].1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registry_that_was_left_alone_is_told_when_the_order_says_so() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::start().await;
+    let nodes = [instance(&consul, 0, "v1").await, instance(&consul, 1, "v1").await];
+    let edge = gateway(&consul).await;
+    let target = format!("orders/{}", nodes[0].0.node());
+    let (code, ..) = edge.command("drain", &[&target, "--wait", "--registry", "keep"]).await;
+    assert_eq!(code, 0);
+    assert!(registered(&consul).await.contains(&nodes[0].1));
+    let (code, view, err) = edge.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
+    assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
+    assert!(!registered(&consul).await.contains(&nodes[0].1), "{view}");
 }

@@ -1,6 +1,9 @@
 //! `postern drain`: nothing is lost when a node is taken out, and the command returns when it may be stopped.
 
+use std::net::IpAddr;
+
 use bytes::Bytes;
+use discovery::dns::hostile::{Behaviour, Server};
 use e2e::client::Call;
 use e2e::load::Load;
 use e2e::origin::{Origin, echo};
@@ -153,6 +156,76 @@ async fn a_drain_outlives_the_process_and_an_edit() {
     assert_eq!(listed[0]["node"], origins[0].node());
     let shown = edge.call_control("/v1/endpoints/shop").await.expect_status(200);
     assert!(shown.text().contains(r#""verdict":"draining""#), "{}", shown.text());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_outlives_a_start_at_which_the_node_is_not_known_yet() {
+    let server = Server::start().await;
+    server.addresses("host.test", 0, [IpAddr::from([127, 0, 0, 1])]);
+    server.behave(Behaviour::Well);
+    let origins = [echo::start().await, echo::start().await];
+    let named = format!("host.test:{}", origins[0].addr.port());
+    let mut edge = Edge::file()
+        .config(json!({"apisix": {"dns_resolver": [server.addr.to_string()], "resolver_timeout": 1}}))
+        .resource(
+            "upstreams",
+            json!({"id": "shop", "type": "roundrobin", "nodes": {&named: 1, origins[1].node(): 1}}),
+        )
+        .route(json!({"id": "r", "uri": "/*", "upstream_id": "shop"}))
+        .start()
+        .await;
+    let (code, view, err) = edge.command("drain", &[&format!("shop/{named}"), "--wait"]).await;
+    assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
+    let served = origins[0].requests();
+    server.behave(Behaviour::Silence);
+    edge.start_again().await;
+    edge.until_status("/", 200).await;
+    let asked = server.questions().len();
+    eventually("the name was asked for in vain", || async {
+        (server.questions().len() > asked + 2).then_some(())
+    })
+    .await;
+    server.behave(Behaviour::Well);
+    eventually("the name is known", || async {
+        let shown = edge.call_control("/v1/endpoints/shop").await.expect_status(200).text();
+        shown.contains(&origins[0].node()).then_some(())
+    })
+    .await;
+    // One round of whoever looks after drains.
+    let listed = edge.call_control("/v1/drains").await.expect_status(200).json();
+    assert_eq!(listed[0]["node"], named);
+    for _ in 0..20 {
+        edge.get("/").await.expect_status(200);
+    }
+    assert_eq!(origins[0].requests(), served, "it is drained still");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_that_is_over_is_over_everywhere() {
+    let origins = [echo::start().await, echo::start().await];
+    // The node stands in the configuration of this one, and never leaves it.
+    let second = edge_with(&origins, json!({"apisix": {"id": "second"}})).await;
+    let peers = json!([second.control.to_string()]);
+    let first = Edge::embedded()
+        .config(json!({"apisix": {"id": "first"}, "postern": {"peers": peers}}))
+        .start()
+        .await;
+    first.put("upstreams/shop", upstream(&origins)).await;
+    first.put("routes/r", json!({"uri": "/*", "upstream_id": "shop"})).await;
+    first.until_status("/", 200).await;
+    let target = format!("shop/{}", origins[0].node());
+    let (code, view, err) = first.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
+    assert_eq!((code, &view["stage"]), (0, &json!("drained")), "{view} {err}");
+    let drains = async |edge: &Edge| edge.call_control("/v1/drains").await.expect_status(200).json();
+    assert_eq!(drains(&second).await[0]["node"], origins[0].node());
+    first.put("upstreams/shop", upstream(&origins[1..])).await;
+    eventually("the node is gone", || async { (drains(&first).await[0]["gone"] == true).then_some(()) })
+        .await;
+    first.put("upstreams/shop", upstream(&origins)).await;
+    eventually("both use it again", || async {
+        (drains(&first).await == json!([]) && drains(&second).await == json!([])).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

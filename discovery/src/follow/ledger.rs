@@ -1,11 +1,12 @@
 //! What the answers of a registry do to the instances of one service. No time passes in here and nothing is asked.
 //!
 //! - An error takes nothing away.
-//! - An empty list after instances takes them away when it is said twice, or for long enough without an error.
+//! - An empty list after instances takes them away when it is said twice, or for long enough without an error; at once
+//!   where all of them were taken out on our own request.
 //! - What a registry does not list after it lost its memory or its place is kept while it answers.
 //! - Everything else is as the registry says.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -71,6 +72,8 @@ pub(super) struct Ledger {
     unsure: bool,
     /// The instances are those of an earlier process; the registry has not answered yet.
     restored: bool,
+    /// Taken out on our own request. Where nothing else was left, an empty list says nothing that was not expected.
+    retired: HashSet<Key>,
     /// Vain probes of what the registry has forgotten.
     lost: HashMap<Key, u8>,
     /// The registry has forgotten some, and knows others again since.
@@ -113,6 +116,7 @@ impl Ledger {
             doubted: false,
             unsure: false,
             restored: false,
+            retired: HashSet::new(),
             lost: HashMap::new(),
             knows_again: None,
             answered: None,
@@ -160,6 +164,17 @@ impl Ledger {
         self.unsure = true;
     }
 
+    /// The registry was told to take the instance out.
+    pub(super) fn retired(&mut self, instance: &Instance) {
+        self.retired.insert(Key::of(instance));
+    }
+
+    /// Everything that the registry listed was taken out on request.
+    fn is_expected_empty(&self) -> bool {
+        let mut listed = self.followed.instances.iter().filter(|held| held.kept.is_none());
+        listed.all(|held| self.retired.contains(&Key::of(&held.instance)))
+    }
+
     /// The registry answered. True when anything changed for those who watch.
     pub(super) fn listed(&mut self, listing: Listing, now: Now) -> bool {
         let mut list = listing.instances;
@@ -174,7 +189,7 @@ impl Ledger {
         let known = self.followed.instances.iter().any(|held| held.kept.is_none());
         if list.is_empty() && known && !restarted {
             match self.emptying {
-                None if !self.empty_confirm.is_zero() => {
+                None if !self.empty_confirm.is_zero() && !self.is_expected_empty() => {
                     self.emptying = Some(Emptying { since: now.at });
                     self.doubted = true;
                     let why = "the registry lists no instance; believed when it says so again";
@@ -375,7 +390,11 @@ impl Ledger {
         self.emptying = None;
         self.doubted = false;
         self.fresh();
-        self.remove(|held| held.kept.is_none(), "the registry lists no instance, and said so again", now);
+        let why = match self.is_expected_empty() {
+            true => "the registry lists no instance: they were taken out on request",
+            false => "the registry lists no instance, and said so again",
+        };
+        self.remove(|held| held.kept.is_none(), why, now);
         true
     }
 
@@ -397,6 +416,11 @@ impl Ledger {
     }
 
     fn replace(&mut self, instances: Vec<Held>, step: Step, why: &str, now: Now) {
+        if !self.retired.is_empty() {
+            // What comes back is another one.
+            let there: HashSet<Key> = instances.iter().map(|held| Key::of(&held.instance)).collect();
+            self.retired.retain(|key| there.contains(key));
+        }
         self.followed.instances = instances.into();
         self.followed.generation += 1;
         if self.history.len() >= HISTORY {

@@ -19,6 +19,12 @@ pub(super) struct Kept {
     pub(super) order: Order,
     /// Seconds since 1970.
     pub(super) since: u64,
+    /// The registries have done what they were told.
+    #[serde(default)]
+    pub(super) told: bool,
+    /// The node was seen to be gone.
+    #[serde(default)]
+    pub(super) gone: bool,
 }
 
 /// Reads what was kept, by the ids of drains. None if there is no file.
@@ -81,10 +87,10 @@ mod tests {
         assert!(read(&path).unwrap().is_empty(), "no file yet");
         let order: Order =
             serde_json::from_value(serde_json::json!({"service": "orders", "node": "10.0.0.3:80"})).unwrap();
-        write(&path, &[("a".to_owned(), Kept { order, since: 7 })].into()).unwrap();
+        write(&path, &[("a".to_owned(), Kept { order, since: 7, told: true, gone: false })].into()).unwrap();
         let kept = read(&path).unwrap();
         let one = &kept["a"];
-        assert_eq!((one.order.service.as_str(), one.since), ("orders", 7));
+        assert_eq!((one.order.service.as_str(), one.since, one.told), ("orders", 7, true));
         assert_eq!(restore(&path).1, None);
         fs::write(&path, b"{").unwrap();
         assert!(read(&path).is_err());

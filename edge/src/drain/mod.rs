@@ -9,6 +9,7 @@ mod marks_file;
 mod peers;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -26,6 +27,7 @@ use tokio::task::JoinHandle;
 
 use crate::running::Running;
 use marks_file::Kept;
+pub(crate) use peers::AMONG_GATEWAYS;
 use peers::Peers;
 
 /// How often a drain looks at what has changed.
@@ -34,6 +36,9 @@ const PACE: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_secs(2);
 /// How often clusters that came without a new configuration are looked for.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long it is waited for that a node which was taken out of its registry is seen to be gone. One that is registered
+/// again before that would not be known for a new one.
+const NOTICE: Duration = Duration::from_secs(3);
 /// Drains at once, so that a script that never undoes does not grow without an end.
 const MOST: usize = 1024;
 
@@ -157,7 +162,7 @@ struct Inner {
     warning: Option<String>,
     drains: Mutex<BTreeMap<String, Drain>>,
     /// Held while the file is written, so that an older list never replaces a newer one.
-    writing: tokio::sync::Mutex<()>,
+    writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 struct Drain {
@@ -173,6 +178,8 @@ struct Drain {
     marked: Moment,
     confirmed: bool,
     registries: Option<Vec<Retired>>,
+    /// Until then the node has to be seen to be gone.
+    notice: Option<Instant>,
     others: Vec<Observer>,
     /// Clients of discovery servers that may still use the node, and servers that cannot tell.
     clients: Vec<Observer>,
@@ -201,6 +208,7 @@ impl Drain {
             marked,
             confirmed: false,
             registries: None,
+            notice: None,
             others: Vec::new(),
             clients: Vec::new(),
             left: false,
@@ -228,12 +236,21 @@ impl Drain {
         }
     }
 
+    /// The registries have done what they were told.
+    fn is_retired(&self) -> bool {
+        self.registries.as_ref().is_some_and(|all| all.iter().all(|one| one.done))
+    }
+
+    fn kept(&self) -> Kept {
+        Kept { order: self.order.clone(), since: self.since, told: self.is_retired(), gone: self.left }
+    }
+
     fn view(&self, id: &str, name: &str) -> View {
         let mut observers = vec![self.observer(name)];
         observers.extend(self.others.iter().chain(&self.clients).cloned());
         let registries = self.registries.clone().unwrap_or_default();
-        let told = self.order.led.is_some()
-            || self.registries.as_ref().is_some_and(|all| all.iter().all(|one| one.done));
+        let noticed = self.left || self.notice.is_none_or(|until| Instant::now() >= until);
+        let told = self.order.led.is_some() || self.is_retired() && noticed;
         let stage = if !told || observers.iter().any(|observer| !observer.confirmed) {
             Stage::Confirming
         } else if observers.iter().any(|observer| observer.in_flight > 0) {
@@ -253,6 +270,15 @@ impl Drain {
             observers,
         }
     }
+}
+
+/// What has become of the node of a drain since it was looked at last.
+enum Seen {
+    Same,
+    /// It is not among the endpoints any more.
+    Left,
+    /// It had left, and is there again.
+    Back,
 }
 
 /// What registries are told of: services and a node, as gateways know it.
@@ -304,7 +330,11 @@ impl Board {
             let mark = mark(&id, &kept.order)
                 .inspect_err(|error| tracing::error!(%error, id, "a drain that was kept is left out"))
                 .ok()?;
-            Some((id, Drain::new(kept.order, mark, kept.since, turns.now())))
+            let mut drain = Drain::new(kept.order, mark, kept.since, turns.now());
+            // An instance that has come back meanwhile must not be taken out again.
+            drain.registries = kept.told.then(Vec::new);
+            drain.left = kept.gone;
+            Some((id, drain))
         });
         let board = Self(Arc::new(Inner {
             name,
@@ -315,7 +345,7 @@ impl Board {
             peers,
             file,
             warning,
-            writing: tokio::sync::Mutex::default(),
+            writing: Arc::default(),
         }));
         let mut drains = board.0.drains();
         board.0.set_marks(drains.values());
@@ -337,11 +367,16 @@ impl Board {
         let mark = mark(&id, &order)?;
         let view = {
             let mut drains = inner.drains();
-            let is_same = |drain: &&Drain| {
+            let is_same = |drain: &Drain| {
                 let known = &drain.order;
                 (&known.service, &known.node, &known.led) == (&order.service, &order.node, &order.led)
             };
-            if let Some(same) = drains.values().find(is_same) {
+            if let Some(same) = drains.values_mut().find(|drain| is_same(drain)) {
+                // Who says something else to its registry now is not told that it was done.
+                if same.order.registry != order.registry && order.registry != Retire::Keep {
+                    same.order.registry = order.registry;
+                    same.registries = None;
+                }
                 return Ok(same.view(&same.mark.id, &inner.name));
             }
             // Another gateway may know nodes that this one does not: whoever leads has looked.
@@ -384,14 +419,23 @@ impl Board {
         self.0.drains().get(id).map(|drain| drain.view(id, &self.0.name))
     }
 
-    /// Ends a drain: the nodes are used again. Returns what could not be undone; nothing if there is no such drain.
-    pub async fn undo(&self, id: &str) -> Option<Vec<String>> {
+    /// Ends a drain: the nodes are used again. Returns what could not be undone; nothing if there is no such drain. Where
+    /// another gateway leads it, that one is told, unless it is a gateway that tells it (`among_gateways`).
+    pub async fn undo(&self, id: &str, among_gateways: bool) -> Option<Vec<String>> {
         let inner = &*self.0;
-        let drain = inner.end(id)?;
+        let mut drain = inner.end(id)?;
+        if let Some(task) = drain.task.take() {
+            // Otherwise it might tell another gateway of the drain that has just been told that it is over.
+            task.abort();
+            let _ = task.await;
+        }
         inner.keep().await;
         let mut problems = Vec::new();
-        if drain.order.led.is_none() {
+        let leads = drain.order.led.is_none();
+        if leads || !among_gateways {
             problems = inner.peers.undo(&inner.led(id)).await;
+        }
+        if leads {
             let meant = drain.meant();
             let mut retired = inner.retire(&meant, drain.order.registry, true).await;
             for heard in inner.over(id, &meant, drain.order.registry).await {
@@ -414,46 +458,46 @@ impl Board {
 /// Looks after one drain until it ends.
 async fn follow(inner: Weak<Inner>, id: String) {
     // What others take their time for must not hold up what is known here.
-    tokio::select! {
-        () = look(&inner, &id) => {}
-        () = lead(&inner, &id) => {}
+    let ended = tokio::select! {
+        ended = look(&inner, &id) => ended,
+        never = lead(&inner, &id) => match never {},
+    };
+    let (Some(drain), Some(inner)) = (ended, inner.upgrade()) else { return };
+    inner.keep().await;
+    if drain.order.led.is_none() {
+        let (meant, led) = (drain.meant(), inner.led(&id));
+        tokio::join!(inner.over(&id, &meant, Retire::Keep), inner.peers.undo(&led));
     }
 }
 
-/// Sees what becomes of it here.
-async fn look(inner: &Weak<Inner>, id: &str) {
+/// Sees what becomes of it here, until it is taken off the list or ends by itself: then it is given.
+async fn look(inner: &Weak<Inner>, id: &str) -> Option<Drain> {
     while let Some(inner) = inner.upgrade() {
-        match inner.look(id) {
-            None => return,
-            Some(false) => {}
-            Some(true) => {
+        match inner.look(id)? {
+            Seen::Same => {}
+            Seen::Left => inner.keep().await,
+            Seen::Back => {
                 tracing::info!(id, "a node that was drained is registered anew: the drain is over");
-                // This very task belongs to the drain: it must not be ended before the rest is done.
-                let ended = inner.end(id);
-                if let Some(drain) = ended.as_ref().filter(|drain| drain.order.led.is_none()) {
-                    inner.over(id, &drain.meant(), Retire::Keep).await;
-                }
-                inner.keep().await;
-                drop(ended);
-                return;
+                return inner.end(id);
             }
         }
         drop(inner);
         tokio::time::sleep(PACE).await;
     }
+    None
 }
 
 /// Tells the registries until they have done it, and asks the other gateways, if this is the one that leads.
-async fn lead(inner: &Weak<Inner>, id: &str) {
+async fn lead(inner: &Weak<Inner>, id: &str) -> Infallible {
     let mut told = None::<Instant>;
     while let Some(inner) = inner.upgrade() {
         let led = inner.order(id).filter(|(order, ..)| order.led.is_none());
-        let Some((order, meant, drained)) = led else {
-            // Somebody else leads, or it has ended: then whoever has ended it has something to say still.
-            drop(inner);
-            return std::future::pending().await;
+        let Some((order, meant, is_known, drained)) = led else {
+            // Somebody else leads, or it has ended.
+            break;
         };
-        let is_due = !inner.is_retired(id) && told.is_none_or(|last| last.elapsed() >= RETRY);
+        // After a start nobody can be told before it is known what is meant.
+        let is_due = is_known && !inner.is_retired(id) && told.is_none_or(|last| last.elapsed() >= RETRY);
         let others = inner.peers.observe(&order, &inner.led(id)).await;
         let notice = Notice {
             id: id.to_owned(),
@@ -473,15 +517,21 @@ async fn lead(inner: &Weak<Inner>, id: &str) {
         inner.change(id, |drain| {
             drain.clients = clients(&heard);
             if is_due {
+                let is_out = notice.retire == Retire::Deregister && !retired.is_empty();
+                drain.notice = is_out.then(|| Instant::now() + NOTICE);
                 drain.registries = Some(retired);
             }
         });
         if is_due {
             told = Some(Instant::now());
+            if inner.is_retired(id) {
+                inner.keep().await;
+            }
         }
         drop(inner);
         tokio::time::sleep(if drained { RETRY } else { PACE }).await;
     }
+    std::future::pending().await
 }
 
 /// What the registries of a discovery server did, or that it could not be told.
@@ -597,17 +647,21 @@ impl Inner {
         drain.marked = self.turns.now();
     }
 
-    /// What was ordered, what is meant by it, and whether it is through.
-    fn order(&self, id: &str) -> Option<(Order, Meant, bool)> {
+    /// What was ordered, what is meant by it, whether that is known, and whether it is through.
+    fn order(&self, id: &str) -> Option<(Order, Meant, bool, bool)> {
         let drains = self.drains();
         let drain = drains.get(id)?;
+        let is_known = drain.left || !drain.endpoints.is_empty();
         let drained = drain.view(id, &self.name).stage == Stage::Drained;
-        Some((drain.order.clone(), drain.meant(), drained))
+        Some((drain.order.clone(), drain.meant(), is_known, drained))
     }
 
-    /// Sees what becomes of a drain here; true if it has ended by itself.
-    fn look(&self, id: &str) -> Option<bool> {
+    /// Sees what becomes of a drain here; none if it is not on the list any more.
+    fn look(&self, id: &str) -> Option<Seen> {
         let (mark, clusters) = self.clusters_of(id)?;
+        let seen = self.drains().get(id).is_some_and(|drain| !drain.endpoints.is_empty());
+        // Looked at first, so that what becomes known in between is not missed.
+        let sure = !clusters.is_empty() && clusters.iter().all(|cluster| cluster.is_sure(seen));
         let present: Vec<_> = clusters.iter().flat_map(|cluster| cluster.covered(&mark)).collect();
         let mut drains = self.drains();
         let drain = drains.get_mut(id)?;
@@ -622,15 +676,19 @@ impl Inner {
         if !drain.confirmed {
             drain.confirmed = self.turns.behind(&drain.marked) == 0;
         }
-        let over = drain.left && is_there;
-        drain.left |= !is_there && !clusters.is_empty();
-        Some(over)
+        if drain.left && is_there {
+            return Some(Seen::Back);
+        }
+        // After a start it has not left only because nobody knows it yet.
+        if !drain.left && !is_there && sure {
+            drain.left = true;
+            return Some(Seen::Left);
+        }
+        Some(Seen::Same)
     }
 
     fn is_retired(&self, id: &str) -> bool {
-        let drains = self.drains();
-        let registries = drains.get(id).and_then(|drain| drain.registries.as_ref());
-        registries.is_some_and(|all| all.iter().all(|one| one.done))
+        self.drains().get(id).is_some_and(Drain::is_retired)
     }
 
     /// Tells the registries of the service.
@@ -663,14 +721,17 @@ impl Inner {
 
     /// Writes the list down. What cannot be written is in force all the same.
     async fn keep(&self) {
-        let _turn = self.writing.lock().await;
-        let kept: BTreeMap<_, _> = self
-            .drains()
-            .iter()
-            .map(|(id, drain)| (id.clone(), Kept { order: drain.order.clone(), since: drain.since }))
-            .collect();
+        let turn = self.writing.clone().lock_owned().await;
+        let kept: BTreeMap<_, _> =
+            self.drains().iter().map(|(id, drain)| (id.clone(), drain.kept())).collect();
         let file = self.file.clone();
-        let written = tokio::task::spawn_blocking(move || marks_file::write(&file, &kept)).await;
+        // Whoever waits here may be ended before it is written: the next one has its turn after that all the same.
+        let write = move || {
+            let written = marks_file::write(&file, &kept);
+            drop(turn);
+            written
+        };
+        let written = tokio::task::spawn_blocking(write).await;
         if let Err(error) = written.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             tracing::error!(%error, file = ?self.file, "drains cannot be kept; after a restart they are forgotten");
         }

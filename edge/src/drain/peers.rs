@@ -18,6 +18,8 @@ use tokio::runtime::Handle;
 
 use super::{Led, Observer, Order};
 
+/// The body by which a gateway knows that another one undoes a drain, and not an operator: it tells nobody then.
+pub(crate) const AMONG_GATEWAYS: &[u8] = br#"{"among_gateways":true}"#;
 /// What one call to another gateway may take.
 const DEADLINE: Duration = Duration::from_secs(2);
 
@@ -83,7 +85,8 @@ impl Peers {
     /// Tells the others that the drain is undone. Those that cannot be told are named.
     pub(super) async fn undo(&self, led: &Led) -> Vec<String> {
         let told = self.addresses().into_iter().map(|(address, host)| async move {
-            let outcome = self.call(address, Method::DELETE, &path(led), Bytes::new()).await;
+            let body = Bytes::from_static(AMONG_GATEWAYS);
+            let outcome = self.call(address, Method::DELETE, &path(led), body).await;
             match outcome {
                 Ok((status, _)) if status.is_success() || status == StatusCode::NOT_FOUND => None,
                 Ok((status, _)) => Some(format!("{} answered {status}", name(&host, address))),

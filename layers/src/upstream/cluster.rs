@@ -360,11 +360,14 @@ impl Cluster {
     /// The endpoints that a mark covers.
     pub fn covered(&self, mark: &Mark) -> Vec<Arc<EndpointState>> {
         let state = self.state.load();
-        let is_covered = |state: &Arc<EndpointState>| {
-            mark.node.as_ref().is_none_or(|node| node.is(state.addr(), state.host()))
-        };
         let all = state.peers.iter().chain(&state.draining).map(|peer| &peer.state);
-        all.filter(|state| is_covered(state)).cloned().collect()
+        all.filter(|state| mark.names(state.addr(), state.host())).cloned().collect()
+    }
+
+    /// Whether an endpoint that it does not have is gone, and not only unknown: whoever is asked has answered. One that was
+    /// `seen` here is gone whatever those say who have never answered.
+    pub fn is_sure(&self, seen: bool) -> bool {
+        self.state.load().is_sure(seen)
     }
 
     /// Whether nothing is known of its endpoints yet.

@@ -64,7 +64,12 @@ impl Mark {
 
     /// Whether `endpoint` of that object is meant.
     pub fn covers(&self, endpoint: &Endpoint) -> bool {
-        self.node.as_ref().is_none_or(|node| node.is(endpoint.addr, &endpoint.host))
+        self.names(endpoint.addr, &endpoint.host)
+    }
+
+    /// Whether the endpoint of that object at `addr`, known as `host`, is meant.
+    pub(crate) fn names(&self, addr: SocketAddr, host: &str) -> bool {
+        self.node.as_ref().is_none_or(|node| node.is(addr, host))
     }
 }
 

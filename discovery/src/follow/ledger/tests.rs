@@ -27,7 +27,7 @@ fn after(start: Now, seconds: f64) -> Now {
     Now { at: start.at + passed, wall: start.wall + passed }
 }
 
-/// `list abc`, `began ab` (the registry began anew), `error`, `doubt`, `time`, `up a`, `down a` (a probe).
+/// `list abc`, `began ab` (the registry began anew), `retired a` (it was told to take it out), `error`, `doubt`, `time`, `up a`, `down a` (a probe).
 fn run(steps: &[(f64, &str, &str, char)]) {
     let start = Now::get();
     let mut ledger = Ledger::new(Duration::from_secs(3));
@@ -38,6 +38,10 @@ fn run(steps: &[(f64, &str, &str, char)]) {
         let changed = match verb {
             "list" => ledger.listed(listing(letters, Standing::Continued), now),
             "began" => ledger.listed(listing(letters, Standing::Restarted), now),
+            "retired" => {
+                listing(letters, Standing::Continued).instances.iter().for_each(|it| ledger.retired(it));
+                false
+            }
             "error" => ledger.failed(&SourceError::new("500"), now),
             "time" => ledger.tick(now),
             "doubt" => {
@@ -112,6 +116,23 @@ fn an_empty_list_has_to_be_said_twice_or_to_stand() {
         (10.0, "list", "a", 's'),
         (11.0, "list", "-", 'f'),
     ]);
+}
+
+#[test]
+fn an_empty_list_is_believed_where_everything_was_taken_out_on_request() {
+    run(&[
+        (0.0, "list ab", "ab", 'f'),
+        (1.0, "retired a", "ab", 'f'),
+        (1.1, "list ab", "ab", 'f'),
+        (1.2, "list b", "b", 'f'),
+        (2.0, "retired b", "b", 'f'),
+        (2.1, "list", "-", 'f'),
+        (2.2, "list b", "b", 'f'),
+        // It is another one than that which was taken out.
+        (3.0, "list", "b", 's'),
+    ]);
+    run(&[(0.0, "list ab", "ab", 'f'), (1.0, "retired a", "ab", 'f'), (2.0, "list", "ab", 's')]);
+    run(&[(0.0, "list a", "a", 'f'), (1.0, "retired a", "a", 'f'), (2.0, "began", "A", 'f')]);
 }
 
 #[test]

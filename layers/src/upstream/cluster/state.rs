@@ -42,6 +42,10 @@ pub struct State {
     held: Box<[i32]>,
     /// Why there may be no endpoint, besides that there is none.
     missing: Missing,
+    /// Some that are asked for endpoints have never answered.
+    unheard: bool,
+    /// Endpoints may be left out because nobody knows them yet, or has vouched for them for too long.
+    unsure: bool,
     /// Endpoints that were left out, where it matters that they come back; sorted.
     left_out: Box<[u64]>,
     /// There where sessions stay at their endpoint.
@@ -96,6 +100,8 @@ impl State {
             leaving: Box::default(),
             held: Box::default(),
             missing: Missing::default(),
+            unheard: false,
+            unsure: true,
             left_out: Box::default(),
             sessions: None,
         }
@@ -109,7 +115,9 @@ impl State {
         let (mut peers, mut draining) = (Vec::new(), Vec::new());
         if endpoints.list.is_empty() && endpoints.pending > 0 {
             // New names are still asked for: until they answer, the former addresses serve.
-            peers.extend(before.peers.iter().cloned());
+            let is_marked =
+                |peer: &Peer| marks.iter().any(|mark| mark.names(peer.state.addr(), peer.state.host()));
+            (draining, peers) = before.peers.iter().cloned().partition(is_marked);
             draining.extend(before.draining.iter().cloned());
             known.keep_all();
         } else {
@@ -172,6 +180,8 @@ impl State {
             leaving: leaving.into(),
             held: held.into(),
             missing,
+            unheard: endpoints.failures.iter().any(|failure| !failure.stale),
+            unsure: endpoints.pending > 0 || endpoints.degraded,
             left_out: left_out.into(),
             sessions,
             settings,
@@ -285,6 +295,11 @@ impl State {
     /// Whether there may be endpoints in a moment: nothing is known of them yet.
     pub(crate) fn is_unknown(&self) -> bool {
         self.missing == Missing::Unknown && self.peers.is_empty() && self.draining.is_empty()
+    }
+
+    /// Whether an endpoint that is not among these has left, `seen` if it was among them before.
+    pub(super) fn is_sure(&self, seen: bool) -> bool {
+        !self.unsure && (seen || !self.unheard)
     }
 
     /// Why nothing could be picked by a request that has tried nothing yet.

@@ -317,3 +317,23 @@ async fn a_node_that_is_drained_is_not_chosen_and_not_forgotten() {
         "it is the same still"
     );
 }
+
+#[tokio::test]
+async fn a_mark_holds_while_the_names_of_an_edit_are_asked_for() {
+    // Nobody answers there.
+    let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let env = env(vec![silent.local_addr().unwrap()]);
+    let cluster = build(json!({"10.0.0.1:80": 1, "10.0.0.2:80": 1}), json!({}), &env);
+    cluster.update(&upstream(json!({"name.test:80": 1}), json!({})), None, &env).unwrap();
+    assert_eq!(picked(&cluster), ["10.0.0.1:80", "10.0.0.2:80"], "the former ones serve");
+    let mark = crate::upstream::drains::Mark {
+        id: "1".into(),
+        service: "1".into(),
+        node: Some("10.0.0.1:80".parse().unwrap()),
+    };
+    env.drains.set(vec![mark.clone()]);
+    cluster.refresh(&env.control);
+    assert_eq!(picked(&cluster), ["10.0.0.2:80"]);
+    assert_eq!(cluster.covered(&mark).len(), 1, "it is known still");
+    assert!(!cluster.is_sure(true), "nothing has left as long as names are asked for");
+}
