@@ -1,6 +1,7 @@
 //! The sidecar as a process: control runtime, identity, workers of both directions, the application it may have started,
 //! and an orderly end.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use certs::workload_api::server::{self as workload_api, Serving};
 use config::error::ConfigError;
 use config::fields::Text;
 use config::process::{Escape, Place};
-use config::sidecar::{Mode, Sidecar};
+use config::sidecar::{Mode, Observers, Sidecar};
 use config::template::Template;
 use discovery::Discovery;
 use discovery::rpc::proto;
@@ -259,6 +260,10 @@ async fn serve(options: Options, told: impl FnOnce(&Addresses)) -> Result<u8, St
     stage.serve();
     told(&addresses);
 
+    if let Some(observers) = config.drain.observers.clone() {
+        tokio::spawn(take_back(observers, running.clone(), admin.clone(), stage.clone()));
+    }
+
     let mut child = None;
     if !command.is_empty() {
         // An application that calls before there is an identity would fail for no reason of its own.
@@ -421,6 +426,31 @@ impl End<'_> {
         }
         true
     }
+}
+
+/// Has gateways use this node again, as soon as it serves.
+async fn take_back(observers: Observers, running: Running, admin: Arc<Admin>, stage: Stage) {
+    let back = async {
+        while admin.not_ready().is_some() || !is_served(running.workload_addresses()).await {
+            tokio::time::sleep(PACE).await;
+        }
+        drain::take_back(&observers).await;
+    };
+    tokio::select! {
+        () = stage.draining() => {}
+        () = back => {}
+    }
+}
+
+/// Somebody listens at a port of the application; or none is known.
+async fn is_served(ports: BTreeSet<SocketAddr>) -> bool {
+    for port in &ports {
+        let connecting = certs::outgoing::connect(*port);
+        if matches!(tokio::time::timeout(Duration::from_secs(1), connecting).await, Ok(Ok(_))) {
+            return true;
+        }
+    }
+    ports.is_empty()
 }
 
 /// Waits, and ends the process at once when it is told to a second time.

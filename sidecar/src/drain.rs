@@ -2,7 +2,8 @@
 //! it has gone.
 //!
 //! Readiness turns false and the registry is told; callers get time to hear of it; then connections are told goodbye and
-//! what is in flight ends; then the application; then what it still has open outwards.
+//! what is in flight ends; then the application; then what it still has open outwards. Gateways that were told to use the
+//! node no more are told by the next process that they may.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use config::sidecar::{DrainConsul, DrainHow, Observers};
 use discovery::consul::register::Agent;
 use discovery::http::{Connection, Options, Question, SecretFile, Server};
-use http::{HeaderName, Method};
+use http::{HeaderName, Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -18,6 +19,10 @@ use tokio::sync::watch;
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How often a gateway is asked whether everybody has confirmed.
 const PACE: Duration = Duration::from_millis(100);
+/// How often gateways that did not answer are told again that the node may be used.
+const AGAIN: Duration = Duration::from_secs(5);
+/// By this the drains of a sidecar are known from those of operators.
+const REASON: &str = "its sidecar drains";
 
 /// How far a process has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,10 +99,9 @@ pub async fn deregister(consul: &DrainConsul) -> Result<(), String> {
 /// # Errors
 /// What they said, or why none can be asked.
 pub async fn confirmed(observers: &Observers) -> Result<(), String> {
-    let service = observers.service.as_deref().unwrap_or("*");
     // The registry is told from here.
     let order = json!({
-        "service": service, "node": &*observers.node, "registry": "keep", "reason": "its sidecar drains",
+        "service": service(observers), "node": &*observers.node, "registry": "keep", "reason": REASON,
     });
     let mut problems = Vec::new();
     for gateway in &observers.gateways {
@@ -121,6 +125,54 @@ async fn confirmed_by(gateway: &str, order: &Value) -> Result<(), String> {
         drain = answer(&mut connection, &Question::get(&path, DEADLINE)).await?;
     }
     Ok(())
+}
+
+fn service(observers: &Observers) -> &str {
+    observers.service.as_deref().unwrap_or("*")
+}
+
+/// Has gateways use this node again, where an earlier process of it had told them not to. A gateway that knows the node
+/// from its configuration cannot see that there is another one. Each is asked until it answers.
+pub async fn take_back(observers: &Observers) {
+    let mut gateways: Vec<&str> = observers.gateways.iter().map(|gateway| &**gateway).collect();
+    loop {
+        let mut silent = Vec::new();
+        for gateway in gateways {
+            match taken_back_by(gateway, observers).await {
+                Ok(0) => {}
+                Ok(drains) => tracing::info!(gateway, drains, "the gateway uses this node again"),
+                Err(problem) => {
+                    tracing::warn!(gateway, problem, "the gateway may still believe that this node drains");
+                    silent.push(gateway);
+                }
+            }
+        }
+        if silent.is_empty() {
+            return;
+        }
+        gateways = silent;
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+async fn taken_back_by(gateway: &str, observers: &Observers) -> Result<usize, String> {
+    let mut connection = Server::new(&format!("http://{gateway}"), Options::default())?.connection();
+    let drains = answer(&mut connection, &Question::get("/v1/drains", DEADLINE)).await?;
+    let own = [("service", service(observers)), ("node", &*observers.node), ("reason", REASON)];
+    let is_own =
+        |drain: &&Value| own.iter().all(|(key, value)| drain.get(key).and_then(Value::as_str) == Some(value));
+    let mut count = 0;
+    for drain in drains.as_array().into_iter().flatten().filter(is_own) {
+        let id = drain.get("id").and_then(Value::as_str).unwrap_or_default();
+        let path = format!("/v1/drains/{id}");
+        let undo = Question { method: Method::DELETE, ..Question::get(&path, DEADLINE) };
+        match connection.ask(&undo).await.map_err(|error| error.to_string())?.status {
+            // Another gateway may have told it in the meantime.
+            status if status.is_success() || status == StatusCode::NOT_FOUND => count += 1,
+            status => return Err(format!("it answered {status}")),
+        }
+    }
+    Ok(count)
 }
 
 async fn answer(connection: &mut Connection, question: &Question<'_>) -> Result<Value, String> {

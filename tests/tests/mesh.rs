@@ -82,21 +82,21 @@ async fn the_edge_reaches_services_by_identity_without_a_certificate_in_its_conf
 }
 
 #[tokio::test]
-async fn a_sidecar_drains_until_gateways_confirm() {
+async fn a_sidecar_drains_until_gateways_confirm_and_is_used_again_when_it_is_back() {
     let (authority, origin) = (authority().await, echo::start().await);
     let port = Port::free();
     let node = port.addr();
     let (edge, _folder) = edge(&authority, json!([route("/*", node, &id("payments"))])).await;
     // Without a word from them an hour would be waited for.
     let observers = json!({"gateways": [edge.control.to_string()], "node": node.to_string()});
-    let mut sidecar = authority
-        .sidecar("payments")
-        .config(json!({"drain": {"propagation": 3600, "observers": observers}}))
-        .config(json!({"inbound": {"ports": [
-            {"listen": node.to_string(), "forward": origin.addr.to_string()}
-        ]}}))
-        .start()
-        .await;
+    let describe = |forward: SocketAddr| {
+        let inbound = json!({"ports": [{"listen": node.to_string(), "forward": forward.to_string()}]});
+        authority
+            .sidecar("payments")
+            .config(json!({"drain": {"propagation": 3600, "observers": observers}}))
+            .config(json!({"inbound": inbound}))
+    };
+    let mut sidecar = describe(origin.addr).start().await;
     eventually("it is reached", || async { (edge.get("/").await.status == 200).then_some(()) }).await;
     sidecar.signal(Signal::SIGTERM);
     eventually_within(Duration::from_secs(30), "the gateway has confirmed", || async {
@@ -105,8 +105,19 @@ async fn a_sidecar_drains_until_gateways_confirm() {
     .await;
     let drains = edge.call_control("/v1/drains").await.expect_status(200).json();
     assert!(drains.to_string().contains("its sidecar drains"), "{drains}");
-    drop(origin);
+    let addr = origin.stop().await;
     assert!(sidecar.wait().await.success(), "{}", sidecar.output());
+
+    let sidecar = describe(addr).start().await;
+    edge.get("/").await.expect_status(503);
+    // Only when the application is there, too.
+    let _origin = echo::named_at(addr, "again").await;
+    eventually_within(Duration::from_secs(60), "it is used again", || async {
+        (edge.get("/").await.status == 200).then_some(())
+    })
+    .await;
+    let drains = edge.call_control("/v1/drains").await.expect_status(200).json();
+    assert_eq!(drains, json!([]), "{}", sidecar.output());
 }
 
 #[tokio::test]
