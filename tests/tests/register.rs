@@ -101,6 +101,33 @@ async fn under_load_nothing_is_lost_when_it_is_told_to_stop() {
     assert!(served > 10);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_started_again_is_used_again_by_who_has_not_seen_it_leave() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::start().await;
+    let (stays, goes) = (echo::start().await, echo::start().await);
+    // This gateway knows the nodes by heart.
+    let upstream = json!({"id": "orders", "type": "roundrobin", "nodes": {stays.node(): 1, goes.node(): 1}});
+    let edge = Edge::file()
+        .resource("upstreams", upstream)
+        .route(json!({"id": "r", "uri": "/*", "upstream_id": "orders"}))
+        .start()
+        .await;
+    edge.until_status("/", 200).await;
+    let gateway = edge.control.to_string();
+    let more = ["--gateway", &gateway, "--patience", "20"];
+    let drains = async || edge.call_control("/v1/drains").await.expect_status(200).json();
+    let mut command = Registered::start(&consul, &goes, &more, &["sleep", "300"]);
+    eventually("it is registered", || async { known(&consul, &goes).await.then_some(()) }).await;
+    command.terminate();
+    assert_eq!(command.ended().await, 143);
+    assert_eq!(drains().await[0]["node"], goes.node());
+    let _command = Registered::start(&consul, &goes, &more, &["sleep", "300"]);
+    eventually("it is used again", || async { (drains().await == json!([])).then_some(()) }).await;
+}
+
 #[test]
 fn what_cannot_be_registered_is_told() {
     let (code, _, err) = e2e::edge::run(&[

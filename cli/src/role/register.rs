@@ -4,11 +4,12 @@
 //! registry, what is under way ends, and only then is the application told to stop.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
@@ -28,6 +29,10 @@ use crate::runtime::{self, Stop};
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How often a gateway is asked whether the instance is drained.
 const PACE: Duration = Duration::from_millis(200);
+/// How often gateways that did not answer are told again that the instance may be used.
+const AGAIN: Duration = Duration::from_secs(5);
+/// By this the drains of this command are known from those of operators.
+const REASON: &str = "it is being stopped";
 
 /// Arguments of `postern register`.
 #[derive(Args)]
@@ -108,6 +113,7 @@ impl Register {
         let ended = tokio::select! {
             status = ended(&mut child) => Some(status),
             () = stop.told() => None,
+            never = self.take_back() => match never {},
         };
         if let Some(status) = ended {
             self.leave(registered).await;
@@ -174,15 +180,52 @@ impl Register {
         }
     }
 
-    /// Has the gateways stop choosing this instance: the gateway that leads, and where to ask it how far it is.
-    async fn drain(&self) -> Option<(String, String)> {
+    /// The instance, as gateways know it.
+    fn node(&self) -> Option<String> {
         let address = self.address.as_deref()?;
-        let node = match address.parse() {
+        Some(match address.parse() {
             Ok(ip) => SocketAddr::new(ip, self.port).to_string(),
             Err(_) => format!("{address}:{}", self.port),
+        })
+    }
+
+    /// Has the gateways choose this instance again that were told by an earlier process not to: one that is registered
+    /// again at once has not been seen to be gone everywhere. Each is asked until it answers.
+    async fn take_back(&self) -> Infallible {
+        let mut gateways: Vec<&String> = self.gateways.iter().collect();
+        while !gateways.is_empty() {
+            let mut silent = Vec::new();
+            for gateway in gateways {
+                if let Err(error) = self.taken_back_by(gateway).await {
+                    output::problem(&format!("{error:#}"));
+                    silent.push(gateway);
+                }
+            }
+            gateways = silent;
+            tokio::time::sleep(AGAIN).await;
+        }
+        std::future::pending().await
+    }
+
+    async fn taken_back_by(&self, gateway: &str) -> Result<()> {
+        let Some(node) = self.node() else { return Ok(()) };
+        let drains = client::ask(gateway, "/v1/drains", None).await?;
+        let own = [("service", &*self.service), ("node", &*node), ("reason", REASON)];
+        let is_own = |drain: &&Value| {
+            own.iter().all(|(key, value)| drain.get(key).and_then(Value::as_str) == Some(value))
         };
+        for drain in drains.as_array().into_iter().flatten().filter(is_own) {
+            let id = drain.get("id").and_then(Value::as_str).unwrap_or_default();
+            client::delete(gateway, &format!("/v1/drains/{id}")).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the gateways stop choosing this instance: the gateway that leads, and where to ask it how far it is.
+    async fn drain(&self) -> Option<(String, String)> {
         // The registry is told from here: this process would register it again.
-        let order = json!({ "service": self.service, "node": node, "registry": "keep", "reason": "it is being stopped" });
+        let order =
+            json!({ "service": self.service, "node": self.node()?, "registry": "keep", "reason": REASON });
         for gateway in &self.gateways {
             match client::ask(gateway, "/v1/drains", Some(&order)).await {
                 Ok(drain) => {
@@ -199,17 +242,25 @@ impl Register {
     async fn wait(&self, drain: Option<(String, String)>) {
         let patience = Duration::from_secs(self.patience);
         let Some((gateway, path)) = drain else { return tokio::time::sleep(patience).await };
-        let until = Instant::now() + patience;
-        while Instant::now() < until {
-            match client::ask(&gateway, &path, None).await {
-                Ok(drain) if drain.get("stage").and_then(Value::as_str) == Some("drained") => {
-                    return output::note("nothing uses it any more");
+        let drained = async {
+            let mut told = false;
+            loop {
+                match client::ask(&gateway, &path, None).await {
+                    Ok(drain) if drain.get("stage").and_then(Value::as_str) == Some("drained") => return,
+                    Ok(_) => {}
+                    // What is under way is not known then: it gets its time.
+                    Err(error) if !std::mem::replace(&mut told, true) => {
+                        output::problem(&format!("{error:#}"));
+                    }
+                    Err(_) => {}
                 }
-                Ok(_) => tokio::time::sleep(PACE).await,
-                Err(error) => return output::problem(&format!("{error:#}")),
+                tokio::time::sleep(PACE).await;
             }
+        };
+        match tokio::time::timeout(patience, drained).await {
+            Ok(()) => output::note("nothing uses it any more"),
+            Err(_) => output::problem(&format!("still in use after {} s", self.patience)),
         }
-        output::problem(&format!("still in use after {} s", self.patience));
     }
 }
 
