@@ -363,7 +363,8 @@ impl<'a, T: Followed> Feed<'a, T> {
         let number = if T::TABLE == Table::Slices { shared.store.begin() } else { 0 };
         let mut objects = Vec::new();
         let mut proceed = String::new();
-        loop {
+        // A list that breaks off must not move the watch past changes that it has not told yet.
+        let version = loop {
             let mut query = format!("limit={PAGE}");
             if !proceed.is_empty() {
                 query.push_str(&format!("&continue={}", utf8_percent_encode(&proceed, SPACE)));
@@ -377,13 +378,13 @@ impl<'a, T: Followed> Feed<'a, T> {
                 return Err(shared.api.failed(format!("{path}: a list without a version")));
             }
             objects.extend(page.items.into_iter().filter_map(|item| self.admit(item)));
-            // The version of the last page is as good as that of the first: all are from the same moment.
-            self.version = page.metadata.resource_version;
             proceed = page.metadata.proceed;
             if proceed.is_empty() {
-                break;
+                // The version of the last page is as good as that of the first: all are from the same moment.
+                break page.metadata.resource_version;
             }
-        }
+        };
+        self.version = version;
         shared.store.replace(T::TABLE, objects, number);
         self.relists.reset();
         self.relist_at =
