@@ -261,6 +261,7 @@ async fn what_names_nothing_is_refused_with_what_there_is() {
         ("nobody/10.0.0.1:80", "no upstream here has nodes from `nobody`".to_owned()),
         ("shop/10.0.0.1:80", format!("`shop` has no node `10.0.0.1:80`; it has {node}")),
         ("shop//a:b", "names no node: write its address".to_owned()),
+        ("*", "name the node".to_owned()),
     ];
     for (target, said) in cases {
         let (code, _, err) = edge.command("drain", &[target]).await;

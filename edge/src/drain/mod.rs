@@ -131,6 +131,10 @@ pub enum Refusal {
     NoService(String),
     #[error("`{service}` has no node `{node}`; it has {known}")]
     NoNode { service: String, node: String, known: String },
+    #[error(
+        "`*` stands for whatever has a node: name the node (*/10.0.0.3:8080), or the service that is to be drained whole"
+    )]
+    Everything,
     #[error("{MOST} drains are on record: undo those that are over (DELETE /v1/drains/ID)")]
     TooMany,
 }
@@ -365,6 +369,9 @@ impl Board {
         let inner = &*self.0;
         let id = order.led.as_ref().map_or_else(|| uuid::Uuid::now_v7().to_string(), |led| led.id.clone());
         let mark = mark(&id, &order)?;
+        if *mark.service == *"*" && mark.node.is_none() {
+            return Err(Refusal::Everything);
+        }
         let view = {
             let mut drains = inner.drains();
             let is_same = |drain: &Drain| {
