@@ -5,7 +5,7 @@
 //! that use it, and a plugin keeps its state over edits elsewhere.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use config::fields::Plugins;
@@ -911,20 +911,50 @@ fn refused_entry(
 
 /// The entry of a route whose object did not pass its check, from those of its fields that say which requests it means.
 fn rejected_entry(graph: &Graph, rejected: &Rejected) -> Option<Entry<Target>> {
-    const MEANING: [&str; 9] =
-        ["uri", "uris", "host", "hosts", "remote_addr", "remote_addrs", "methods", "vars", "priority"];
+    const LISTS: [(&str, &[&str]); 4] = [
+        ("uris", &["uri", "uris"]),
+        ("hosts", &["host", "hosts"]),
+        ("remote_addrs", &["remote_addr", "remote_addrs"]),
+        ("methods", &["methods"]),
+    ];
     let fields = rejected.value.as_object()?;
     if fields.get("status").is_some_and(|status| status == 0) {
         return None;
     }
-    let mut meaning: serde_json::Map<_, _> =
-        MEANING.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(*name)?.clone()))).collect();
+    let mut meaning = serde_json::Map::new();
+    for (list, names) in LISTS {
+        let mut values = Vec::new();
+        for value in names.iter().filter_map(|name| fields.get(*name)) {
+            let written = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+            values
+                .extend(written.iter().filter(|value| !values.contains(*value)).cloned().collect::<Vec<_>>());
+        }
+        if !values.is_empty() {
+            meaning.insert(list.to_owned(), values.into());
+        }
+    }
     // A route has to go somewhere to be one.
-    meaning
-        .insert("service_id".to_owned(), fields.get("service_id").cloned().unwrap_or_else(|| "none".into()));
-    let resource =
-        Resource::parse(&rejected.key, &Value::Object(meaning), &config::plugin_catalog::NoPlugins);
-    let Ok(Resource::Route(route)) = resource else { return None };
+    meaning.insert("service_id".to_owned(), "none".into());
+    for name in ["vars", "priority", "service_id"] {
+        if let Some(value) = fields.get(name) {
+            meaning.insert(name.to_owned(), value.clone());
+        }
+    }
+    let route = loop {
+        match Resource::parse(
+            &rejected.key,
+            &Value::Object(meaning.clone()),
+            &config::plugin_catalog::NoPlugins,
+        ) {
+            Ok(Resource::Route(route)) => break route,
+            Ok(_) => return None,
+            Err(errors) => {
+                if !widen(&mut meaning, &errors) {
+                    return None;
+                }
+            }
+        }
+    };
     let item = Item {
         key: rejected.key.clone(),
         resource: Resource::Route(route.clone()),
@@ -932,6 +962,44 @@ fn rejected_entry(graph: &Graph, rejected: &Rejected) -> Option<Entry<Target>> {
         modified_index: rejected.modified_index,
     };
     refused_entry(graph, &rejected.key, &item, &route, Some(&rejected.errors))
+}
+
+/// Takes what is wrong out of the conditions of a route that is refused. A path or a host that cannot be read means no
+/// request; every other condition counts as met, because the route may be what keeps requests from another one.
+/// Whether there is something left to read.
+fn widen(meaning: &mut serde_json::Map<String, Value>, errors: &[ConfigError]) -> bool {
+    let places: BTreeSet<(&str, Option<usize>)> = errors
+        .iter()
+        .map(|error| {
+            let mut steps = error.pointer.split('/').skip(1);
+            (steps.next().unwrap_or_default(), steps.next().and_then(|step| step.parse().ok()))
+        })
+        .collect();
+    // The last of a list first: those before it keep their place.
+    for (field, place) in places.into_iter().rev() {
+        if field == "service_id" {
+            if meaning.insert(field.to_owned(), "none".into()).is_some_and(|before| before == "none") {
+                return false;
+            }
+            continue;
+        }
+        match (meaning.get_mut(field), place) {
+            // Of what is joined by `OR` or negated, less would mean fewer requests.
+            (Some(Value::Array(values)), Some(place))
+                if values.len() > 1
+                    && place < values.len()
+                    && (field != "vars"
+                        || values.first().is_some_and(|form| form.is_array() || form == "AND")) =>
+            {
+                values.remove(place);
+            }
+            (Some(_), _) if field != "hosts" => {
+                meaning.remove(field);
+            }
+            _ => return false,
+        }
+    }
+    true
 }
 
 #[cfg(test)]

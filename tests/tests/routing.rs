@@ -453,12 +453,19 @@ async fn one_bad_item_is_set_aside_and_the_others_serve() {
         .route(route(&origin, "good", &json!({"uri": "/good"})))
         .route(route(&origin, "typo", &json!({"uri": "/typo", "prioritty": 1})))
         .route(route(&origin, "unknown", &json!({"uri": "/unknown", "plugins": {"no-such-plugin": {}}})))
+        .route(route(&origin, "vars", &json!({"uri": "/vars", "vars": [["arg_a", "~~", "(?!x)y"]]})))
+        .route(route(&origin, "method", &json!({"uri": "/method", "methods": ["GET", "FETCH"]})))
+        .route(route(&origin, "rest", &json!({"uri": "/*"})))
         .start()
         .await;
     edge.get("/good").await.expect_status(200);
     // Its plugin may have been what protects it: no answer from the origin, and no other route in its place.
     edge.get("/unknown").await.expect_status(503);
+    // Nor do requests fall through where it is a condition that cannot be read.
+    edge.get("/vars").await.expect_status(503);
+    edge.get("/method").await.expect_status(503);
     assert_eq!(origin.requests(), 1);
+    edge.get("/rest").await.expect_status(200);
     assert!(edge.output().contains("prioritty"), "the bad field is named in the log");
     assert!(edge.output().contains("no-such-plugin"), "the unknown plugin is named in the log");
 }

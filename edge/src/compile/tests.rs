@@ -123,6 +123,44 @@ fn a_route_that_is_refused_keeps_its_place_and_says_why() {
 }
 
 #[test]
+fn a_route_whose_conditions_cannot_be_read_is_refused_where_the_others_hold() {
+    let look_around = json!(["arg_a", "~~", "(?!x)y"]);
+    let plain = json!(["arg_b", "==", "1"]);
+    let rows = [
+        ("a regular expression", json!({"uri": "/a", "vars": [look_around]})),
+        ("one comparison of two", json!({"uri": "/a", "vars": [plain, look_around]})),
+        ("one of an alternative", json!({"uri": "/a", "vars": ["OR", plain, look_around]})),
+        ("one inside a form", json!({"uri": "/a", "vars": ["AND", plain, ["OR", plain, look_around]]})),
+        ("a comparison that is not wrapped", json!({"uri": "/a", "vars": ["arg_a", "==", "1"]})),
+        ("an operator", json!({"uri": "/a", "vars": [["arg_a", "=~", "y"]]})),
+        ("one method of two", json!({"uri": "/a", "methods": ["GET", "FETCH"]})),
+        ("methods that are no list", json!({"uri": "/a", "methods": "GET"})),
+        ("an address", json!({"uri": "/a", "remote_addr": "10.0.0.0/99"})),
+        ("one address of two", json!({"uri": "/a", "remote_addrs": ["127.0.0.1", "near"]})),
+        ("a priority", json!({"uri": "/a", "priority": "high"})),
+        ("one host of two", json!({"uri": "/a", "hosts": ["a.com", "a b"]})),
+        ("one path of two", json!({"uris": ["/a", 5]})),
+        ("a path and a list of them", json!({"uri": "/a", "uris": ["/a", "/b"]})),
+        ("a host and a list of them", json!({"uri": "/a", "host": "a.com", "hosts": ["b.com"]})),
+        ("a service", json!({"uri": "/a", "service_id": {}, "vars": [look_around]})),
+    ];
+    for (what, mut route) in rows {
+        route["upstream"] = upstream(&["127.0.0.1:1"]);
+        let refused = target(&Bench::new().put("routes/1", route), "1");
+        assert!(refused.refused.is_some(), "{what}");
+    }
+    for (what, mut route) in [
+        ("a host that cannot be read", json!({"uri": "/*", "host": "a b"})),
+        ("a path that cannot be read", json!({"uri": 5})),
+        ("a route that is off", json!({"uri": "/a", "vars": 1, "status": 0})),
+    ] {
+        route["upstream"] = upstream(&["127.0.0.1:1"]);
+        let snapshot = Bench::new().put("routes/1", route);
+        assert!(snapshot.routes.value("1").is_none(), "{what} means no request");
+    }
+}
+
+#[test]
 fn routes_with_the_same_inline_upstream_of_one_address_share_it() {
     let mut bench = Bench::new();
     bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])}));
