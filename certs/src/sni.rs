@@ -3,8 +3,8 @@
 //! keeps every entry that did not change, and is seen by the next handshake. A rustls configuration is
 //! made when its entry is first used. Sessions are resumed only inside one client-certificate setting.
 
-use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, OnceLock};
@@ -197,6 +197,9 @@ fn suite(openssl: &str) -> Option<rustls::SupportedCipherSuite> {
 pub enum Change {
     /// A resource that is new or different.
     Put(SslObject),
+    /// A resource that cannot be used and whose names must not fall to a less specific one, because it asks for client
+    /// certificates: its id and names.
+    Refuse(Arc<str>, Vec<String>),
     /// The id of a resource that is gone, switched off or no longer of type `server`.
     Remove(Arc<str>),
 }
@@ -210,6 +213,7 @@ pub struct SniTable {
     /// Keyed by what follows `*.`.
     wildcard: Sharded<Claims>,
     any: Claims,
+    refused: Arc<RefusedNames>,
     sessions: Arc<HashMap<SessionKey, Arc<SessionScope>>>,
     /// What answers challenges that are pending, by name.
     challenges: Arc<HashMap<Box<str>, Arc<ServerConfig>>>,
@@ -225,6 +229,7 @@ impl SniTable {
             exact: Sharded::default(),
             wildcard: Sharded::default(),
             any: Claims::default(),
+            refused: Arc::default(),
             sessions: Arc::default(),
             challenges: Arc::default(),
         }
@@ -256,7 +261,8 @@ impl SniTable {
     }
 
     /// The table after these changes. A resource that cannot be used is reported and leaves its former
-    /// self in service; one that did not change keeps its entry, its sessions and its compiled parts.
+    /// self in service, or else, if it asks for client certificates, its names refused; one that did not change keeps
+    /// its entry, its sessions and its compiled parts.
     #[must_use]
     pub fn apply(&self, changes: impl IntoIterator<Item = Change>) -> (Self, Vec<CertError>) {
         let mut next = self.clone();
@@ -264,6 +270,10 @@ impl SniTable {
         for change in changes {
             match change {
                 Change::Put(object) => next.put(&object, &mut errors),
+                Change::Refuse(id, names) => {
+                    next.remove(&id);
+                    next.refuse(&id, &names);
+                }
                 Change::Remove(id) => next.remove(&id),
             }
         }
@@ -278,22 +288,49 @@ impl SniTable {
             Some(name) => name,
             None => self.settings.fallback.as_deref()?,
         };
-        if name.bytes().any(|b| b.is_ascii_uppercase()) || name.ends_with('.') {
-            return self.find_normal(&normal_name(name)?);
+        match self.look_up(name) {
+            Found::Entry(entry) => Some(entry),
+            Found::Refused | Found::Nothing => None,
         }
-        self.find_normal(name)
     }
 
-    fn find_normal(&self, name: &str) -> Option<&Arc<SslEntry>> {
-        if let Some(claims) = self.exact.get(name) {
-            return claims.first();
+    /// Whether `name` asks for client certificates, or would if its resource could be used.
+    #[must_use]
+    pub fn asks_client_certificate(&self, name: &str) -> bool {
+        match self.look_up(name) {
+            Found::Entry(entry) => entry.client().is_some(),
+            Found::Refused => true,
+            Found::Nothing => false,
         }
-        if let Some((_, parent)) = name.split_once('.')
-            && let Some(claims) = self.wildcard.get(parent)
-        {
-            return claims.first();
+    }
+
+    fn look_up(&self, name: &str) -> Found<'_> {
+        if name.bytes().any(|b| b.is_ascii_uppercase()) || name.ends_with('.') {
+            return normal_name(name).map_or(Found::Nothing, |name| self.look_up_normal(&name));
         }
-        self.any.first()
+        self.look_up_normal(name)
+    }
+
+    fn look_up_normal(&self, name: &str) -> Found<'_> {
+        if let Some(entry) = self.exact.get(name).and_then(Claims::first) {
+            return Found::Entry(entry);
+        }
+        if self.refused.exact.contains(name) {
+            return Found::Refused;
+        }
+        if let Some((_, parent)) = name.split_once('.') {
+            if let Some(entry) = self.wildcard.get(parent).and_then(Claims::first) {
+                return Found::Entry(entry);
+            }
+            if self.refused.wildcard.contains(parent) {
+                return Found::Refused;
+            }
+        }
+        match self.any.first() {
+            Some(entry) => Found::Entry(entry),
+            None if self.refused.any => Found::Refused,
+            None => Found::Nothing,
+        }
     }
 
     /// The entry of a resource.
@@ -320,7 +357,12 @@ impl SniTable {
         }
         let entry = match self.compile(object, fingerprint) {
             Ok(entry) => entry,
-            Err(found) => return errors.extend(found),
+            Err(found) => {
+                if object.client.is_some() && self.by_id.get(&object.id).is_none() {
+                    self.refuse(&object.id, &object.names);
+                }
+                return errors.extend(found);
+            }
         };
         self.remove(&object.id);
         for name in &entry.names {
@@ -334,7 +376,15 @@ impl SniTable {
         self.by_id.insert(&object.id, entry.clone());
     }
 
+    fn refuse(&mut self, id: &Arc<str>, names: &[String]) {
+        let names = names.iter().filter_map(|name| Name::parse(name)).collect();
+        Arc::make_mut(&mut self.refused).put(id.clone(), names);
+    }
+
     fn remove(&mut self, id: &str) {
+        if self.refused.by_id.contains_key(id) {
+            Arc::make_mut(&mut self.refused).remove(id);
+        }
         let Some(entry) = self.by_id.remove(id) else { return };
         for name in &entry.names {
             match name {
@@ -446,6 +496,51 @@ impl SniTable {
 impl fmt::Debug for SniTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SniTable").field("entries", &self.by_id.values().count()).finish_non_exhaustive()
+    }
+}
+
+/// What there is for a name.
+enum Found<'a> {
+    Entry(&'a Arc<SslEntry>),
+    Refused,
+    Nothing,
+}
+
+/// The names of resources that cannot be used and ask for client certificates.
+#[derive(Clone, Default)]
+struct RefusedNames {
+    by_id: HashMap<Arc<str>, Vec<Name>>,
+    exact: HashSet<Box<str>>,
+    /// What follows `*.`.
+    wildcard: HashSet<Box<str>>,
+    any: bool,
+}
+
+impl RefusedNames {
+    fn put(&mut self, id: Arc<str>, names: Vec<Name>) {
+        self.remove(&id);
+        self.add(&names);
+        self.by_id.insert(id, names);
+    }
+
+    fn remove(&mut self, id: &str) {
+        if self.by_id.remove(id).is_none() {
+            return;
+        }
+        let left = std::mem::take(&mut self.by_id);
+        *self = Self::default();
+        left.values().for_each(|names| self.add(names));
+        self.by_id = left;
+    }
+
+    fn add(&mut self, names: &[Name]) {
+        for name in names {
+            match name {
+                Name::Exact(name) => _ = self.exact.insert(name.clone()),
+                Name::Wildcard(parent) => _ = self.wildcard.insert(parent.clone()),
+                Name::Any => self.any = true,
+            }
+        }
     }
 }
 

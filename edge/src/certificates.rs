@@ -13,11 +13,22 @@ use certs::sni::{CertPem, Change, Protocol, RemotePair, SniTable, SslObject, Tab
 use certs::verify::ClientAuth;
 use config::ssl::{Ssl, SslType, TlsVersion};
 use config::{ConfigError, ResourceKey};
+use serde_json::Value;
 
 use crate::acme::Managed;
 
 /// How long a changed resource waits for its signers to tell which keys they have.
 const SIGNERS: Duration = Duration::from_secs(1);
+
+/// What has become of a resource.
+#[derive(Clone, Copy, Debug)]
+pub enum State<'a> {
+    /// It is right in itself; with its creation index.
+    Read(&'a Ssl, u64),
+    /// It was set aside; as it was written.
+    SetAside(&'a Value),
+    Gone,
+}
 
 /// The published table, and what could not be used.
 pub struct Certificates {
@@ -69,15 +80,15 @@ impl Certificates {
         &self.refused
     }
 
-    /// Takes in resources that are new or different (with their creation index) or gone. Blocks, but not for long, where a
-    /// key is at signers.
-    pub fn update<'a>(
-        &mut self,
-        changed: impl IntoIterator<Item = (&'a ResourceKey, Option<(&'a Ssl, u64)>)>,
-    ) {
+    /// Takes in resources that are new, different or gone. Blocks, but not for long, where a key is at signers.
+    pub fn update<'a>(&mut self, changed: impl IntoIterator<Item = (&'a ResourceKey, State<'a>)>) {
         let mut changes = Vec::new();
-        for (key, ssl) in changed {
+        for (key, state) in changed {
             self.refused.remove(key);
+            let ssl = match state {
+                State::Read(ssl, order) => Some((ssl, order)),
+                State::SetAside(_) | State::Gone => None,
+            };
             let ssl = ssl.filter(|(ssl, _)| ssl.status.is_on() && ssl.kind == SslType::Server);
             if ssl.is_none_or(|(ssl, _)| ssl.acme.is_none()) {
                 self.managed.forget(&key.id);
@@ -88,12 +99,19 @@ impl Certificates {
                         self.managed.forget(&key.id);
                         tracing::error!(object = %key, %error, "the certificate cannot be used");
                         self.refused.insert(key.clone(), vec![error]);
-                        Some(Change::Remove(key.id.clone()))
+                        Some(unusable(key, ssl))
                     }
-                    None if ssl.acme.is_some() => self.managed.put(ssl, object(key, ssl, order)),
+                    None if ssl.acme.is_some() => {
+                        let given = self.managed.put(ssl, object(key, ssl, order));
+                        let is_served = self.table.load().entry(&key.id).is_some();
+                        given.or_else(|| (!is_served).then(|| unusable(key, ssl)))
+                    }
                     None => Some(Change::Put(object(key, ssl, order))),
                 },
-                None => Some(Change::Remove(key.id.clone())),
+                None => Some(match state {
+                    State::SetAside(written) => set_aside(key, written),
+                    State::Read(..) | State::Gone => Change::Remove(key.id.clone()),
+                }),
             });
         }
         self.managed.tell();
@@ -133,13 +151,35 @@ impl Certificates {
     fn ask_signers(&self, changes: &[Change]) {
         let remote = changes.iter().filter_map(|change| match change {
             Change::Put(object) => Some(object.remote.iter()),
-            Change::Remove(_) => None,
+            Change::Refuse(..) | Change::Remove(_) => None,
         });
         let names: BTreeSet<_> = remote.flatten().map(|pair| Arc::clone(&pair.key.pool)).collect();
         for pool in names.iter().filter_map(|name| self.signers.get(name)) {
             pool.handle().block_on(pool.look_again(SIGNERS));
         }
     }
+}
+
+/// What takes the place of a resource that has nothing to show: its names must not be open by the certificate of a
+/// wildcard where they ask for one of the client.
+fn unusable(key: &ResourceKey, ssl: &Ssl) -> Change {
+    match &ssl.client {
+        Some(_) => Change::Refuse(key.id.clone(), ssl.snis().map(|name| name.as_str().to_owned()).collect()),
+        None => Change::Remove(key.id.clone()),
+    }
+}
+
+/// The same for one that was set aside, by what of it is written.
+fn set_aside(key: &ResourceKey, written: &Value) -> Change {
+    let field = |name| written.get(name).filter(|value| !value.is_null());
+    let serves =
+        field("status").is_none_or(|status| status != 0) && field("type").is_none_or(|kind| kind != "client");
+    if !serves || field("client").is_none() {
+        return Change::Remove(key.id.clone());
+    }
+    let listed = field("snis").and_then(Value::as_array).into_iter().flatten();
+    let names = field("sni").into_iter().chain(listed).filter_map(Value::as_str).map(str::to_owned);
+    Change::Refuse(key.id.clone(), names.collect())
 }
 
 fn object(key: &ResourceKey, ssl: &Ssl, order: u64) -> SslObject {
@@ -190,7 +230,7 @@ mod tests {
     use certs::acme::Issued;
     use config::Resource;
     use rcgen::{CertifiedKey, generate_simple_self_signed};
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -219,7 +259,7 @@ mod tests {
     fn what_an_authority_gives_is_shown_for_the_names_that_it_is_for() {
         let mut certificates = Certificates::new(TableSettings::default(), true);
         let (key, ssl) = ssl(&json!({"snis": ["a.test", "B.Test."], "acme": {}}));
-        certificates.update([(&key, Some((&ssl, 1)))]);
+        certificates.update([(&key, State::Read(&ssl, 1))]);
         assert_eq!(certificates.managed().wanted().borrow()[0].names, ["a.test", "b.test"]);
         let shows =
             |certificates: &Certificates, name| certificates.table().load().find(Some(name)).is_some();
@@ -228,7 +268,7 @@ mod tests {
         assert!(shows(&certificates, "a.test") && !shows(&certificates, "b.test"));
         certificates.serve(served(&["a.test", "b.test"]));
         assert!(shows(&certificates, "a.test") && shows(&certificates, "b.test"));
-        certificates.update([(&key, None)]);
+        certificates.update([(&key, State::Gone)]);
         assert!(!shows(&certificates, "a.test"));
         assert!(certificates.managed().wanted().borrow().is_empty());
         certificates.serve(served(&["a.test"]));
@@ -239,16 +279,62 @@ mod tests {
     fn what_is_wrong_beside_the_certificate_is_told_once() {
         let mut certificates = Certificates::new(TableSettings::default(), true);
         let (key, wrong) = ssl(&json!({"sni": "a.test", "acme": {}, "client": {"ca": "c".repeat(128)}}));
-        certificates.update([(&key, Some((&wrong, 1)))]);
+        certificates.update([(&key, State::Read(&wrong, 1))]);
         for _ in 0..3 {
             certificates.serve(served(&["a.test"]));
             assert_eq!(certificates.refused()[&key].len(), 1);
         }
         let (_, right) = ssl(&json!({"sni": "a.test", "acme": {}}));
-        certificates.update([(&key, Some((&right, 1)))]);
+        certificates.update([(&key, State::Read(&right, 1))]);
         assert!(certificates.refused().is_empty());
         let mut none = Certificates::new(TableSettings::default(), false);
-        none.update([(&key, Some((&right, 1)))]);
+        none.update([(&key, State::Read(&right, 1))]);
         assert_eq!(none.refused()[&key][0].pointer, "/acme");
+    }
+
+    #[test]
+    fn names_that_ask_for_client_certificates_do_not_fall_to_a_wildcard() {
+        let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["*.test".to_owned()]).unwrap();
+        let (pem, private) = (cert.pem(), signing_key.serialize_pem());
+        let (key, wildcard) = ssl(&json!({"sni": "*.test", "cert": pem, "key": private}));
+        let other = ResourceKey::new(config::Kind::Ssl, "2");
+        let exact = json!({"snis": ["a.test"], "cert": pem, "key": private, "client": {"ca": pem}});
+        let with = |field: &str, value: Value| {
+            let mut written = exact.clone();
+            written[field] = value;
+            written
+        };
+        let mut certificates = Certificates::new(TableSettings::default(), true);
+        certificates.update([(&key, State::Read(&wildcard, 1))]);
+        let is_open = |certificates: &Certificates| {
+            let table = certificates.table().load();
+            assert!(table.find(Some("b.test")).is_some() && !table.asks_client_certificate("b.test"));
+            let found = table.find(Some("a.test")).is_some();
+            assert!(!found || !table.asks_client_certificate("a.test"), "found is open");
+            found
+        };
+        for (what, written, open) in [
+            ("an unknown field", with("clientt", json!(1)), false),
+            ("another field that is wrong", with("client", json!({"ca": 5})), false),
+            ("one name that is wrong", with("snis", json!([5, "A.test."])), false),
+            ("no client certificates", with("client", Value::Null), true),
+            ("it is off", with("status", json!(0)), true),
+            ("it is for upstreams", with("type", json!("client")), true),
+        ] {
+            certificates.update([(&other, State::SetAside(&written))]);
+            assert_eq!(is_open(&certificates), open, "{what}");
+        }
+        let (_, no_authority) = ssl(&with("client", json!({"ca": "c".repeat(128)})));
+        certificates.update([(&other, State::Read(&no_authority, 2))]);
+        assert!(!is_open(&certificates), "what is wrong in the PEM");
+        let (_, no_certificate) = ssl(&json!({"sni": "a.test", "acme": {}, "client": {"ca": pem}}));
+        certificates.update([(&other, State::Read(&no_certificate, 2))]);
+        assert!(!is_open(&certificates), "the authority has given none yet");
+        certificates.serve(served(&["a.test"]));
+        assert!(
+            certificates.table().load().find(Some("a.test")).is_some_and(|entry| entry.client().is_some())
+        );
+        certificates.update([(&other, State::Gone)]);
+        assert!(is_open(&certificates), "nobody asks any more");
     }
 }

@@ -13,7 +13,7 @@ use layers::telemetry::metrics::Metrics;
 use layers::worker::view::Published;
 use tokio::sync::{mpsc, watch};
 
-use crate::certificates::Certificates;
+use crate::certificates::{Certificates, State};
 use crate::compile::Compiler;
 use crate::secrets::Secrets;
 use crate::snapshot::Snapshot;
@@ -225,11 +225,16 @@ impl Running {
         }
         let ssls = changed.iter().filter(|key| key.kind == Kind::Ssl);
         configuration.certificates.update(ssls.map(|key| {
-            let ssl = configuration.graph.get(key).and_then(|item| match &item.resource {
-                Resource::Ssl(ssl) => Some((&**ssl, item.created_index)),
-                _ => None,
-            });
-            (key, ssl)
+            let graph = &configuration.graph;
+            let state = match (
+                graph.get(key).map(|item| (&item.resource, item.created_index)),
+                graph.rejected_at(key),
+            ) {
+                (Some((Resource::Ssl(ssl), created_index)), _) => State::Read(ssl, created_index),
+                (_, Some(rejected)) => State::SetAside(&rejected.value),
+                (_, None) => State::Gone,
+            };
+            (key, state)
         }));
         let snapshot = configuration.compiler.compile(&configuration.graph, changed);
         // Under the lock: of two that compile, the one that came later is published later.

@@ -244,6 +244,30 @@ async fn a_host_that_asks_for_a_certificate_is_not_reached_by_another_name() {
 }
 
 #[tokio::test]
+async fn a_name_that_asks_for_a_certificate_stays_closed_when_its_resource_is_set_aside() {
+    let (ca, clients) = (Authority::new("ca"), Authority::new("clients"));
+    let leaf = ca.server(&["*.wild.test", "mutual.wild.test"]);
+    let origin = echo::start().await;
+    let mutual = with(ssl("m", &["mutual.wild.test"], &leaf), json!({"client": {"ca": clients.pem()}}));
+    let edge = Edge::file()
+        .resource("ssls", with(mutual, json!({"no_such_field": 1})))
+        .resource("ssls", ssl("w", &["*.wild.test"], &leaf))
+        .route(all(&origin))
+        .start()
+        .await;
+    let anonymous = ca.client_config().build();
+    assert_eq!(status(&edge, &anonymous, "other.wild.test", Call::get("/")).await, Some(200));
+    assert_eq!(
+        status(&edge, &anonymous, "mutual.wild.test", Call::get("/")).await,
+        None,
+        "not by the wildcard"
+    );
+    let host = Call::get("/").header("host", "mutual.wild.test");
+    assert_eq!(status(&edge, &anonymous, "other.wild.test", host).await, Some(421), "nor by another name");
+    assert_eq!(origin.requests(), 1);
+}
+
+#[tokio::test]
 async fn sessions_are_resumed_but_never_across_client_certificate_settings() {
     let (ca, clients) = (Authority::new("ca"), Authority::new("clients"));
     let leaf = ca.server(&["open.test"]);

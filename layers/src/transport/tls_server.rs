@@ -171,12 +171,9 @@ pub fn check_client_certificate(conn: &Conn, host: &str, path: &str, table: &Sni
                 Err(Reason::ClientCertificateRequired)
             }
             // Asked for only since the handshake: this connection cannot show it.
-            None if table.find(Some(host)).is_some_and(|entry| entry.client().is_some()) => {
-                Err(Reason::Misdirected)
-            }
+            None if table.asks_client_certificate(host) => Err(Reason::Misdirected),
             _ => Ok(()),
         };
     }
-    let asked = table.find(Some(host)).is_some_and(|entry| entry.client().is_some());
-    if shown.is_some() || asked { Err(Reason::Misdirected) } else { Ok(()) }
+    if shown.is_some() || table.asks_client_certificate(host) { Err(Reason::Misdirected) } else { Ok(()) }
 }
