@@ -552,7 +552,8 @@ fn worker_settings(process: &Process, limits: &Limits) -> WorkerSettings {
                 fields: limits.header_count as usize,
             },
             http2: Http2 { streams: limits.concurrent_streams, ..Http2::default() },
-            ..ServeSettings::default()
+            // As in APISIX: whoever closes is gone, and no upstream works on for nobody.
+            half_close: false,
         },
     }
 }

@@ -8,12 +8,13 @@ use e2e::certs::Authority;
 use e2e::client::{Call, Connection, End, Raw, channel, connect};
 use e2e::nginx::Nginx;
 use e2e::origin::grpc::{WordsClient, outgoing, word};
-use e2e::origin::{Origin, chunk_drip, echo, grpc, h2_reset, recorder, slow_body, sse, websocket};
+use e2e::origin::{Origin, chunk_drip, echo, grpc, h2_reset, recorder, slow_body, sse, stall, websocket};
 use e2e::{Edge, Value, eventually, json};
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderMap, HeaderValue, Version};
 use http_body_util::BodyExt;
 use hyper::body::Frame;
+use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::Message;
 
 async fn one_route(upstream: Value) -> Edge {
@@ -406,6 +407,22 @@ async fn http_1_0_clients_are_served_and_closed() {
     let text = outcome.text();
     assert!(text.ends_with("onetwo"), "an HTTP/1.0 client knows no chunks: {text}");
     assert!(!text.to_lowercase().contains("transfer-encoding"), "{text}");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_its_answer_ends_the_request() {
+    let origin = stall::start().await;
+    let edge = one_route(origin.upstream()).await;
+    let mut client = connect(edge.http).await;
+    client.write_all(b"GET /left HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    eventually("the origin has the request", || async { (origin.requests() == 1).then_some(()) }).await;
+    drop(client);
+    // Long before the upstream's time-out: nobody waits for it any more.
+    let line = eventually("its line in the log", || async {
+        edge.output().lines().find(|line| line.contains("GET /left")).map(str::to_owned)
+    })
+    .await;
+    assert!(line.contains(" 499 ") && line.ends_with("client_closed"), "{line}");
 }
 
 #[tokio::test]
