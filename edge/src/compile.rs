@@ -626,6 +626,9 @@ impl Compiler {
         if let Some(missing) = config_key.as_ref().filter(|key| graph.get(key).is_none()) {
             return Err(vec![missing_reference("/plugin_config_id", missing)]);
         }
+        if let Some(owner) = service_key.as_ref().filter(|key| graph.rejected_at(key).is_some()) {
+            return Err(vec![unusable(owner)]);
+        }
         let destination = self.destination(graph, key, route, service_key.as_ref(), service)?;
         let plan = (!owners.is_empty()).then(|| Arc::new(merge::merge(owners)));
         Ok(Target {
@@ -666,6 +669,11 @@ impl Compiler {
             None => Destination::Nothing(Reason::UpstreamMissing),
         };
         let own = key.to_string();
+        if service_key.is_some() && service.is_none() {
+            // Whatever else the route has: the service's plugins may be what protects it.
+            self.clusters.remove(&own);
+            return Ok(Destination::Nothing(Reason::ServiceNotFound));
+        }
         if let Some(upstream) = &route.upstream {
             let cluster = match self.clusters.share(upstream, &self.env.clusters) {
                 Some(shared) => {
@@ -681,7 +689,6 @@ impl Compiler {
             return Ok(named(id));
         }
         match (service_key, service) {
-            (Some(_), None) => Ok(Destination::Nothing(Reason::ServiceNotFound)),
             (Some(key), Some(service)) if service.upstream.is_some() => {
                 match self.clusters.of(&key.to_string()) {
                     Some(cluster) => Ok(Destination::Cluster(cluster)),
@@ -691,7 +698,7 @@ impl Compiler {
             (Some(_), Some(service)) => {
                 Ok(service.upstream_id.as_ref().map_or(Destination::Nothing(Reason::NoUpstream), named))
             }
-            (None, _) => Ok(Destination::Nothing(Reason::NoUpstream)),
+            _ => Ok(Destination::Nothing(Reason::NoUpstream)),
         }
     }
 

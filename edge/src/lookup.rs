@@ -17,6 +17,7 @@ use layers::error::{Error, Fault, Reason};
 use layers::exchange::{Exchange, State};
 use layers::local::LocalBox;
 use layers::route::{MethodSet, Request};
+use layers::target::Destination;
 use layers::transport::tls_server::check_client_certificate;
 use layers::vars::BufferedBody;
 use layers::worker::view::View;
@@ -124,7 +125,7 @@ async fn buffer_body(x: &mut State, limit: usize) -> Result<(), Error> {
 /// Looks up the route, and settles everything that follows from it.
 ///
 /// # Errors
-/// The route was set aside; it must not serve without the part that is refused.
+/// The route was set aside, or its service is missing; it must not serve without the part that is refused or missing.
 pub(crate) fn settle(x: &mut Exchange, snapshot: &Snapshot) -> Result<(), Error> {
     x.global_plan.clone_from(&snapshot.global);
     let found = snapshot.routes.find(&request(x));
@@ -135,9 +136,11 @@ pub(crate) fn settle(x: &mut Exchange, snapshot: &Snapshot) -> Result<(), Error>
     x.matched_uri = Some(uri);
     x.matched_host = host;
     let refused = target.refused.clone();
+    let without_service = matches!(target.destination, Destination::Nothing(Reason::ServiceNotFound));
     x.plan.clone_from(&target.plan);
     x.target = Some(target);
     match refused {
+        None if without_service => Err(Error::new(Reason::ServiceNotFound)),
         None => Ok(()),
         Some(why) => Err(Error::new(Reason::RouteRefused).detail(String::from(why))),
     }

@@ -455,6 +455,9 @@ async fn one_bad_item_is_set_aside_and_the_others_serve() {
         .route(route(&origin, "unknown", &json!({"uri": "/unknown", "plugins": {"no-such-plugin": {}}})))
         .route(route(&origin, "vars", &json!({"uri": "/vars", "vars": [["arg_a", "~~", "(?!x)y"]]})))
         .route(route(&origin, "method", &json!({"uri": "/method", "methods": ["GET", "FETCH"]})))
+        .route(route(&origin, "service", &json!({"uri": "/service", "service_id": "typo"})))
+        .route(route(&origin, "no-service", &json!({"uri": "/no-service", "service_id": "none"})))
+        .resource("services", json!({"id": "typo", "no_such_field": 1, "plugins": {"key-auth": {}}}))
         .route(route(&origin, "rest", &json!({"uri": "/*"})))
         .start()
         .await;
@@ -464,6 +467,9 @@ async fn one_bad_item_is_set_aside_and_the_others_serve() {
     // Nor do requests fall through where it is a condition that cannot be read.
     edge.get("/vars").await.expect_status(503);
     edge.get("/method").await.expect_status(503);
+    // A service has plugins too, and a route with an upstream of its own does not do without them.
+    edge.get("/service").await.expect_status(503);
+    edge.get("/no-service").await.expect_status(404);
     assert_eq!(origin.requests(), 1);
     edge.get("/rest").await.expect_status(200);
     assert!(edge.output().contains("prioritty"), "the bad field is named in the log");

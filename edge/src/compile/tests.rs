@@ -161,6 +161,37 @@ fn a_route_whose_conditions_cannot_be_read_is_refused_where_the_others_hold() {
 }
 
 #[test]
+fn a_route_does_not_serve_without_its_service() {
+    let mut bench = Bench::new();
+    let own = upstream(&["127.0.0.1:1"]);
+    let good = json!({"plugins": {"cors": {}}, "upstream": own});
+    let mut bad = good.clone();
+    bad["no_such_field"] = json!(1);
+    let routes = [
+        ("1", json!({"uri": "/1", "service_id": "s", "upstream": own})),
+        ("2", json!({"uri": "/2", "service_id": "s", "plugins": {"mocking": {"response_example": "x"}}})),
+    ];
+    bench.put("services/s", good.clone());
+    for (id, route) in &routes {
+        bench.put(&format!("routes/{id}"), route.clone());
+    }
+    let set_aside = bench.put("services/s", bad);
+    let missing = bench.delete("services/s");
+    let mended = bench.put("services/s", good);
+    for (id, _) in routes {
+        assert!(
+            target(&set_aside, id).refused.as_deref().is_some_and(|why| why.contains("services/s")),
+            "{id}"
+        );
+        let missing = target(&missing, id);
+        assert!(matches!(missing.destination, Destination::Nothing(Reason::ServiceNotFound)), "{id}");
+        let mended = target(&mended, id);
+        assert!(mended.refused.is_none() && mended.plan.is_some(), "{id}");
+        cluster(&mended);
+    }
+}
+
+#[test]
 fn routes_with_the_same_inline_upstream_of_one_address_share_it() {
     let mut bench = Bench::new();
     bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])}));
