@@ -104,6 +104,8 @@ pub struct Compiler {
     routes: Table<Target>,
     body_readers: HashSet<Arc<str>>,
     global: Option<Arc<Plan>>,
+    /// A global rule that cannot be used and never could.
+    globals_refused: Option<Arc<str>>,
     /// The plugins that were asked what they offer under paths of their own.
     offering: Vec<&'static str>,
     refused: BTreeMap<ResourceKey, Vec<ConfigError>>,
@@ -286,6 +288,7 @@ impl Compiler {
             routes: Table::new(env.mode),
             body_readers: HashSet::new(),
             global: None,
+            globals_refused: None,
             offering: Vec::new(),
             refused: BTreeMap::new(),
             version: 0,
@@ -358,7 +361,10 @@ impl Compiler {
                         consumers = true;
                     }
                     Kind::GlobalRule => {
-                        self.plugins_of(graph, key, item.as_deref());
+                        // What a rule keeps out stays out until the rule can be read again, or is gone.
+                        if item.is_some() || graph.rejected_at(key).is_none() {
+                            self.plugins_of(graph, key, item.as_deref());
+                        }
                         globals = true;
                     }
                     Kind::Route => self.route(graph, key, item.as_deref()),
@@ -383,6 +389,7 @@ impl Compiler {
             version: self.version,
             routes: self.routes.clone(),
             global: self.global.clone(),
+            refused: self.globals_refused.clone(),
             reads_body: !self.body_readers.is_empty(),
         }
     }
@@ -810,10 +817,19 @@ impl Compiler {
         self.env.consumers.publish(table);
     }
 
-    /// One plan of all global rules, in the order of their ids; the first of two equal plugins wins.
+    /// One plan of all global rules, in the order of their ids; the first of two equal plugins wins. One that was set
+    /// aside stays as it was.
     fn merge_globals(&mut self, graph: &Graph) {
-        let mut keys: Vec<_> = graph.iter(Kind::GlobalRule).map(|item| item.key.clone()).collect();
+        let set_aside =
+            graph.rejected().map(|rejected| &rejected.key).filter(|key| key.kind == Kind::GlobalRule);
+        let mut keys: Vec<_> =
+            graph.iter(Kind::GlobalRule).map(|item| &item.key).chain(set_aside).cloned().collect();
         keys.sort();
+        let cannot_run = |key: &&ResourceKey| match self.plugins.get(*key) {
+            Some(built) => built.is_err(),
+            None => graph.rejected_at(key).is_some(),
+        };
+        self.globals_refused = keys.iter().find(cannot_run).map(|key| unusable(key).to_string().into());
         let owners: Vec<&[Arc<Instance>]> = keys
             .iter()
             .filter_map(|key| self.plugins.get(key)?.as_ref().ok())

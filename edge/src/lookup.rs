@@ -125,9 +125,13 @@ async fn buffer_body(x: &mut State, limit: usize) -> Result<(), Error> {
 /// Looks up the route, and settles everything that follows from it.
 ///
 /// # Errors
-/// The route was set aside, or its service is missing; it must not serve without the part that is refused or missing.
+/// The route or a global rule was set aside, or the route's service is missing; it must not serve without the part that
+/// is refused or missing.
 pub(crate) fn settle(x: &mut Exchange, snapshot: &Snapshot) -> Result<(), Error> {
     x.global_plan.clone_from(&snapshot.global);
+    if let Some(why) = &snapshot.refused {
+        return Err(Error::new(Reason::RouteRefused).detail(why.to_string()));
+    }
     let found = snapshot.routes.find(&request(x));
     let Some(found) = found else { return Ok(()) };
     let target = found.value.clone();

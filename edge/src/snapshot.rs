@@ -15,6 +15,8 @@ pub struct Snapshot {
     pub routes: Table<Target>,
     /// The plugins of every request (`global_rules`).
     pub global: Option<Arc<Plan>>,
+    /// Why no request may be served: a global rule was set aside and there is no former one to run.
+    pub refused: Option<Arc<str>>,
     /// Some route looks into the request body, so it is read before routes are matched.
     pub reads_body: bool,
 }

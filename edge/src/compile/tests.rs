@@ -192,6 +192,23 @@ fn a_route_does_not_serve_without_its_service() {
 }
 
 #[test]
+fn a_global_rule_that_is_set_aside_does_not_open_the_gateway() {
+    let mut bench = Bench::new();
+    let good = json!({"plugins": {"ip-restriction": {"whitelist": ["10.0.0.1"]}}});
+    let bad = json!({"plugins": {"ip-restriction": {"whitelist": ["10.0.0.1"]}, "no-such-plugin": {}}});
+    let none_before = bench.put("global_rules/g", bad.clone());
+    assert!(none_before.refused.as_deref().is_some_and(|why| why.contains("global_rules/g")));
+    let mended = bench.put("global_rules/g", good);
+    assert!(mended.refused.is_none() && mended.global.is_some());
+    let broken = bench.put("global_rules/g", bad.clone());
+    assert!(broken.refused.is_none() && broken.global.is_some(), "the last good one runs on");
+    let gone = bench.delete("global_rules/g");
+    assert!(gone.refused.is_none() && gone.global.is_none());
+    let again = bench.put("global_rules/g", bad);
+    assert!(again.refused.is_some(), "what was removed is not the last good one");
+}
+
+#[test]
 fn routes_with_the_same_inline_upstream_of_one_address_share_it() {
     let mut bench = Bench::new();
     bench.put("routes/1", json!({"uri": "/a", "upstream": upstream(&["127.0.0.1:1"])}));
