@@ -571,8 +571,11 @@ async fn run(shared: Arc<Shared>) {
                     // Asked again: etcd may have answered since the wait began.
                     if !shared.mirror().told {
                         shared.serve_snapshot();
-                        let since = shared.snapshot_time.unwrap_or_else(SystemTime::now);
-                        shared.feed.stale(since, "etcd: not reached yet");
+                        // Whoever has tried knows better why.
+                        if shared.feed.status().stale.is_none() {
+                            let since = shared.snapshot_time.unwrap_or_else(SystemTime::now);
+                            shared.feed.stale(since, "etcd: not reached yet");
+                        }
                     }
                     followed.await
                 }
@@ -1311,6 +1314,24 @@ mod tests {
         for _ in 0..5 {
             assert!(store.get(&route("1")).await.unwrap().is_some());
         }
+    }
+
+    #[tokio::test]
+    async fn an_etcd_that_was_never_there_is_told_once() {
+        let data = tempfile::tempdir().unwrap();
+        let store = store(settings(&format!("http://{}", free_address())), data.path());
+        let mut events = store.watch();
+        let mut told = Vec::new();
+        let all = async {
+            while let Some(event) = events.recv().await {
+                if let StoreEvent::Stale { why, .. } = event {
+                    told.push(why);
+                }
+            }
+        };
+        // Longer than it takes to be asked again after the first wait for it.
+        assert!(timeout(START + BACKOFF.1 * 2, all).await.is_err(), "the store goes on");
+        assert_eq!(told.len(), 1, "{told:?}");
     }
 
     #[tokio::test]
