@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use certs::Problem;
 use certs::acme::Served;
 use certs::signer::{KeyAddress, Pools};
 use certs::sni::{CertPem, Change, Protocol, RemotePair, SniTable, SslObject, TableSettings};
@@ -180,6 +181,22 @@ fn set_aside(key: &ResourceKey, written: &Value) -> Change {
     let listed = field("snis").and_then(Value::as_array).into_iter().flatten();
     let names = field("sni").into_iter().chain(listed).filter_map(Value::as_str).map(str::to_owned);
     Change::Refuse(key.id.clone(), names.collect())
+}
+
+/// What of the PEM cannot be read. Whether a key belongs to its certificate is not asked: the two may come one after the
+/// other, and until then the former pair serves.
+pub(crate) fn unreadable(key: &ResourceKey, ssl: &Ssl) -> Vec<ConfigError> {
+    // Of keys that are held elsewhere their signers tell; names and versions are checked before.
+    let object = SslObject { names: vec!["*".to_owned()], remote: Vec::new(), ..object(key, ssl, 0) };
+    if object.pairs.is_empty() {
+        return Vec::new();
+    }
+    let (_, errors) = SniTable::build(TableSettings::default(), [object]);
+    errors
+        .into_iter()
+        .filter(|error| !matches!(error.problem, Problem::KeyMismatch(_)))
+        .map(|error| ConfigError::invalid(error.field, error.problem.to_string()))
+        .collect()
 }
 
 fn object(key: &ResourceKey, ssl: &Ssl, order: u64) -> SslObject {

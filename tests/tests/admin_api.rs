@@ -330,6 +330,32 @@ async fn private_keys_are_never_given_back() {
 }
 
 #[tokio::test]
+async fn a_certificate_that_cannot_be_read_is_refused() {
+    let ca = e2e::certs::Authority::new("ca");
+    let (leaf, other) = (ca.server(&["a.test"]), ca.server(&["b.test"]));
+    let edge = Edge::embedded().start().await;
+    let good = json!({"snis": ["a.test"], "cert": leaf.cert, "key": leaf.key});
+    let broken =
+        "-----BEGIN CERTIFICATE-----\nbm90IGEgY2VydGlmaWNhdGU=\n-----END CERTIFICATE-----\n".repeat(2);
+    for (field, value, pointer) in [
+        ("cert", json!("c".repeat(200)), "/cert"),
+        ("cert", json!(broken), "/cert"),
+        ("key", json!("k".repeat(200)), "/key"),
+        ("client", json!({"ca": "c".repeat(200)}), "/client/ca"),
+    ] {
+        let mut ssl = good.clone();
+        ssl[field] = value;
+        let answer = edge.call_admin("PUT", "ssls/1", Some(&ssl)).await.expect_status(400);
+        assert_eq!(answer.json()["errors"][0]["pointer"], pointer, "{}", answer.text());
+    }
+    edge.call_admin("GET", "ssls/1", None).await.expect_status(404);
+    // As with APISIX, a key and its certificate may be exchanged one after the other.
+    edge.put("ssls/1", good).await;
+    edge.patch("ssls/1/key", json!(other.key)).await;
+    edge.patch("ssls/1/cert", json!(other.cert)).await;
+}
+
+#[tokio::test]
 async fn schemas_and_plugins_can_be_read() {
     let edge = Edge::embedded().start().await;
     let get = async |path: &str| edge.call_admin("GET", path, None).await.expect_status(200).json();

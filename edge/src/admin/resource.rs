@@ -19,6 +19,7 @@ use super::Admin;
 use super::patch;
 use super::query::{Filter, Page, Query};
 use super::reply::Reply;
+use crate::certificates::unreadable;
 use crate::store::{Condition, DeleteOptions, PutOptions, StoreError, Stored};
 
 /// How often a PATCH starts again because somebody else wrote in between.
@@ -266,10 +267,12 @@ impl Admin {
         self.secrets.ask(&paths, SECRETS_WAIT).await;
         let resource = Resource::parse_with(&key, body, &*self.catalog, &self.secrets)
             .map_err(|errors| Reply::invalid(key.kind, &errors))?;
-        if let Resource::Ssl(ssl) = &resource
-            && let Some(error) = ssl.check_signers(self.signers.iter().map(String::as_str))
-        {
-            return Err(Reply::invalid(key.kind, &[error]));
+        if let Resource::Ssl(ssl) = &resource {
+            let unknown = ssl.check_signers(self.signers.iter().map(String::as_str));
+            let errors = unknown.map_or_else(|| unreadable(&key, ssl), |error| vec![error]);
+            if !errors.is_empty() {
+                return Err(Reply::invalid(key.kind, &errors));
+            }
         }
         let mut references = Vec::new();
         resource.visit_references(&mut |pointer, target| references.push((pointer.to_owned(), target)));
