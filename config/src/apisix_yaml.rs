@@ -338,11 +338,14 @@ impl<'a> Reader<'a> {
             self.invalid(&place, &item, "/modifiedIndex", "modifiedIndex must be a number");
         }
         let modified_index = modified_index.and_then(Value::as_u64);
-        let Some(key) = self.key(kind, &place, index, &item) else { return };
+        // Under a name that is wrong nobody finds it, but it may be what keeps requests from something else: it gets a key
+        // that nobody can write, to be set aside there.
+        let aside = has_place(kind).then(|| ResourceKey::by_place(kind, index));
+        let Some(key) = self.key(kind, &place, index, &item).or_else(|| aside.clone()) else { return };
         if key.kind == Kind::Consumer {
             self.credentials(&key, &place, &item);
         }
-        self.push(key, place, item, modified_index);
+        self.push(key, aside, place, item, modified_index);
     }
 
     /// Credentials written inside their consumer.
@@ -364,18 +367,29 @@ impl<'a> Reader<'a> {
                 continue;
             };
             match ResourceKey::parse(Kind::Credential, &format!("{}/credentials/{id}", consumer.id)) {
-                Ok(key) => self.push(key, place, item, None),
+                Ok(key) => self.push(key, None, place, item, None),
                 Err(error) => self.error(&place, &item, "/id", error.kind),
             }
         }
     }
 
-    fn push(&mut self, key: ResourceKey, place: Place, written: Value, modified_index: Option<u64>) {
+    /// Where its key is taken it goes `aside`, or is left out.
+    fn push(
+        &mut self,
+        mut key: ResourceKey,
+        aside: Option<ResourceKey>,
+        place: Place,
+        written: Value,
+        modified_index: Option<u64>,
+    ) {
         if let Some(first) = self.places.get(&key).and_then(|first| self.items.get(*first)) {
             let (id, segment) = (&key.id, key.kind.segment());
             let problem = format!("found duplicate id {id} in {segment}: it is at {} too", first.pointer);
             self.invalid(&place, &written, "", problem);
-            return;
+            match aside.filter(|aside| !self.places.contains_key(aside)) {
+                Some(aside) => key = aside,
+                None => return,
+            }
         }
         self.places.insert(key.clone(), self.items.len());
         let Place { node, pointer } = place;
@@ -400,9 +414,9 @@ impl<'a> Reader<'a> {
         let Some(id) = id else {
             let missing = match kind {
                 Kind::Consumer => "username",
-                Kind::PluginMetadata | Kind::Secret => "id",
                 // As APISIX numbers them.
-                _ => return Some(ResourceKey::by_place(kind, index)),
+                _ if has_place(kind) => return Some(ResourceKey::by_place(kind, index)),
+                _ => "id",
             };
             self.error(place, item, "", ErrorKind::MissingField { field: missing.into() });
             return None;
@@ -415,6 +429,11 @@ impl<'a> Reader<'a> {
             }
         }
     }
+}
+
+/// Whether an object of this kind is one without an id too.
+fn has_place(kind: Kind) -> bool {
+    !matches!(kind, Kind::Consumer | Kind::Credential | Kind::PluginMetadata | Kind::Secret)
 }
 
 fn kind_of(name: &str) -> Option<Kind> {
@@ -590,7 +609,22 @@ routes_conf_version: x
 foo_conf_version: 1
 #END",
         );
-        assert_eq!(keys(&file), ["routes/1", "routes/2", "consumers/ann"]);
+        // Routes under wrong names are there to be set aside.
+        let named = [
+            "routes/1",
+            "routes/routes#2",
+            "routes/routes#4",
+            "routes/routes#5",
+            "routes/2",
+            "consumers/ann",
+        ];
+        assert_eq!(keys(&file), named);
+        let mut graph = crate::graph::Graph::default();
+        graph.replace_all(file.changes(1), &crate::plugin_catalog::NoPlugins);
+        for key in named.iter().filter(|name| name.contains('#')) {
+            let told = |rejected: &crate::graph::Rejected| rejected.key.to_string();
+            assert!(graph.rejected().map(told).any(|told| told == *key), "{key}");
+        }
         let errors: Vec<String> = file.errors.iter().map(ToString::to_string).collect();
         let expected = [
             "apisix.yaml:1:1: /route: unknown field `route` (did you mean `routes`?)",

@@ -243,6 +243,12 @@ impl ResourceKey {
         ResourceKey::new(kind, format!("{}#{}", kind.segment(), index + 1))
     }
 
+    /// Whether it is that of an object without an id of its own.
+    #[must_use]
+    pub fn is_by_place(&self) -> bool {
+        self.id.strip_prefix(self.kind.segment()).is_some_and(|rest| rest.starts_with('#'))
+    }
+
     /// The key of a credential.
     #[must_use]
     pub fn credential(username: &str, id: &str) -> ResourceKey {

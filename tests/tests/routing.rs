@@ -458,6 +458,8 @@ async fn one_bad_item_is_set_aside_and_the_others_serve() {
         .route(route(&origin, "service", &json!({"uri": "/service", "service_id": "typo"})))
         .route(route(&origin, "no-service", &json!({"uri": "/no-service", "service_id": "none"})))
         .resource("services", json!({"id": "typo", "no_such_field": 1, "plugins": {"key-auth": {}}}))
+        .route(route(&origin, "no id", &json!({"uri": "/misnamed"})))
+        .route(route(&origin, "good", &json!({"uris": ["/good", "/twice"]})))
         .route(route(&origin, "rest", &json!({"uri": "/*"})))
         .start()
         .await;
