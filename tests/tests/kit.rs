@@ -168,8 +168,8 @@ async fn the_load_counts_what_goes_right_and_what_dies() {
     let good = echo::start().await;
     let request = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
     let load = Load::start(good.addr, request, 200, 4, 400);
-    eventually("twenty requests are answered", || async { (good.requests() >= 20).then_some(()) }).await;
-    let account = load.finish().await;
+    eventually("each client has connected", || async { (good.connections() == 4).then_some(()) }).await;
+    let account = load.finish_after(20).await;
     assert!(account.good >= 20 && account.bad.is_empty() && account.died == 0, "{account:?}");
     assert_eq!(good.connections(), 4);
 
