@@ -155,11 +155,8 @@ fn check_file(
     let mut found: HashMap<ResourceKey, Vec<LocatedError>> = HashMap::new();
     for rejected in graph.rejected() {
         // Nothing is asked here; a running gateway sets the object aside if the secret cannot be had.
-        // The file has told already what is wrong with its name.
-        let is_misnamed = rejected.key.is_by_place();
-        let told = |error: &&ConfigError| is_misnamed && error.pointer == "/id";
-        let errors =
-            rejected.errors.iter().filter(|error| !error.is_unasked_secret() && !told(error)).cloned();
+        let told = |error: &&ConfigError| error.is_unasked_secret() || error.is_told_by_file(&rejected.key);
+        let errors = rejected.errors.iter().filter(|error| !told(error)).cloned();
         let errors = errors.map(|error| file.locate(&rejected.key, error));
         found.entry(rejected.key.clone()).or_default().extend(errors);
     }

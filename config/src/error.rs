@@ -174,6 +174,13 @@ impl ConfigError {
         matches!(&self.kind, ErrorKind::UnresolvedSecret { reference, .. } if manager_path(reference).is_some())
     }
 
+    /// Whether it is about the name of an object that was given the key of its place, because its name is none or taken:
+    /// the reading of its file has told that.
+    #[must_use]
+    pub fn is_told_by_file(&self, key: &ResourceKey) -> bool {
+        key.is_by_place() && self.pointer == "/id"
+    }
+
     /// An error at `pointer`.
     pub fn new(pointer: impl Into<String>, kind: ErrorKind) -> ConfigError {
         ConfigError { pointer: pointer.into(), kind }

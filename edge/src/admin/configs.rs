@@ -241,8 +241,9 @@ fn check(document: Document, catalog: &dyn PluginCatalog) -> Result<Checked, Rep
                 if errors.iter().any(ConfigError::is_unasked_secret) {
                     unasked.insert(item.key.clone());
                 }
-                let wrong =
-                    errors.chunks(1).filter(|error| !error.iter().all(ConfigError::is_unasked_secret));
+                let told =
+                    |error: &ConfigError| error.is_unasked_secret() || error.is_told_by_file(&item.key);
+                let wrong = errors.chunks(1).filter(|error| !error.iter().all(told));
                 findings.extend(
                     wrong.map(|error| Finding::of_item(item, error, invalid_message(item.key.kind, error))),
                 );
