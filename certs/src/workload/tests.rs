@@ -39,7 +39,7 @@ fn id(name: &str) -> SpiffeId {
 
 /// Until it is so; long enough for a machine under load.
 async fn eventually(what: &str, mut is: impl FnMut() -> bool) {
-    for _ in 0..3000 {
+    for _ in 0..6000 {
         if is() {
             return;
         }
@@ -206,17 +206,21 @@ impl Ca {
         let mut bundle = before.bundle().clone();
         bundle.generation += 1;
         change(&mut bundle);
-        let mut current = Current::new(bundle).unwrap();
-        current.issuer = before.issuer.clone();
-        current.former_roots = before.former_roots.clone();
-        current.renew = before.renew.clone();
-        self.current.send_replace(Arc::new(current));
+        self.replace(&before, bundle, |_| {});
     }
 
     fn change(&self, change: impl FnOnce(&mut Current)) {
         let before = self.current.borrow().clone();
-        let mut current = Current::new(before.bundle().clone()).unwrap();
+        self.replace(&before, before.bundle().clone(), change);
+    }
+
+    /// What is not changed stays as it was `before`.
+    fn replace(&self, before: &Current, bundle: Bundle, change: impl FnOnce(&mut Current)) {
+        let mut current = Current::new(bundle).unwrap();
         current.issuer = before.issuer.clone();
+        current.former_roots = before.former_roots.clone();
+        current.renew = before.renew.clone();
+        current.renew_expired = before.renew_expired;
         change(&mut current);
         self.current.send_replace(Arc::new(current));
     }
