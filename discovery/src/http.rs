@@ -17,9 +17,10 @@ use bytes::{Bytes, BytesMut};
 use certs::files;
 use certs::unverified::Unverified;
 use config::discovery::tls::RegistryTls;
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, RETRY_AFTER, USER_AGENT};
+use http::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, RETRY_AFTER, USER_AGENT};
+use http::response::Parts;
 use http::uri::{Authority, Scheme};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
@@ -207,7 +208,7 @@ impl Server {
 
     /// A connection that is opened by its first question.
     pub fn connection(self: &Arc<Self>) -> Connection {
-        Connection { server: Arc::clone(self), kept: None }
+        Connection { server: Arc::clone(self), kept: None, was_ended: false }
     }
 
     fn error(&self, problem: &Problem) -> AskError {
@@ -480,11 +481,17 @@ fn words(error: &hyper::Error) -> String {
 pub struct Connection {
     server: Arc<Server>,
     kept: Option<Kept>,
+    was_ended: bool,
 }
 
 impl Connection {
     pub fn server(&self) -> &Arc<Server> {
         &self.server
+    }
+
+    /// Whether the server had ended the connection between the last answer and the one before, without having said so.
+    pub fn was_ended(&self) -> bool {
+        self.was_ended
     }
 
     /// Closes what is open; the next question connects again.
@@ -498,12 +505,14 @@ impl Connection {
     /// There is none in time. What went wrong, with the address.
     pub async fn ask(&mut self, question: &Question<'_>) -> Result<Answer, AskError> {
         // Taken out for as long as the question is open: what is dropped half way cannot be used again.
-        let kept = self.kept.take().filter(|kept| !kept.sender.is_closed());
+        let kept = self.kept.take();
+        let was_kept = kept.is_some();
         let server = Arc::clone(&self.server);
         match timeout(question.deadline, exchange(&server, kept, question)).await {
-            Ok(Ok((answer, kept))) => {
-                self.kept = kept;
-                Ok(answer)
+            Ok(Ok(told)) => {
+                self.kept = told.kept;
+                self.was_ended = was_kept && told.opened;
+                Ok(told.answer)
             }
             Ok(Err(problem)) => Err(server.error(&problem)),
             Err(_) => Err(server.error(&Problem::Silent(question.deadline))),
@@ -511,15 +520,20 @@ impl Connection {
     }
 }
 
-async fn exchange(
-    server: &Server,
+/// What came of a question.
+struct Told {
+    answer: Answer,
+    /// The connection, if it can be used again.
     kept: Option<Kept>,
-    question: &Question<'_>,
-) -> Result<(Answer, Option<Kept>), Problem> {
+    /// It was opened for this question.
+    opened: bool,
+}
+
+async fn exchange(server: &Server, kept: Option<Kept>, question: &Question<'_>) -> Result<Told, Problem> {
     let mut request = server.request(question).await?;
-    if let Some(mut kept) = kept {
+    if let Some(mut kept) = kept.filter(|kept| !kept.sender.is_closed()) {
         match kept.sender.try_send_request(request).await {
-            Ok(head) => return receive(server, kept, head).await,
+            Ok(head) => return receive(server, kept, head, false).await,
             Err(mut failure) => match failure.take_message() {
                 // Nothing of it was sent: the connection had ended.
                 Some(unsent) => request = unsent,
@@ -530,14 +544,15 @@ async fn exchange(
     // Apart, for it is large and over before the long wait begins.
     let mut kept = Box::pin(server.connect()).await?;
     let head = kept.sender.send_request(request).await.map_err(Problem::Broken)?;
-    receive(server, kept, head).await
+    receive(server, kept, head, true).await
 }
 
 async fn receive(
     server: &Server,
     kept: Kept,
     head: Response<Incoming>,
-) -> Result<(Answer, Option<Kept>), Problem> {
+    opened: bool,
+) -> Result<Told, Problem> {
     let most = server.options.max_body;
     let (head, mut incoming) = head.into_parts();
     let announced =
@@ -553,8 +568,16 @@ async fn receive(
         }
         body.extend_from_slice(&data);
     }
-    let kept = (!kept.sender.is_closed()).then_some(kept);
-    Ok((Answer { status: head.status, headers: head.headers, body: body.freeze() }, kept))
+    let kept = (!is_last(&head) && !kept.sender.is_closed()).then_some(kept);
+    let answer = Answer { status: head.status, headers: head.headers, body: body.freeze() };
+    Ok(Told { answer, kept, opened })
+}
+
+/// Whether the server ends the connection after this answer (RFC 9112 §9.3).
+fn is_last(head: &Parts) -> bool {
+    let mut options = head.headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    head.version < Version::HTTP_11
+        || options.any(|list| list.split(',').any(|option| option.trim().eq_ignore_ascii_case("close")))
 }
 
 /// An open connection and the task that drives it.

@@ -17,6 +17,8 @@ pub(crate) struct Polled {
     at: usize,
     /// The question before had no answer.
     failed: bool,
+    /// The server has ended a connection since the list before.
+    cut: bool,
 }
 
 impl Polled {
@@ -24,7 +26,7 @@ impl Polled {
     pub fn new(servers: &[Arc<Server>]) -> Self {
         let connections: Vec<Connection> = servers.iter().map(Server::connection).collect();
         let at = fastrand::usize(..connections.len().max(1));
-        Self { connections, at, failed: false }
+        Self { connections, at, failed: false, cut: false }
     }
 
     /// Asks the server whose turn it is. A status that is not `2xx` and that `accepts` does not want is an error.
@@ -42,6 +44,7 @@ impl Polled {
             Ok(answer) => Err(answer.refusal(connection.server())),
             Err(error) => Err(error.into()),
         };
+        self.cut |= connection.was_ended();
         if outcome.is_err() {
             self.fail();
         }
@@ -78,10 +81,12 @@ impl Polled {
         error
     }
 
-    /// The list of an answer. After a failure the registry may have begun anew and not know everybody yet.
+    /// The list of an answer. After a failure the registry may have begun anew and not know everybody yet. A restart between
+    /// two questions is no failure, but it ends connections: what lists nothing over a new one may have forgotten all.
     pub fn listing(&mut self, instances: Vec<Instance>, interval: Duration) -> Listing {
-        let standing =
-            if std::mem::take(&mut self.failed) { Standing::Restarted } else { Standing::Continued };
+        let (failed, cut) = (std::mem::take(&mut self.failed), std::mem::take(&mut self.cut));
+        let restarted = failed || (cut && instances.is_empty());
+        let standing = if restarted { Standing::Restarted } else { Standing::Continued };
         Listing { instances, standing, again: Again::After(interval) }
     }
 }

@@ -92,6 +92,13 @@ impl Registry {
         Able::Yes
     }
 
+    /// Ends its connections, and is there again before anybody asks.
+    pub async fn restart_unseen(&self) {
+        self.state.conduct.send_replace(Conduct::Restarts);
+        eventually("its connections are ended", || async { (self.connections() == 0).then_some(()) }).await;
+        self.state.conduct.send_replace(Conduct::Well);
+    }
+
     /// Connections that are open.
     pub fn connections(&self) -> usize {
         self.state.open.load(Ordering::Acquire)
@@ -114,8 +121,9 @@ async fn accept(listener: TcpListener, state: Arc<State>) {
         tokio::spawn(async move {
             state.open.fetch_add(1, Ordering::AcqRel);
             let mut conduct = state.conduct.subscribe();
-            // A registry that is gone takes its connections with it.
+            // A registry that is gone takes its connections with it, and answers no question that came meanwhile.
             tokio::select! {
+                biased;
                 _ = conduct.wait_for(|how| is_gone(*how)) => {}
                 () = converse(stream, &state) => {}
             }

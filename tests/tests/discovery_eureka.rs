@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use config::discovery::eureka::Eureka as Settings;
 use discovery::testing::{Able, Conduct, Registry, conduct};
-use discovery::{Health, Query, Source, eureka};
+use discovery::{Health, Query, Source, Standing, eureka};
 use e2e::eureka::Eureka;
 use e2e::{Value, json};
 use futures_util::future::BoxFuture;
@@ -63,6 +63,31 @@ async fn the_suite_of_conduct() {
     let mut fake = Fake(Eureka::start().await);
     let report = conduct(&mut fake).await.unwrap_or_else(|broken| panic!("{broken}"));
     assert_eq!(report.skipped, ["Rewinds"]);
+}
+
+/// A restart between two questions is no failure, and yet what is empty afterwards may only be forgotten.
+#[tokio::test]
+async fn an_empty_list_over_a_new_connection_may_be_that_of_a_registry_that_began_anew() {
+    let eureka = Eureka::start().await;
+    eureka.register("orders", "10.0.0.1:80", "UP", &json!({}));
+    let source = source(&format!("http://{}", eureka.registry.addr));
+    let query = Query { service: "orders".into(), args: std::collections::BTreeMap::new() };
+    let mut watcher = source.open(&query).expect("a service");
+    let mut look = async || {
+        let listing = watcher.next().await.expect("a list");
+        (listing.instances.len(), listing.standing)
+    };
+    assert_eq!(look().await, (1, Standing::Continued));
+    eureka.deregister("orders", "10.0.0.1:80");
+    assert_eq!(look().await, (0, Standing::Continued), "the same registry says so");
+    eureka.register("orders", "10.0.0.1:80", "UP", &json!({}));
+    assert_eq!(look().await, (1, Standing::Continued));
+    eureka.registry.restart_unseen().await;
+    assert_eq!(look().await, (1, Standing::Continued), "it has forgotten nothing");
+    eureka.deregister("orders", "10.0.0.1:80");
+    eureka.registry.restart_unseen().await;
+    assert_eq!(look().await, (0, Standing::Restarted));
+    assert_eq!(look().await, (0, Standing::Continued));
 }
 
 #[tokio::test]

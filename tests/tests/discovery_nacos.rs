@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use config::discovery::nacos::Nacos as Settings;
 use discovery::testing::{Able, Conduct, Registry, conduct};
-use discovery::{Health, Listing, Query, Source, SourceError, nacos};
+use discovery::{Health, Listing, Query, Source, SourceError, Standing, nacos};
 use e2e::nacos::Nacos;
 use e2e::{Value, json};
 use futures_util::future::BoxFuture;
@@ -74,6 +74,31 @@ async fn the_suite_of_conduct() {
     let mut fake = Fake(Nacos::start().await);
     let report = conduct(&mut fake).await.unwrap_or_else(|broken| panic!("{broken}"));
     assert_eq!(report.skipped, ["Rewinds"]);
+}
+
+/// A restart between two questions is no failure, and yet what is empty afterwards may only be forgotten.
+#[tokio::test]
+async fn an_empty_list_over_a_new_connection_may_be_that_of_a_registry_that_began_anew() {
+    let nacos = Nacos::start().await;
+    nacos.register(GROUP, "orders", "10.0.0.1:80", &json!({}));
+    let source = source(settings(&[nacos.host()]));
+    let query = Query { service: "orders".into(), args: BTreeMap::new() };
+    let mut watcher = source.open(&query).expect("a service");
+    let mut look = async || {
+        let listing = watcher.next().await.expect("a list");
+        (listing.instances.len(), listing.standing)
+    };
+    assert_eq!(look().await, (1, Standing::Continued));
+    nacos.deregister(GROUP, "orders", "10.0.0.1:80");
+    assert_eq!(look().await, (0, Standing::Continued), "the same registry says so");
+    nacos.register(GROUP, "orders", "10.0.0.1:80", &json!({}));
+    assert_eq!(look().await, (1, Standing::Continued));
+    nacos.registry.restart_unseen().await;
+    assert_eq!(look().await, (1, Standing::Continued), "it has forgotten nothing");
+    nacos.deregister(GROUP, "orders", "10.0.0.1:80");
+    nacos.registry.restart_unseen().await;
+    assert_eq!(look().await, (0, Standing::Restarted));
+    assert_eq!(look().await, (0, Standing::Continued));
 }
 
 #[tokio::test]

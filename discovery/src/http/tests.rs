@@ -86,6 +86,47 @@ async fn a_connection_is_kept_and_opened_again_when_it_has_ended() {
 }
 
 #[tokio::test]
+async fn an_end_between_two_questions_is_told() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let answers = async || {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        stream.write_all(OK.as_bytes()).await.unwrap();
+        stream
+    };
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let mut connection = Server::new(&url, Options::default()).unwrap().connection();
+    let question = Question::get("/", LONG);
+    let (first, stream) = tokio::join!(connection.ask(&question), answers());
+    assert!(first.is_ok() && !connection.was_ended());
+    drop(stream);
+    while connection.kept.as_ref().is_some_and(|kept| !kept.sender.is_closed()) {
+        tokio::task::yield_now().await;
+    }
+    let (second, _stream) = tokio::join!(connection.ask(&question), answers());
+    assert!(second.is_ok() && connection.was_ended());
+}
+
+#[tokio::test]
+async fn an_end_that_was_announced_says_nothing_about_the_server() {
+    for text in [
+        "HTTP/1.1 200 OK\r\nconnection: x, Close\r\ncontent-length: 2\r\n\r\nok",
+        "HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
+    ] {
+        let moves: &'static [Move] = Box::leak(Box::new([Move::AnswerAndClose(text), Move::Answer(OK)]));
+        let fake = fake(moves).await;
+        let mut connection = Server::new(&fake.url, Options::default()).unwrap().connection();
+        for _ in 0..2 {
+            connection.ask(&Question::get("/", LONG)).await.unwrap();
+            assert!(!connection.was_ended(), "{text}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn one_deadline_covers_head_and_body() {
     for text in ["", "HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab"] {
         let moves: &'static [Move] = Box::leak(Box::new([Move::AnswerAndHang(text)]));
