@@ -707,11 +707,54 @@ impl Watcher for ServerWatcher {
     fn restart(&mut self) {
         if let Some(attached) = &mut self.attached {
             let view = attached.view.borrow();
-            attached.wanted = view.states + 1;
+            // The server sends no other state before one that has come is answered, and answered is what was said.
+            let is_said = view.states <= attached.listed.max(attached.behind);
+            attached.wanted = view.states + u64::from(is_said);
             attached.told = view.failures;
             drop(view);
             attached.silent = true;
             attached.link.shared.errand(Errand::Refresh(attached.id));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use futures_util::FutureExt;
+    use tokio::net::TcpListener;
+    use tokio::runtime::Handle;
+
+    use super::*;
+    use crate::Discovery;
+    use crate::rpc::server::{Limits, Server};
+    use crate::testing::Registry;
+    use crate::testing::fake::FakeRegistry;
+
+    #[tokio::test]
+    async fn a_state_that_came_just_before_a_refresh_holds_up_nothing() {
+        let mut registry = FakeRegistry::default();
+        registry.register("web", "10.0.0.1:80", 1).await;
+        let settings = crate::Settings { sources: vec![registry.source()], ..crate::Settings::default() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let servers = vec![listener.local_addr().unwrap().to_string()];
+        let server = Server::new(Discovery::new(Handle::current(), settings), Limits::default());
+        tokio::spawn(server.serve(listener, None));
+
+        let settings = Settings { servers, ..Settings::default() };
+        let maker = Arc::new(LinkMaker { settings, running: Mutex::default(), channels: Mutex::default() });
+        let query = Query { service: "web".into(), args: BTreeMap::new() };
+        let service = proto::Service::new("fake", &query);
+        let mut watcher = ServerWatcher { maker, service, own: ("fake", query), attached: None };
+        assert_eq!(watcher.next().await.unwrap().instances.len(), 1);
+        assert!(watcher.next().now_or_never().is_none(), "the first list is answered, and there is no other");
+        registry.register("web", "10.0.0.2:80", 1).await;
+        let mut view = watcher.attached.as_ref().unwrap().view.clone();
+        view.wait_for(|view| view.states == 2).await.unwrap();
+        watcher.restart();
+        registry.register("web", "10.0.0.3:80", 1).await;
+        let all = async { while watcher.next().await.unwrap().instances.len() < 3 {} };
+        timeout(Duration::from_secs(30), all).await.expect("what the registry says in the end");
     }
 }
