@@ -61,12 +61,13 @@ async fn users_sign_in_by_each_mechanism_and_only_with_their_password() {
     let mut edge = Edge::file();
     let mechanisms = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
     for mechanism in mechanisms {
-        for (way, password) in [("right", password), ("wrong", "guessed")] {
+        for (way, password, timeout) in [("right", password, 50), ("wrong", "guessed", 3)] {
             let sasl = json!({"mechanism": mechanism, "user": user, "password": password});
             let settings = json!({
                 "brokers": [{"host": "127.0.0.1", "port": broker.addr.port(), "sasl_config": sasl}],
                 "kafka_topic": "logs",
                 "batch_max_size": 1,
+                "timeout": timeout,
                 "name": format!("{way} {mechanism}"),
             });
             edge = edge.route(route(&format!("/{way}/{mechanism}"), settings, &origin.upstream()));

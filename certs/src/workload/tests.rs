@@ -366,7 +366,12 @@ async fn a_workload_that_has_expired_comes_back_by_its_first_proof() {
     let serial = member.serial();
     ca.gate.open.send_replace(false);
     ca.clock.advance(DAY * 2);
-    eventually("it has expired", || member.status().phase == Phase::Expired).await;
+    // What the authority said before may be heard after, and counts for a while.
+    eventually("it has expired", || {
+        ca.clock.advance(Duration::from_secs(60));
+        member.status().phase == Phase::Expired
+    })
+    .await;
     ca.gate.open.send_replace(true);
     eventually("a new certificate", || {
         ca.clock.advance(Duration::from_secs(1));
@@ -634,14 +639,22 @@ async fn an_authority_whose_clock_is_wrong_signs_nothing() {
     assert!(refused.reason.contains("clock"), "{}", refused.reason);
     drop((call, session));
     ca.clock.set(begin());
-    eventually("they say that it is right again", || {
-        right.advance(Duration::from_secs(31));
-        ca.clock.advance(Duration::from_secs(31));
-        ca.service.numbers().clock_offset_ms > -60_000
-    })
-    .await;
-    let (mut call, session) = ca.call(&ca.token("billing", 1).await, None).await.unwrap();
-    call.sign(sign(&session, request().0)).await.unwrap();
+    // What they said while the clocks were moved may be heard after.
+    let billing = ca.token("billing", 6000).await;
+    let signs_again = async {
+        loop {
+            right.advance(Duration::from_secs(31));
+            ca.clock.advance(Duration::from_secs(31));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let (mut call, session) = ca.call(&billing, None).await.unwrap();
+            match call.sign(sign(&session, request().0)).await {
+                Ok(_) => return (call, session),
+                Err(refused) => assert!(refused.reason.contains("clock"), "{}", refused.reason),
+            }
+        }
+    };
+    let signs_again = timeout(Duration::from_secs(60), signs_again).await;
+    let (mut call, session) = signs_again.expect("they say that it is right again");
     drop(members);
 
     // A clock that is before the last change of its own record.

@@ -981,7 +981,8 @@ async fn the_proxy_header_names_the_client_where_it_is_believed() {
     let mut slow = running.connect().await;
     slow.send("PROXY TCP4").await;
     slow.closed().await;
-    assert_eq!((running.stat(|s| s.proxy_refused.get()), running.ended(Ended::HandshakeTimeout)), (1, 1));
+    running.until("it is counted", |running| running.ended(Ended::HandshakeTimeout) == 1).await;
+    assert_eq!(running.stat(|s| s.proxy_refused.get()), 1);
 }
 
 #[tokio::test]
@@ -1247,7 +1248,8 @@ async fn tls_is_served_by_name_and_follows_the_table() {
     assert!(body.ends_with(b" b.test -"));
 
     silent.closed().await;
-    assert_eq!(running.ended(Ended::HandshakeTimeout), 1, "a client that says nothing");
+    let counted = |running: &Running| running.ended(Ended::HandshakeTimeout) == 1;
+    running.until("a client that says nothing is counted", counted).await;
     assert_eq!(running.stat(|s| s.handshakes_failed.get()), 2);
 }
 
