@@ -391,7 +391,6 @@ impl Handler for Control {
     }
 }
 
-/// `/v1/drains`: begin a drain, look at it, undo it.
 /// Orders new certificates for what the body names.
 async fn renew(acme: &Keeper, body: Result<Bytes, Reply>) -> Reply {
     let body = match body {
@@ -410,6 +409,7 @@ async fn renew(acme: &Keeper, body: Result<Bytes, Reply>) -> Reply {
     }
 }
 
+/// `/v1/drains`: begin a drain, look at it, undo it.
 async fn drains_of(
     drains: &Board,
     method: &Method,
@@ -423,7 +423,13 @@ async fn drains_of(
             Ok(body) => begin(drains, &body).await,
             Err(refusal) => refusal,
         },
-        (&Method::GET, [id]) => drains.view(id).map_or_else(|| unknown(id), |view| ok(&json!(view))),
+        (&Method::GET, [id]) => match drains.view(id) {
+            Some(view) => ok(&json!(view)),
+            None if drains.is_undone(id) => {
+                Reply::error(StatusCode::GONE, format!("drain[{id}] was undone here"))
+            }
+            None => unknown(id),
+        },
         (&Method::DELETE, [id]) => {
             let among_gateways = body.await.is_ok_and(|body| *body == *AMONG_GATEWAYS);
             match drains.undo(id, among_gateways).await {

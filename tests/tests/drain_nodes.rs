@@ -132,6 +132,33 @@ async fn every_gateway_confirms_and_the_one_that_does_not_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_is_undone_at_any_gateway() {
+    let origins = [echo::start().await, echo::start().await];
+    let second = edge_with(&origins, json!({"apisix": {"id": "second"}})).await;
+    let peers = json!([second.control.to_string()]);
+    let first = edge_with(&origins, json!({"apisix": {"id": "first"}, "postern": {"peers": peers}})).await;
+    let target = format!("shop/{}", origins[0].node());
+    let (code, ..) = first.command("drain", &[&target, "--wait", "--timeout", "30"]).await;
+    assert_eq!(code, 0);
+    let (code, _, err) = second.command("drain", &["--undo", &target]).await;
+    assert_eq!(code, 0, "{err}");
+    // The one that leads asks the other how it stands, and does not tell it again.
+    for edge in [&first, &second] {
+        eventually("nothing is drained", || async {
+            (edge.call_control("/v1/drains").await.json() == json!([])).then_some(())
+        })
+        .await;
+    }
+    for edge in [&first, &second] {
+        let served = origins[0].requests();
+        for _ in 0..10 {
+            edge.get("/").await.expect_status(200);
+        }
+        assert!(origins[0].requests() > served, "it is used again");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_outlives_the_process_and_an_edit() {
     let origins = [echo::start().await, echo::start().await];
     let mut edge = edge_with(&origins, json!({})).await;

@@ -8,8 +8,7 @@
 mod marks_file;
 mod peers;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::convert::Infallible;
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -165,6 +164,8 @@ struct Inner {
     file: PathBuf,
     warning: Option<String>,
     drains: Mutex<BTreeMap<String, Drain>>,
+    /// Drains of other gateways that were undone here, the newest last: whoever leads one hears of it when it asks.
+    undone: Mutex<VecDeque<String>>,
     /// Held while the file is written, so that an older list never replaces a newer one.
     writing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -343,6 +344,7 @@ impl Board {
         let board = Self(Arc::new(Inner {
             name,
             drains: Mutex::new(drains.collect()),
+            undone: Mutex::default(),
             clusters,
             running,
             turns,
@@ -430,6 +432,9 @@ impl Board {
     /// another gateway leads it, that one is told, unless it is a gateway that tells it (`among_gateways`).
     pub async fn undo(&self, id: &str, among_gateways: bool) -> Option<Vec<String>> {
         let inner = &*self.0;
+        if !among_gateways {
+            inner.note_undone(id);
+        }
         let mut drain = inner.end(id)?;
         if let Some(task) = drain.task.take() {
             // Otherwise it might tell another gateway of the drain that has just been told that it is over.
@@ -437,23 +442,16 @@ impl Board {
             let _ = task.await;
         }
         inner.keep().await;
-        let mut problems = Vec::new();
-        let leads = drain.order.led.is_none();
-        if leads || !among_gateways {
-            problems = inner.peers.undo(&inner.led(id)).await;
-        }
-        if leads {
-            let meant = drain.meant();
-            let mut retired = inner.retire(&meant, drain.order.registry, true).await;
-            for heard in inner.over(id, &meant, drain.order.registry).await {
-                problems.extend(heard.problem.map(|why| format!("{}: {why}", server(&heard.server))));
-                retired.extend(heard.retired);
-            }
-            for retired in retired {
-                problems.extend(retired.why.map(|why| format!("{}: {why}", retired.source)));
-            }
-        }
-        Some(problems)
+        Some(match &drain.order.led {
+            None => inner.undo(id, &drain).await,
+            Some(_) if among_gateways => Vec::new(),
+            Some(_) => inner.peers.undo(&inner.led(id)).await,
+        })
+    }
+
+    /// Whether it is a drain of another gateway that was undone here.
+    pub fn is_undone(&self, id: &str) -> bool {
+        self.0.undone().iter().any(|undone| undone == id)
     }
 
     fn follow(&self, id: &str) -> JoinHandle<()> {
@@ -465,15 +463,24 @@ impl Board {
 /// Looks after one drain until it ends.
 async fn follow(inner: Weak<Inner>, id: String) {
     // What others take their time for must not hold up what is known here.
-    let ended = tokio::select! {
-        ended = look(&inner, &id) => ended,
-        never = lead(&inner, &id) => match never {},
-    };
-    let (Some(drain), Some(inner)) = (ended, inner.upgrade()) else { return };
-    inner.keep().await;
-    if drain.order.led.is_none() {
-        let (meant, led) = (drain.meant(), inner.led(&id));
-        tokio::join!(inner.over(&id, &meant, Retire::Keep), inner.peers.undo(&led));
+    tokio::select! {
+        ended = look(&inner, &id) => {
+            let (Some(drain), Some(inner)) = (ended, inner.upgrade()) else { return };
+            inner.keep().await;
+            if drain.order.led.is_none() {
+                let (meant, led) = (drain.meant(), inner.led(&id));
+                tokio::join!(inner.over(&id, &meant, Retire::Keep), inner.peers.undo(&led));
+            }
+        }
+        () = lead(&inner, &id) => {
+            tracing::info!(id, "another gateway was told to undo a drain: it is over");
+            let Some(inner) = inner.upgrade() else { return };
+            let Some(drain) = inner.end(&id) else { return };
+            inner.keep().await;
+            for problem in inner.undo(&id, &drain).await {
+                tracing::warn!(id, problem, "a drain was not undone everywhere");
+            }
+        }
     }
 }
 
@@ -494,8 +501,9 @@ async fn look(inner: &Weak<Inner>, id: &str) -> Option<Drain> {
     None
 }
 
-/// Tells the registries until they have done it, and asks the other gateways, if this is the one that leads.
-async fn lead(inner: &Weak<Inner>, id: &str) -> Infallible {
+/// Tells the registries until they have done it, and asks the other gateways, if this is the one that leads. Returns when
+/// one of them says that the drain was undone there.
+async fn lead(inner: &Weak<Inner>, id: &str) {
     let mut told = None::<Instant>;
     while let Some(inner) = inner.upgrade() {
         let led = inner.order(id).filter(|(order, ..)| order.led.is_none());
@@ -505,7 +513,7 @@ async fn lead(inner: &Weak<Inner>, id: &str) -> Infallible {
         };
         // After a start nobody can be told before it is known what is meant.
         let is_due = is_known && !inner.is_retired(id) && told.is_none_or(|last| last.elapsed() >= RETRY);
-        let others = inner.peers.observe(&order, &inner.led(id)).await;
+        let Some(others) = inner.peers.observe(&order, &inner.led(id)).await else { return };
         let notice = Notice {
             id: id.to_owned(),
             nodes: meant.named(),
@@ -712,6 +720,36 @@ impl Inner {
         let (id, nodes, except) = (id.to_owned(), meant.named(), Vec::new());
         let notice = Notice { id, nodes, retire, over: true, except };
         self.clusters.discovery.pass_on(&notice, &meant.services).await
+    }
+
+    fn undone(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.undone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a drain which another gateway leads is undone here. That one would tell of it again otherwise.
+    fn note_undone(&self, id: &str) {
+        if self.drains().get(id).is_some_and(|drain| drain.order.led.is_some()) {
+            let mut undone = self.undone();
+            if undone.len() >= MOST {
+                undone.pop_front();
+            }
+            undone.push_back(id.to_owned());
+        }
+    }
+
+    /// Has everybody use the nodes of a drain again that is led from here. Returns what could not be undone.
+    async fn undo(&self, id: &str, drain: &Drain) -> Vec<String> {
+        let mut problems = self.peers.undo(&self.led(id)).await;
+        let meant = drain.meant();
+        let mut retired = self.retire(&meant, drain.order.registry, true).await;
+        for heard in self.over(id, &meant, drain.order.registry).await {
+            problems.extend(heard.problem.map(|why| format!("{}: {why}", server(&heard.server))));
+            retired.extend(heard.retired);
+        }
+        for retired in retired {
+            problems.extend(retired.why.map(|why| format!("{}: {why}", retired.source)));
+        }
+        problems
     }
 
     /// Takes a drain off the list and lets its nodes be used again.

@@ -59,27 +59,26 @@ impl Peers {
         self.addresses().into_iter().map(unasked).collect()
     }
 
-    /// What the others say of the drain that `led` names; those that do not know it yet are told. `own` is left out.
-    pub(super) async fn observe(&self, order: &Order, led: &Led) -> Vec<Observer> {
+    /// What the others say of the drain that `led` names; those that do not know it yet are told. Nothing where it was undone
+    /// at one of them.
+    pub(super) async fn observe(&self, order: &Order, led: &Led) -> Option<Vec<Observer>> {
         let own = &led.by;
         let asked = self.addresses().into_iter().map(|(address, host)| async move {
             match self.ask(address, order, led).await {
                 Ok(observers) => observers,
                 Err(problem) => {
-                    vec![Observer {
-                        name: name(&host, address),
-                        problem: Some(problem),
-                        ..Observer::default()
-                    }]
+                    let name = name(&host, address);
+                    Some(vec![Observer { name, problem: Some(problem), ..Observer::default() }])
                 }
             }
         });
-        let mut all: Vec<Observer> = join_all(asked).await.into_iter().flatten().collect();
+        let told: Option<Vec<Vec<Observer>>> = join_all(asked).await.into_iter().collect();
+        let mut all: Vec<Observer> = told?.into_iter().flatten().collect();
         all.retain(|observer| observer.name != *own);
         // A gateway may be listed by more than one address.
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all.dedup_by(|a, b| a.name == b.name);
-        all
+        Some(all)
     }
 
     /// Tells the others that the drain is undone. Those that cannot be told are named.
@@ -102,18 +101,26 @@ impl Peers {
         endpoints.list.iter().map(|endpoint| (endpoint.addr, endpoint.host.clone())).collect()
     }
 
-    async fn ask(&self, address: SocketAddr, order: &Order, led: &Led) -> Result<Vec<Observer>, String> {
+    async fn ask(
+        &self,
+        address: SocketAddr,
+        order: &Order,
+        led: &Led,
+    ) -> Result<Option<Vec<Observer>>, String> {
         let (mut status, mut body) = self.call(address, Method::GET, &path(led), Bytes::new()).await?;
         if status == StatusCode::NOT_FOUND {
             let order = Order { led: Some(led.clone()), ..order.clone() };
             let order = serde_json::to_vec(&order).map_err(|error| error.to_string())?;
             (status, body) = self.call(address, Method::POST, "/v1/drains", order.into()).await?;
         }
+        if status == StatusCode::GONE {
+            return Ok(None);
+        }
         if !status.is_success() {
             return Err(format!("answered {status}: {}", String::from_utf8_lossy(&body).trim()));
         }
         let told: Told = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
-        Ok(told.observers)
+        Ok(Some(told.observers))
     }
 
     async fn call(
