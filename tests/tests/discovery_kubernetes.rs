@@ -119,7 +119,7 @@ impl Following {
                     (list == expected && seen.failures.is_empty()).then_some(())
                 }
             };
-            let found = tokio::time::timeout(Duration::from_secs(15), eventually(&what, check)).await;
+            let found = tokio::time::timeout(Duration::from_secs(55), eventually(&what, check)).await;
             if found.is_err() {
                 let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 panic!("{what}: {:?} {:?}", seen.listing, seen.failures);
@@ -432,8 +432,12 @@ async fn nothing_is_said_before_the_first_list_is_complete() {
             .pod(Pod::new(&format!("p{n}"), &address))
             .put(&api);
     }
+    api.behave(Manner::FirstPages);
     let source = source(&api.settings());
     let many = Following::of(&source, "default/many:http");
+    many.until_failure("request timed out").await;
+    assert_eq!(many.seen().lists, 0, "a list that breaks off is none");
+    api.behave(Manner::Well);
     eventually("all of them", || async {
         many.instances().map(|instances| assert_eq!(instances.len(), 1_100, "never a part of them"))
     })

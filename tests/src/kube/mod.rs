@@ -47,6 +47,8 @@ pub enum Manner {
     Silent,
     /// 200 with something that is not JSON.
     Garbage,
+    /// Lists break off after their first page: the next ones are answered with 500.
+    FirstPages,
 }
 
 struct State {
@@ -138,7 +140,7 @@ impl KubeApi {
 
     pub fn behave(&self, manner: Manner) {
         self.state.kept().manner = manner;
-        if !matches!(manner, Manner::Well | Manner::Silent) {
+        if !matches!(manner, Manner::Well | Manner::Silent | Manner::FirstPages) {
             self.state.end_watches();
         }
         self.state.changed();

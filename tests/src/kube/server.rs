@@ -182,7 +182,14 @@ async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Response<Body
             );
         }
         Manner::Garbage => return ok(Bytes::from_static(b"<html>a captive portal</html>\n")),
-        Manner::Well => {}
+        Manner::FirstPages if asked.proceed.is_some() => {
+            return status(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "InternalError",
+                "etcdserver: request timed out",
+            );
+        }
+        Manner::Well | Manner::FirstPages => {}
     }
     if head.uri.path() == "/version" {
         return ok_json(&json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0-postern-tests"}));
