@@ -21,6 +21,7 @@ pub mod kubernetes;
 mod merge;
 pub mod nacos;
 pub mod notice;
+pub mod own_drain;
 mod poll;
 pub mod probe;
 pub mod registries;
@@ -52,6 +53,7 @@ pub use dns::{Dns, NameOptions, NameView};
 pub use endpoints::{Endpoint, Endpoints, Failure, Node, Receipt};
 pub use follow::{Followed, Freshness, Held};
 pub use in_use::WeakDiscovery;
+pub use own_drain::OwnDrain;
 pub use retire::Retired;
 pub use source::{
     Again, Details, Health, Instance, Listing, Query, Retire, Source, SourceError, Standing, Watcher,

@@ -1,6 +1,8 @@
 //! `postern register`: an application is in its registry while it runs, and out of it before it is stopped.
 
+use std::io::Read;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use e2e::consul::{self, Consul};
 use e2e::edge::binary;
@@ -24,6 +26,7 @@ impl Registered {
             .arg("--")
             .args(program)
             .stdin(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("postern can be run");
         Registered(child)
@@ -40,6 +43,15 @@ impl Registered {
             async move { ended.map(|status| status.code().unwrap_or(-1)) }
         })
         .await
+    }
+}
+
+impl Registered {
+    /// What it said until its end.
+    fn said(&mut self) -> String {
+        let mut text = String::new();
+        self.0.stderr.take().expect("a pipe").read_to_string(&mut text).expect("text");
+        text
     }
 }
 
@@ -126,6 +138,28 @@ async fn what_is_started_again_is_used_again_by_who_has_not_seen_it_leave() {
     assert_eq!(drains().await[0]["node"], goes.node());
     let _command = Registered::start(&consul, &goes, &more, &["sleep", "300"]);
     eventually("it is used again", || async { (drains().await == json!([])).then_some(()) }).await;
+}
+
+#[tokio::test]
+async fn where_no_gateway_answers_others_have_time_to_notice() {
+    if !consul::is_there() {
+        return;
+    }
+    let consul = Consul::start().await;
+    let origin = echo::start().await;
+    let away = e2e::ports::Port::free();
+    let gateway = away.addr().to_string();
+    let more = ["--gateway", &gateway, "--patience", "3"];
+    let mut command = Registered::start(&consul, &origin, &more, &["sleep", "300"]);
+    eventually("it is registered", || async { known(&consul, &origin).await.then_some(()) }).await;
+    let told = Instant::now();
+    command.terminate();
+    assert_eq!(command.ended().await, 143);
+    assert!(told.elapsed() >= Duration::from_secs(3), "it ran on for {:?}", told.elapsed());
+    assert!(!known(&consul, &origin).await);
+    let said = command.said();
+    assert!(said.contains(&format!("http://{gateway}: not connected")), "{said}");
+    assert!(said.contains("is the Control API of a gateway"), "{said}");
 }
 
 #[test]

@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use discovery::OwnDrain;
 use discovery::consul::register::{Agent, Check, Registered, Registration};
 use discovery::http::{Options, SecretFile, Server};
+use discovery::own_drain::Ordered;
 use http::HeaderName;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 
-use crate::client;
 use crate::output;
 use crate::runtime::{self, Stop};
 
@@ -29,10 +29,6 @@ use crate::runtime::{self, Stop};
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How often a gateway is asked whether the instance is drained.
 const PACE: Duration = Duration::from_millis(200);
-/// How often gateways that did not answer are told again that the instance may be used.
-const AGAIN: Duration = Duration::from_secs(5);
-/// By this the drains of this command are known from those of operators.
-const REASON: &str = "it is being stopped";
 
 /// Arguments of `postern register`.
 #[derive(Args)]
@@ -189,72 +185,50 @@ impl Register {
         })
     }
 
-    /// Has the gateways choose this instance again that were told by an earlier process not to: one that is registered
-    /// again at once has not been seen to be gone everywhere. Each is asked until it answers.
+    /// The drains of this instance, where its address is known.
+    fn own_drain(&self) -> Option<OwnDrain> {
+        Some(OwnDrain { service: self.service.clone(), node: self.node()?, reason: "it is being stopped" })
+    }
+
+    /// Has the gateways choose this instance again that were told by an earlier process not to.
     async fn take_back(&self) -> Infallible {
-        let mut gateways: Vec<&String> = self.gateways.iter().collect();
-        while !gateways.is_empty() {
-            let mut silent = Vec::new();
-            for gateway in gateways {
-                if let Err(error) = self.taken_back_by(gateway).await {
-                    output::problem(&format!("{error:#}"));
-                    silent.push(gateway);
-                }
+        let told = |_: &str, outcome: Result<usize, String>| {
+            if let Err(problem) = outcome {
+                unheard(&problem);
             }
-            gateways = silent;
-            tokio::time::sleep(AGAIN).await;
+        };
+        if let Some(own) = self.own_drain() {
+            own.take_back(self.gateways.iter().map(|gateway| &**gateway), told).await;
         }
         std::future::pending().await
     }
 
-    async fn taken_back_by(&self, gateway: &str) -> Result<()> {
-        let Some(node) = self.node() else { return Ok(()) };
-        let drains = client::ask(gateway, "/v1/drains", None).await?;
-        let own = [("service", &*self.service), ("node", &*node), ("reason", REASON)];
-        let is_own = |drain: &&Value| {
-            own.iter().all(|(key, value)| drain.get(key).and_then(Value::as_str) == Some(value))
-        };
-        for drain in drains.as_array().into_iter().flatten().filter(is_own) {
-            let id = drain.get("id").and_then(Value::as_str).unwrap_or_default();
-            client::delete(gateway, &format!("/v1/drains/{id}")).await?;
-        }
-        Ok(())
-    }
-
-    /// Has the gateways stop choosing this instance: the gateway that leads, and where to ask it how far it is.
-    async fn drain(&self) -> Option<(String, String)> {
-        // The registry is told from here: this process would register it again.
-        let order =
-            json!({ "service": self.service, "node": self.node()?, "registry": "keep", "reason": REASON });
+    /// Has the gateways stop choosing this instance: the drain at the one that leads.
+    async fn drain(&self) -> Option<Ordered> {
+        let own = self.own_drain()?;
         for gateway in &self.gateways {
-            match client::ask(gateway, "/v1/drains", Some(&order)).await {
-                Ok(drain) => {
-                    let id = drain.get("id").and_then(Value::as_str).unwrap_or_default();
-                    return Some((gateway.clone(), format!("/v1/drains/{id}")));
-                }
-                Err(error) => output::problem(&format!("{error:#}")),
+            match own.order(gateway).await {
+                Ok(drain) => return Some(drain),
+                Err(problem) => unheard(&problem),
             }
         }
         None
     }
 
     /// Until nothing uses this instance any more, or patience ends.
-    async fn wait(&self, drain: Option<(String, String)>) {
+    async fn wait(&self, drain: Option<Ordered>) {
         let patience = Duration::from_secs(self.patience);
-        let Some((gateway, path)) = drain else { return tokio::time::sleep(patience).await };
+        let Some(mut drain) = drain else { return tokio::time::sleep(patience).await };
         let drained = async {
             let mut told = false;
-            loop {
-                match client::ask(&gateway, &path, None).await {
-                    Ok(drain) if drain.get("stage").and_then(Value::as_str) == Some("drained") => return,
-                    Ok(_) => {}
-                    // What is under way is not known then: it gets its time.
-                    Err(error) if !std::mem::replace(&mut told, true) => {
-                        output::problem(&format!("{error:#}"));
-                    }
-                    Err(_) => {}
-                }
+            while drain.stage() != "drained" {
                 tokio::time::sleep(PACE).await;
+                // What is under way is not known then: it gets its time.
+                if let Err(problem) = drain.look().await
+                    && !std::mem::replace(&mut told, true)
+                {
+                    unheard(&problem);
+                }
             }
         };
         match tokio::time::timeout(patience, drained).await {
@@ -262,6 +236,10 @@ impl Register {
             Err(_) => output::problem(&format!("still in use after {} s", self.patience)),
         }
     }
+}
+
+fn unheard(problem: &str) {
+    output::problem(&format!("{problem} (--gateway is the Control API of a gateway, HOST:9090 by default)"));
 }
 
 /// The exit code of the command; for ever if there is none.
