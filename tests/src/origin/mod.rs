@@ -36,6 +36,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::client::Io;
+use crate::ports::Port;
 
 /// A running upstream and what it has seen.
 #[derive(Debug)]
@@ -43,6 +44,7 @@ pub struct Origin {
     pub addr: SocketAddr,
     seen: Arc<Seen>,
     task: tokio::task::JoinHandle<()>,
+    _port: Option<Port>,
 }
 
 /// Counters every origin keeps.
@@ -76,8 +78,10 @@ impl Origin {
         H: Fn(TcpStream, Arc<Seen>) -> F + Send + Sync + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
+        // A port of the kernel's choice may be taken for an outgoing connection while nobody listens there.
+        let port = (addr.port() == 0).then(Port::free);
+        let addr = SocketAddr::new(addr.ip(), port.as_ref().map_or(addr.port(), Port::number));
         let listener = TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("bind {addr}: {error}"));
-        let addr = listener.local_addr().expect("the address of a listener");
         let seen = Arc::new(Seen::default());
         let counters = Arc::clone(&seen);
         let task = tokio::spawn(async move {
@@ -101,7 +105,7 @@ impl Origin {
                 }
             }
         });
-        Origin { addr, seen, task }
+        Origin { addr, seen, task, _port: port }
     }
 
     /// An HTTP/1 and cleartext HTTP/2 origin that answers each whole request by `answer`.
