@@ -52,8 +52,8 @@ impl Operator {
 
     fn status(&self, all: bool) -> StatusReply {
         let driver = self.keeper.driver();
-        let known = driver.now();
-        let mut reply = status(&known.record, &driver.view(), &driver.waiting(), driver.wall(), all);
+        let (known, waiting) = driver.standing();
+        let mut reply = status(&known.record, &driver.view(), &waiting, driver.wall(), all);
         (reply.due, reply.due_kind) = due(&known.record, driver.outside().is_some(), driver.wall());
         reply.overdue = driver.overdue().unwrap_or_default();
         driver.replica().clone_into(&mut reply.replica);

@@ -120,9 +120,8 @@ impl Keeper {
     /// The numbers of the authority.
     #[must_use]
     pub fn metrics(&self) -> Vec<Sample> {
-        let known = self.driver.now();
-        let mut samples =
-            metrics::samples(&known.record, &self.driver.view(), &self.driver.waiting(), self.clock.wall());
+        let (known, waiting) = self.driver.standing();
+        let mut samples = metrics::samples(&known.record, &self.driver.view(), &waiting, self.clock.wall());
         samples.push(Sample {
             name: "mesh_rotation_overdue",
             help: "1 while something is due to be exchanged by its age and that cannot begin.",

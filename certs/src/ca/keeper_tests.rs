@@ -183,6 +183,18 @@ async fn door(member: &Member) -> (std::net::SocketAddr, Arc<Mutex<Vec<String>>>
 }
 
 #[tokio::test]
+async fn what_is_waited_for_is_that_of_the_state_that_is_shown() {
+    let ca = Authority::start(Lifetimes::default()).await;
+    let driver = Arc::clone(ca.keeper.driver());
+    let policy = Policy { step: true, ..plan::policy(&driver.now().record) };
+    let rotate = Rotate { kind: Kind::Root, policy, root: NewRoot::Usual, reason: "a test".to_owned() };
+    driver.command(&Command::Rotate(rotate), "sre").await.unwrap();
+    ca.until("it waits for a person", || driver.waiting().for_whom.is_some()).await;
+    driver.command(&Command::Rollback { reason: "not today".to_owned() }, "sre").await.unwrap();
+    assert_eq!(driver.waiting().for_whom, None, "nobody has to advance what is rolled back");
+}
+
+#[tokio::test]
 async fn who_renews_first_is_visited_before_everybody_follows() {
     let ca = Authority::start(Lifetimes::default()).await;
     let (one, two) = (ca.member("orders").await, ca.member("billing").await);

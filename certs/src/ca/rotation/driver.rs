@@ -219,7 +219,8 @@ pub struct Driver {
     signs_unread: Duration,
     local: Mutex<Local>,
     known: watch::Sender<Arc<Known>>,
-    waiting: Mutex<Waiting>,
+    /// What is waited for, and the sequence of the record in which it was found.
+    waiting: Mutex<(u64, Waiting)>,
     wake: Notify,
     /// One tick or command at a time: they would only lose swaps to each other.
     turn: tokio::sync::Mutex<()>,
@@ -351,7 +352,16 @@ impl Driver {
     /// What the present rotation waits for, as the last tick found it.
     #[must_use]
     pub fn waiting(&self) -> Waiting {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.standing().1
+    }
+
+    /// The record, and what it was found to wait for; nothing while nobody has looked since it was changed.
+    #[must_use]
+    pub fn standing(&self) -> (Arc<Known>, Waiting) {
+        let (sequence, waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = self.now();
+        let waiting = if sequence == known.record.sequence { waiting } else { Waiting::default() };
+        (known, waiting)
     }
 
     /// Why the store cannot be used, if it cannot.
@@ -570,11 +580,12 @@ impl Driver {
         self.look_after_copies().await;
         if !self.lead().await? {
             // Who asks here is told what is in the way, too.
-            let waiting = match machine::decide(&self.now().record, &self.view(), self.clock.wall()) {
+            let known = self.now();
+            let waiting = match machine::decide(&known.record, &self.view(), self.clock.wall()) {
                 Decision::Waiting(waiting) => waiting,
                 Decision::Steady | Decision::Next(_) => Waiting::default(),
             };
-            self.wait_for(waiting);
+            self.wait_for(&known, waiting);
             return Ok(false);
         }
         let mut changed = false;
@@ -583,16 +594,14 @@ impl Driver {
             let known = self.now();
             match machine::decide(&known.record, &self.view(), now) {
                 Decision::Steady => {
-                    self.wait_for(Waiting::default());
+                    self.wait_for(&known, Waiting::default());
                     break;
                 }
                 Decision::Waiting(waiting) => {
-                    self.wait_for(waiting);
+                    self.wait_for(&known, waiting);
                     break;
                 }
                 Decision::Next(next) => {
-                    // What the state before waited for is over.
-                    self.wait_for(Waiting::default());
                     match self.swap(&known, *next).await {
                         Ok(()) => changed = true,
                         Err(SwapError::Conflict) => self.read().await?,
@@ -616,8 +625,9 @@ impl Driver {
         Ok(changed)
     }
 
-    fn wait_for(&self, waiting: Waiting) {
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
+    fn wait_for(&self, known: &Known, waiting: Waiting) {
+        let found = (known.record.sequence, waiting);
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = found;
     }
 
     async fn on_schedule(&self, kind: Kind) -> bool {
