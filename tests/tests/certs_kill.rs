@@ -26,27 +26,20 @@ async fn an_authority_killed_at_every_write_of_a_rotation_ends_it() {
     })
     .await;
     let watcher = Watcher::start(&members);
-    let begin = ["rotate", "root", "--reason", "a test", "--soak", "1ms", "--spread", "1ms", "--no-wait"];
-    let (code, out, err) = authority.certs(&begin).await;
-    assert_eq!(code, 4, "{out} {err}");
-
+    let until = Instant::now() + Duration::from_secs(180);
     let mut kills = 0;
-    let mut seen = authority.sequence().expect("a record");
-    let until = Instant::now() + Duration::from_secs(120);
-    let ended = loop {
-        let Some(next) = authority.next_write(seen).await else { break authority.certs_status().await };
-        authority.kill();
-        kills += 1;
-        seen = authority.sequence().unwrap_or(next);
-        assert!(kills < WRITES && Instant::now() < until, "{kills} writes and no end: {seen}");
-        authority.run().await;
+    // A busy machine lets several writes pass before it is seen that there was one.
+    while kills < 5 {
+        kills += killed_in_a_rotation(&mut authority, until).await;
+    }
+    let ended = authority.certs_status().await;
+    let all = |list: &str, key: &str| -> Vec<Value> {
+        ended[list].as_array().expect("a list").iter().map(|one| one[key].clone()).collect()
     };
-    assert!(kills >= 5, "{kills} writes are too few for a rotation");
-    assert_eq!((&ended["rotation"], &ended["past"][0]["ended"]), (&Value::Null, &json!("done")));
-    assert_eq!(
-        (&ended["roots"][0]["state"], &ended["roots"][1]["state"]),
-        (&json!("retired"), &json!("active"))
-    );
+    assert!(all("past", "ended").iter().all(|ended| ended == "done"), "{ended}");
+    let roots = all("roots", "state");
+    let (last, former) = roots.split_last().expect("a root");
+    assert!(last == "active" && former.iter().all(|state| state == "retired"), "{roots:?}");
     watcher.finish();
     for member in &members {
         member.workload.renew_now();
@@ -70,4 +63,22 @@ async fn who_was_given_a_certificate_in_the_last_second_is_known_again() {
     authority.run().await;
     let fleet = &authority.certs_status().await["fleet"];
     assert_eq!((&fleet["workloads"], &fleet["listed"][0]["id"]), (&json!(1), &json!("last")), "{fleet}");
+}
+
+/// Exchanges the root, and kills the authority whenever it was seen to have written. How often that was.
+async fn killed_in_a_rotation(authority: &mut Authority, until: Instant) -> usize {
+    let begin = ["rotate", "root", "--reason", "a test", "--soak", "1ms", "--spread", "1ms", "--no-wait"];
+    let (code, out, err) = authority.certs(&begin).await;
+    assert_eq!(code, 4, "{out} {err}");
+    let mut kills = 0;
+    let mut seen = authority.sequence().expect("a record");
+    while let Some(next) = authority.next_write(seen).await {
+        authority.kill();
+        kills += 1;
+        seen = authority.sequence().unwrap_or(next);
+        assert!(kills < WRITES && Instant::now() < until, "{kills} writes and no end: {seen}");
+        authority.run().await;
+    }
+    assert_eq!(authority.certs_status().await["rotation"], Value::Null);
+    kills
 }

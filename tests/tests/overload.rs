@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use e2e::client::{Call, Connection, End, Raw, exchange};
 use e2e::origin::{Origin, echo, slow_body};
 use e2e::{Edge, Value, eventually, json};
+use http::Response;
+use tokio::sync::watch;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -137,23 +140,39 @@ async fn a_slow_handshake_has_a_deadline() {
     assert_ne!(outcome.end, End::Open);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_over_the_limit_wait_or_are_refused_and_the_others_live() {
-    let (edge, _origin) = limited(json!({"postern": {"limits": {"connections": 50}}})).await;
+    let (go, gone) = watch::channel(false);
+    let slow = Origin::http(move |_| {
+        let mut gone = gone.clone();
+        async move {
+            let _ = gone.wait_for(|go| *go).await;
+            Response::new(Bytes::from_static(b"done"))
+        }
+    })
+    .await;
+    let edge = Edge::file()
+        .config(json!({"postern": {"limits": {"connections": 50}}}))
+        .route(json!({"id": "r", "uri": "/*", "upstream": slow.upstream()}))
+        .start()
+        .await;
+    // Those that idle would make room.
     let mut held = Vec::new();
     for _ in 0..40 {
-        let mut connection = edge.connect().await;
-        connection.send(Call::get("/")).await.expect_status(200);
-        held.push(connection);
+        let mut raw = Raw::connect(edge.http).await;
+        raw.write("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        held.push(raw);
     }
+    eventually("all are under way", || async { (slow.requests() == 40).then_some(()) }).await;
     let mut surplus = Vec::new();
     for _ in 0..100 {
         if let Ok(stream) = tokio::net::TcpStream::connect(edge.http).await {
             surplus.push(stream);
         }
     }
-    for connection in &mut held {
-        connection.send(Call::get("/")).await.expect_status(200);
+    go.send_replace(true);
+    for raw in &mut held {
+        assert_eq!(raw.answer().await.expect("an answer").status, 200);
     }
     drop((held, surplus));
     eventually("the gateway serves when there is room again", || async {
