@@ -5,9 +5,10 @@
 //! taken from below the range the kernel gives to outgoing connections.
 
 use std::fs::{File, OpenOptions};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use nix::fcntl::{Flock, FlockArg};
+use tokio::net::TcpSocket;
 
 /// First and last port ever handed out; the kernel's own ephemeral range starts at 32768.
 const RANGE: std::ops::Range<u16> = 10_000..32_000;
@@ -31,7 +32,7 @@ impl Port {
                 continue;
             };
             let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { continue };
-            if TcpListener::bind((Ipv4Addr::UNSPECIFIED, number)).is_ok() {
+            if is_free(number) {
                 return Port { number, _lock: lock };
             }
         }
@@ -47,9 +48,21 @@ impl Port {
     }
 }
 
+/// Whether nobody listens there. It is not listened for that: a process that another thread is just starting has what is open
+/// here until it runs, and a listener would be in the way of whoever the port is for.
+fn is_free(port: u16) -> bool {
+    let bind = || {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.bind((Ipv4Addr::UNSPECIFIED, port).into())
+    };
+    bind().is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::net::TcpListener;
 
     use super::*;
 
@@ -58,5 +71,13 @@ mod tests {
         let ports: Vec<Port> = (0..200).map(|_| Port::free()).collect();
         let numbers: HashSet<u16> = ports.iter().map(Port::number).collect();
         assert_eq!(numbers.len(), ports.len());
+    }
+
+    #[test]
+    fn a_port_at_which_somebody_listens_is_not_free() {
+        let port = Port::free();
+        assert!(is_free(port.number()));
+        let _listener = TcpListener::bind(port.addr()).expect("a free port");
+        assert!(!is_free(port.number()));
     }
 }

@@ -36,6 +36,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::client::Io;
+use crate::eventually;
 use crate::ports::Port;
 
 /// A running upstream and what it has seen.
@@ -81,7 +82,9 @@ impl Origin {
         // A port of the kernel's choice may be taken for an outgoing connection while nobody listens there.
         let port = (addr.port() == 0).then(Port::free);
         let addr = SocketAddr::new(addr.ip(), port.as_ref().map_or(addr.port(), Port::number));
-        let listener = TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("bind {addr}: {error}"));
+        // A process that is being started has what was open here until it runs, a listener that was closed meanwhile included.
+        let bind = || async move { TcpListener::bind(addr).await.ok() };
+        let listener = eventually(&format!("{addr} can be listened on"), bind).await;
         let seen = Arc::new(Seen::default());
         let counters = Arc::clone(&seen);
         let task = tokio::spawn(async move {
