@@ -82,9 +82,16 @@ pub struct Node {
     metrics: NodeMetrics,
     /// Something makes it worth while to ask the node now.
     doubt: Notify,
-    /// Counts attempts to hear from the node, whatever came of them.
-    rounds: watch::Sender<u64>,
+    rounds: watch::Sender<Rounds>,
     changed: watch::Sender<u64>,
+}
+
+/// Attempts to hear from a node, whatever came of them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rounds {
+    begun: u64,
+    /// The number of the last one that has ended.
+    ended: u64,
 }
 
 impl Node {
@@ -107,7 +114,7 @@ impl Node {
             in_flight: AtomicUsize::new(0),
             metrics: NodeMetrics::default(),
             doubt: Notify::new(),
-            rounds: watch::Sender::new(0),
+            rounds: watch::Sender::default(),
             changed,
         }
     }
@@ -140,11 +147,22 @@ impl Node {
         self.keys.load_full()
     }
 
-    /// Has the node asked at once. The receiver counts attempts.
-    pub(super) fn look(&self) -> watch::Receiver<u64> {
-        let rounds = self.rounds.subscribe();
+    /// Has the node asked at once, and waits until it was, whatever came of it. What was under way before may have been
+    /// answered long ago.
+    pub(super) async fn look_again(&self) {
+        let mut rounds = self.rounds.subscribe();
+        let before = rounds.borrow_and_update().begun;
         self.doubt.notify_one();
-        rounds
+        // The sender is here.
+        let _ = rounds.wait_for(|rounds| rounds.ended > before).await;
+    }
+
+    fn begin_round(&self) {
+        self.rounds.send_modify(|rounds| rounds.begun += 1);
+    }
+
+    fn end_round(&self) {
+        self.rounds.send_modify(|rounds| rounds.ended = rounds.begun);
     }
 
     /// Follows the node until it is dropped.
@@ -152,6 +170,7 @@ impl Node {
         let mut pause = PAUSES.0;
         let mut told = false;
         loop {
+            self.begin_round();
             let problem = match self.meet().await {
                 Ok(client) => {
                     info!(pool = %self.pool, node = %self.address, "the signer answers");
@@ -166,7 +185,7 @@ impl Node {
                 told = true;
             }
             self.set_up(None);
-            self.rounds.send_modify(|rounds| *rounds += 1);
+            self.end_round();
             tokio::time::sleep(pause.mul_f64(1.0 - fastrand::f64() / 2.0)).await;
             pause = (pause * 2).min(PAUSES.1);
         }
@@ -193,11 +212,12 @@ impl Node {
     async fn stay(&self, client: &Arc<SignerClient<Channel>>) -> String {
         loop {
             self.set_up(Some(Arc::clone(client)));
-            self.rounds.send_modify(|rounds| *rounds += 1);
+            self.end_round();
             tokio::select! {
                 () = tokio::time::sleep(PERIOD) => {}
                 () = self.doubt.notified() => {}
             }
+            self.begin_round();
             if let Err(problem) = self.ask_for_keys(client).await {
                 return problem;
             }

@@ -174,13 +174,7 @@ impl Pool {
 
     /// Waits until each node has been heard from, or could not be, since this was called.
     pub async fn look_again(&self, within: Duration) {
-        let looked = self.nodes.iter().map(|node| async move {
-            let mut rounds = node.look();
-            let before = *rounds.borrow_and_update();
-            // The node lives as long as the pool.
-            let _ = rounds.wait_for(|rounds| *rounds > before).await;
-        });
-        let _ = timeout(within, join_all(looked)).await;
+        let _ = timeout(within, join_all(self.nodes.iter().map(|node| node.look_again()))).await;
     }
 
     /// Whether the key is offered, as far as nodes have told.

@@ -23,8 +23,10 @@ use rustls::{
     SupportedProtocolVersion,
 };
 use tempfile::TempDir;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tonic::Code;
 
@@ -386,6 +388,50 @@ async fn a_certificate_and_a_key_that_do_not_belong_together_are_told() {
     assert!(error.contains("the key `bank` of this signer is"), "{error}");
     let unread = remote(&CertificateDer::from(vec![1]), &pool, "shop");
     assert!(matches!(unread, Err(NotOffered::Certificate(_))));
+}
+
+/// Leads to a node. What that one says waits while it is held; whether something does is told.
+async fn pipe(to: String) -> (String, watch::Sender<bool>, watch::Receiver<bool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (hold, waits) = (watch::Sender::new(false), watch::Sender::new(false));
+    let (held, waiting) = (hold.subscribe(), waits.subscribe());
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let node = TcpStream::connect(to).await.unwrap();
+        let ((mut from_client, mut to_client), (mut from_node, mut to_node)) =
+            (client.into_split(), node.into_split());
+        tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_node).await });
+        let (mut held, mut buffer) = (held, vec![0; 16 * 1024]);
+        while let Ok(count @ 1..) = from_node.read(&mut buffer).await {
+            if *held.borrow() {
+                waits.send_replace(true);
+            }
+            if held.wait_for(|held| !held).await.is_err()
+                || to_client.write_all(&buffer[..count]).await.is_err()
+            {
+                return;
+            }
+        }
+    });
+    (address, hold, waiting)
+}
+
+#[tokio::test]
+async fn an_answer_that_was_on_its_way_is_not_what_is_looked_for() {
+    let authority = Authority::new();
+    let node = TestNode::start(&authority, PLENTY, &[("shop", &KeyPair::generate().unwrap())]).await;
+    let (address, hold, mut waiting) = pipe(node.address.clone()).await;
+    let settings = Settings { nodes: vec![address], ..settings(authority.gateway("gw.test"), &[]) };
+    let pool = pool(&settings).await;
+    hold.send_replace(true);
+    pool.look_again(Duration::from_millis(1)).await;
+    waiting.wait_for(|waits| *waits).await.unwrap();
+    let leaf = authority.issue("bank.test", KeyPair::generate().unwrap());
+    put(node.keys.path(), "bank", &leaf.key);
+    node.service.keys().reload().unwrap();
+    tokio::join!(pool.look_again(PATIENCE), async { hold.send_replace(false) });
+    remote(&leaf.chain[0], &pool, "bank").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
