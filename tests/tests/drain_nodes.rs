@@ -2,15 +2,12 @@
 
 use std::net::IpAddr;
 
-use bytes::Bytes;
 use discovery::dns::hostile::{Behaviour, Server};
 use e2e::client::Call;
 use e2e::load::Load;
-use e2e::origin::{Origin, echo};
+use e2e::origin::{Origin, echo, held};
 use e2e::{Edge, Value, eventually, json};
-use http::Response;
 use nix::sys::signal::Signal;
-use tokio::sync::watch;
 
 fn upstream(origins: &[Origin]) -> Value {
     let nodes: serde_json::Map<_, _> = origins.iter().map(|origin| (origin.node(), json!(1))).collect();
@@ -58,15 +55,7 @@ async fn a_deployment_that_drains_node_by_node_loses_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_under_way_is_waited_for_and_counted() {
-    let (go, gone) = watch::channel(false);
-    let slow = Origin::http(move |_| {
-        let mut gone = gone.clone();
-        async move {
-            let _ = gone.wait_for(|go| *go).await;
-            Response::new(Bytes::from_static(b"done"))
-        }
-    })
-    .await;
+    let (slow, go) = held::start().await;
     let origins = [slow, echo::start().await];
     let edge = edge_with(&origins, json!({})).await;
     let http = edge.http;

@@ -2,12 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use e2e::client::{Call, Connection, End, Raw, exchange};
-use e2e::origin::{Origin, echo, slow_body};
+use e2e::origin::{Origin, echo, held, slow_body};
 use e2e::{Edge, Value, eventually, json};
-use http::Response;
-use tokio::sync::watch;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -142,15 +139,7 @@ async fn a_slow_handshake_has_a_deadline() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_over_the_limit_wait_or_are_refused_and_the_others_live() {
-    let (go, gone) = watch::channel(false);
-    let slow = Origin::http(move |_| {
-        let mut gone = gone.clone();
-        async move {
-            let _ = gone.wait_for(|go| *go).await;
-            Response::new(Bytes::from_static(b"done"))
-        }
-    })
-    .await;
+    let (slow, go) = held::start().await;
     let edge = Edge::file()
         .config(json!({"postern": {"limits": {"connections": 50}}}))
         .route(json!({"id": "r", "uri": "/*", "upstream": slow.upstream()}))

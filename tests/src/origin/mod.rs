@@ -7,6 +7,7 @@ pub mod early_close;
 pub mod echo;
 pub mod grpc;
 pub mod h2_reset;
+pub mod held;
 pub mod kafka;
 pub mod keepalive_race;
 pub mod malformed;
